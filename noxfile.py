@@ -1,0 +1,89 @@
+"""Every check of the workspace, one nox session each: `nox -l` lists them, `nox -s tests` runs one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.error_on_missing_interpreters = True
+
+# Each member with the command that proves an installed wheel of it works.
+SMOKE = {"lowbit-core": ("lowbit", "doctor"), "lowbit-hf": ("lowbit", "schemes")}
+MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
+# The oldest torch supported, with the triton of its day, and the newest of both.
+TORCHES = {"2.11": ("torch==2.11.*", "triton==3.6.*; sys_platform == 'linux'"), "newest": ("torch", "--upgrade")}
+
+
+def sync(session: nox.Session) -> None:
+    """Install the whole workspace as locked."""
+    session.run_install(
+        "uv", "sync", "--locked", "--quiet", env={"UV_PROJECT_ENVIRONMENT": session.virtualenv.location}
+    )
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting with ruff."""
+    sync(session)
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of every member's src, strictly."""
+    sync(session)
+    session.run("basedpyright", "--pythonpath", f"{session.bin}/python")
+
+
+@nox.session
+def imports(session: nox.Session) -> None:
+    """Check who may import whom."""
+    sync(session)
+    session.run("lint-imports")
+
+
+@nox.session
+@nox.parametrize("member", list(MEMBERS))
+def tests(session: nox.Session, member: str) -> None:
+    """Run one member's tests with nothing installed but that member and what its tests need."""
+    session.install("-e", MEMBERS[member], "--group", f"test-{member}")
+    session.run("pytest", MEMBERS[member], *session.posargs)
+
+
+@nox.session
+@nox.parametrize("version", list(TORCHES))
+def torch(session: nox.Session, version: str) -> None:
+    """Run the core's tests on the oldest and the newest torch."""
+    session.install("-e", MEMBERS["lowbit-core"], "--group", "test-lowbit-core", *TORCHES[version])
+    session.run("pytest", MEMBERS["lowbit-core"], *session.posargs)
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """Run the tests that span members, the slow ones too."""
+    sync(session)
+    session.run("pytest", "integration_tests", "-m", "not gpu", *session.posargs)
+
+
+@nox.session
+@nox.parametrize("member", list(MEMBERS))
+def wheels(session: nox.Session, member: str) -> None:
+    """Build every wheel, install one member's with its siblings' at hand, import it and run its smoke test."""
+    dist = Path(session.create_tmp()) / "dist"
+    for each in MEMBERS:
+        session.run_install("uv", "build", "--quiet", "--wheel", "--package", each, "--out-dir", f"{dist}")
+    (wheel,) = dist.glob(f"{member.replace('-', '_')}-*.whl")
+    session.install(wheel, "--find-links", dist, "--reinstall")
+    (package,) = (MEMBERS[member] / "src").iterdir()
+    session.run("python", "-c", f"import {package.name}")
+    session.run(*SMOKE[member])
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Execute every code block in the README and docs."""
+    sync(session)
+    session.run("pytest", "integration_tests/test_docs.py", *session.posargs)

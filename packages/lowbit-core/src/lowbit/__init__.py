@@ -1,0 +1,47 @@
+"""lowbit: low-bit numbers for PyTorch. Formats, tensors, operators, recipes and the registry that backends join.
+
+`import lowbit` needs torch and safetensors only; backends are found when one is first needed.
+"""
+
+from lowbit.activation import Activation
+from lowbit.apply import dequantize_, quantize_
+from lowbit.backends import explain, select
+from lowbit.bind import Bindings, bind, unbind
+from lowbit.element import ELEMENTS, Element, element
+from lowbit.errors import (
+    BackendError,
+    CheckpointError,
+    FormatError,
+    LowbitError,
+    NoKernelError,
+    NotPortableError,
+    RecipeError,
+    UnsupportedOpError,
+)
+from lowbit.format import (
+    FORMATS,
+    FP8_128x128,
+    FP8_1x128,
+    FP8_ROW,
+    FP8_TENSOR,
+    INT4_G128,
+    INT4_G32,
+    INT8_ROW,
+    INT8_ROW_ASYM,
+    INT8_TENSOR,
+    INT8_TENSOR_ASYM,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP6_E3M2,
+    MXFP8,
+    MXFP8_E5M2,
+    MXINT8,
+    NVFP4,
+    UINT4_G128,
+    WHOLE,
+    Format,
+)
+from lowbit.numerics import Scales, choose_scale
+from lowbit.plan import Plan, plan
+from lowbit.recipe import Recipe, Rule
+from lowbit.tensor import QuantizedTensor, quantize

@@ -1,0 +1,54 @@
+"""How a linear layer rounds its input before it multiplies: a format, and where the scales come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lowbit.errors import FormatError
+from lowbit.format import WHOLE, Format
+
+Scaling = Literal["dynamic", "static", "local"]
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """Input quantization of a use site; the input's last dimension is the contraction.
+
+    `dynamic`: every scale is chosen from the input at run time. `static`: one scale (and zero point) for all inputs,
+    stored with the weight as `act_scale` and `act_zero`. `local`: block scales at run time under a stored tensor scale,
+    kept as `act_scale` (NVFP4). The spec string is `scaling:format`, such as `dynamic:int8:1x*:float32`.
+
+    Raises:
+        FormatError: static scaling of a format with more than one scale a tensor, or local scaling without tensor scale.
+    """
+
+    format: Format
+    scaling: Scaling = "dynamic"
+
+    def __post_init__(self) -> None:
+        """Check that the scaling fits the format."""
+        if self.scaling == "static" and self.format.block != (WHOLE, WHOLE):
+            msg = f"static activations have one scale a tensor (block *x*), not {self.format}; use dynamic scaling"
+            raise FormatError(msg)
+        if self.scaling == "local" and not self.format.tensor_scale:
+            msg = f"local scaling stores a tensor scale, which {self.format} does not have; use dynamic scaling"
+            raise FormatError(msg)
+
+    def __str__(self) -> str:
+        """The spec string."""
+        return f"{self.scaling}:{self.format}"
+
+    @staticmethod
+    def parse(spec: str) -> Activation:
+        """The activation that `spec` stands for; `parse(str(a)) == a`.
+
+        Raises:
+            FormatError: the spec does not follow the grammar.
+        """
+        scaling, _, fmt = spec.partition(":")
+        for known in get_args(Scaling):
+            if scaling == known:
+                return Activation(Format.parse(fmt), known)
+        msg = f"activation {spec!r} must be 'dynamic:', 'static:' or 'local:' and a format"
+        raise FormatError(msg)

@@ -1,0 +1,298 @@
+"""Which kernel runs a call: backends found by entry point, every refusal kept with its reason.
+
+A backend is an object named by the entry-point group `lowbit.backends`; it lists `Kernel` rows. `select` asks each row
+whether it takes a `Call` and picks the willing one of highest priority; `explain` tells the whole story. The environment
+variable `LOWBIT_BACKENDS=x86,reference` is an allow-list and an order: the first backend with a willing kernel wins.
+A backend that cannot be loaded is a refusal that carries its exception, warned about once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from lowbit.activation import Activation
+from lowbit.errors import BackendError, NoKernelError
+from lowbit.format import Format
+
+if TYPE_CHECKING:
+    from lowbit.tensor import Layout, QuantizedTensor
+
+GROUP = "lowbit.backends"
+VARIABLE = "LOWBIT_BACKENDS"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What is known of a call before it runs; never the number of tokens, so one choice serves every batch."""
+
+    # quantize, dequantize, linear, scaled_mm, grouped_mm or embedding.
+    op: str
+    # Format of the weight (of the result, for quantize).
+    format: Format
+    activation: Activation | None
+    # Device type: "cpu", "cuda".
+    device: str
+    x_dtype: torch.dtype
+    # Weight rows and columns where there is a weight.
+    n: int | None = None
+    k: int | None = None
+
+    def __str__(self) -> str:
+        """The call in a line."""
+        shape = "" if self.n is None else f" n={self.n} k={self.k}"
+        activation = "" if self.activation is None else f" x {self.activation}"
+        return f"{self.op} {self.format}{activation} on {self.device}, {self.x_dtype}{shape}"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a kernel, or a whole backend, does not take a call."""
+
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        """The refusal in a line."""
+        return f"{self.kernel}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a packed weight was before it was packed."""
+
+    layout: Layout
+    # Inner tensors that were present.
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One way to run one op on one device type."""
+
+    # Unique; by convention `backend.op` or `backend.op_variant`.
+    name: str
+    op: str
+    # "cpu", "cuda", or "any".
+    device: str
+    # Higher wins; the reference is 0.
+    priority: int
+    # Without `pack`: the op's own arguments. With it: (x, parts, description, bias), parts being what `pack` returned.
+    run: Callable[..., Any]
+    # None where the call is taken, otherwise the reason, as "needs ...; this is ...".
+    refuses: Callable[[Call], str | None]
+    # Lays a weight out for this kernel; `unpack` restores its inner tensors bit for bit. Only `bind` uses these kernels.
+    pack: Callable[[QuantizedTensor], tuple[Tensor, ...]] | None = None
+    unpack: Callable[[tuple[Tensor, ...], Description], dict[str, Tensor]] | None = None
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What an entry point of the group `lowbit.backends` resolves to."""
+
+    name: str
+
+    def probe(self) -> str | None:
+        """None if this machine can run the backend, otherwise the reason it cannot."""
+        ...
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every kernel, also those this machine refuses."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The chosen kernel and what refused before it."""
+
+    call: Call
+    kernel: Kernel
+    refusals: tuple[Refusal, ...]
+
+
+@dataclass
+class Loaded:
+    """An installed backend: the object, or the reason there is none to ask."""
+
+    name: str
+    distribution: str
+    backend: Backend | None
+    # Why it cannot be used at all; None if it can.
+    problem: str | None
+    kernels: tuple[Kernel, ...] = field(default=())
+
+
+class _Registry:
+    """Installed backends, loaded at first use, and the choices made so far."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._loaded: dict[str, Loaded] | None = None
+        self._choices: dict[tuple[Any, ...], Selection] = {}
+
+    def installed(self) -> dict[str, Loaded]:
+        with self._lock:
+            if self._loaded is None:
+                loaded = {point.name: _load(point) for point in _discover()}
+                _check_kernel_names(loaded)
+                self._loaded = loaded
+            return self._loaded
+
+    def choose(self, call: Call, prefer: tuple[str, ...], *, bound: bool) -> Selection:
+        key = (call, prefer, bound, os.environ.get(VARIABLE))
+        choice = self._choices.get(key)
+        if choice is None:
+            choice = self._choices[key] = _choose(self.installed(), call, prefer, bound=bound)
+        return choice
+
+    def forget(self) -> None:
+        with self._lock:
+            self._loaded = None
+            self._choices.clear()
+
+
+_REGISTRY = _Registry()
+
+
+def installed() -> dict[str, Loaded]:
+    """Every installed backend by name, broken ones with their problem.
+
+    Raises:
+        BackendError: two distributions claim one backend name, or two kernels one kernel name.
+    """
+    return dict(_REGISTRY.installed())
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel of that name.
+
+    Raises:
+        NoKernelError: no installed backend has it.
+    """
+    for entry in _REGISTRY.installed().values():
+        for candidate in entry.kernels:
+            if candidate.name == name:
+                return candidate
+    msg = f"no installed backend has the kernel {name!r}; installed are {', '.join(_REGISTRY.installed())}"
+    raise NoKernelError(msg)
+
+
+def forget() -> None:
+    """Discover backends anew at the next use; for tests that install some."""
+    _REGISTRY.forget()
+
+
+def select(call: Call, *, prefer: Sequence[str] = (), bound: bool = True) -> Selection:
+    """The kernel that runs `call`, of highest priority among those that take it; cached.
+
+    `prefer` names the only backends that will do. `bound=False` leaves out kernels that need their weight packed first.
+
+    Raises:
+        NoKernelError: none takes it; the message lists every refusal.
+        BackendError: `prefer` or LOWBIT_BACKENDS names a backend that is not installed, or names clash.
+    """
+    return _REGISTRY.choose(call, tuple(prefer), bound=bound)
+
+
+def explain(call: Call, *, prefer: Sequence[str] = ()) -> str:
+    """Which kernel would run `call` on this machine, and why each other would not."""
+    try:
+        choice = select(call, prefer=prefer)
+    except NoKernelError as error:
+        return str(error)
+    lines = [f"{call}", f"  runs on {choice.kernel.name} (priority {choice.kernel.priority})"]
+    return "\n".join(lines + [f"  refused by {refusal}" for refusal in choice.refusals])
+
+
+def _discover() -> list[EntryPoint]:
+    points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
+    for first, second in zip(points, points[1:], strict=False):
+        if first.name == second.name:
+            msg = (
+                f"two installed distributions provide the backend {first.name!r}: {_owner(first)} ({first.value}) and "
+                f"{_owner(second)} ({second.value}); uninstall one"
+            )
+            raise BackendError(msg)
+    return points
+
+
+def _owner(point: EntryPoint) -> str:
+    return "an unknown distribution" if point.dist is None else f"{point.dist.name} {point.dist.version}"
+
+
+def _load(point: EntryPoint) -> Loaded:
+    try:
+        backend = point.load()
+        if not isinstance(backend, Backend) or backend.name != point.name:
+            msg = f"{point.value} must have name={point.name!r}, probe() and kernels(); it is {backend!r}"
+            raise BackendError(msg)  # noqa: TRY301 - reported the same way as a failing import
+        kernels = tuple(backend.kernels())
+        return Loaded(point.name, _owner(point), backend, backend.probe(), kernels)
+    except Exception as error:  # noqa: BLE001 - whatever a stranger's import raises is shown, in place of the backend
+        problem = f"failed to load: {type(error).__name__}: {error}"
+        warnings.warn(f"lowbit backend {point.name!r} ({_owner(point)}) {problem}", RuntimeWarning, stacklevel=2)
+        return Loaded(point.name, _owner(point), None, problem)
+
+
+def _check_kernel_names(loaded: dict[str, Loaded]) -> None:
+    owners: dict[str, str] = {}
+    for entry in loaded.values():
+        for kernel in entry.kernels:
+            other = owners.setdefault(kernel.name, entry.name)
+            if other != entry.name or sum(k.name == kernel.name for k in entry.kernels) > 1:
+                msg = f"the kernel name {kernel.name!r} is used twice, by backends {other!r} and {entry.name!r}; rename one"
+                raise BackendError(msg)
+
+
+def _allowed(loaded: dict[str, Loaded], prefer: tuple[str, ...]) -> tuple[list[str], bool]:
+    """Names of the backends to ask, and whether their order decides."""
+    listed = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    for source, names in ((VARIABLE, listed), ("prefer", prefer)):
+        for name in names:
+            if name not in loaded:
+                msg = f"{source} names the backend {name!r}, which is not installed; installed are {', '.join(loaded)}"
+                raise BackendError(msg)
+    names = [name for name in listed or loaded if not prefer or name in prefer]
+    return names, bool(listed)
+
+
+def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], *, bound: bool) -> Selection:
+    names, ordered = _allowed(loaded, prefer)
+    refusals: list[Refusal] = []
+    willing: list[tuple[tuple[int, int], Kernel]] = []
+    for position, name in enumerate(names):
+        entry = loaded[name]
+        if entry.problem is not None:
+            refusals.append(Refusal(name, entry.problem))
+            continue
+        for kernel in (k for k in entry.kernels if k.op == call.op):
+            reason = _refusal(kernel, call, bound=bound)
+            if reason is None:
+                willing.append(((-position if ordered else 0, kernel.priority), kernel))
+            else:
+                refusals.append(Refusal(kernel.name, reason))
+    if not willing:
+        told = "\n".join(f"  {refusal}" for refusal in refusals) or "  no backend has a kernel for this op"
+        msg = f"no kernel of {', '.join(names) or 'no backend'} takes {call}:\n{told}\nRun `lowbit doctor` for what is installed."
+        raise NoKernelError(msg)
+    willing.sort(key=lambda pair: pair[0], reverse=True)
+    chosen = willing[0][1]
+    passed = [Refusal(k.name, f"priority {k.priority} is below that of {chosen.name}") for _, k in willing[1:]]
+    return Selection(call, chosen, (*refusals, *passed))
+
+
+def _refusal(kernel: Kernel, call: Call, *, bound: bool) -> str | None:
+    if kernel.device not in {"any", call.device}:
+        return f"needs a {kernel.device} tensor; this one is on {call.device}"
+    if kernel.pack is not None and not bound:
+        return "needs its weight packed; call lowbit.bind(model)"
+    return kernel.refuses(call)

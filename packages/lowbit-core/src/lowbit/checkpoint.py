@@ -1,0 +1,172 @@
+"""lowbit's own file form: a safetensors file whose header says how its plain tensors make up quantized ones.
+
+Every inner tensor of parameter `a.b` is stored plainly as `a.b.qdata`, `a.b.scale`, ...; the header's metadata entry
+`lowbit` is JSON of the shape
+
+    {"version": 1, "tensors": {"a.b": {"format": spec, "activation": spec or null, "permutation": [..], "tail": 0,
+     "dtype": "bfloat16", "parts": ["qdata", "scale"]}}, "tied": {"c.d": "a.b"}}
+
+No Python class name is stored, and a file of a newer schema is refused with the version that reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lowbit.activation import Activation
+from lowbit.errors import CheckpointError, LowbitError
+from lowbit.format import Format
+from lowbit.numerics import check_scales, data_shape
+from lowbit.packed import PackedTensor
+from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema
+
+_KEY = "lowbit"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
+
+def save(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write a model's state, or named tensors, to one safetensors file that appears whole or not at all.
+
+    Tensors that are one object are stored once; weights packed by `bind` are stored unpacked.
+
+    Raises:
+        CheckpointError: two names would be stored under one key, or the file cannot be written.
+    """
+    tensors = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
+    stored: dict[str, Tensor] = {}
+    described: dict[str, Any] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if first.setdefault(id(tensor), name) != name:
+            tied[name] = first[id(tensor)]
+            continue
+        whole = tensor.unpack() if isinstance(tensor, PackedTensor) else tensor.detach()
+        if isinstance(whole, QuantizedTensor):
+            described[name] = _describe(whole)
+            parts = {f"{name}.{part}": value for part, value in whole.inner_tensors().items()}
+        else:
+            parts = {name: whole}
+        for key, value in parts.items():
+            if key in stored:
+                msg = f"two tensors would be stored as {key!r}; rename one of them"
+                raise CheckpointError(msg)
+            # Views of one storage and odd strides are written as what they read as.
+            stored[key] = value.contiguous().clone()
+    header = {_KEY: json.dumps({"version": SCHEMA_VERSION, "tensors": described, "tied": tied}), "format": "pt"}
+    _write(stored, Path(path), header)
+
+
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """The named tensors that `save` wrote, quantized ones as QuantizedTensor, tied names as one object.
+
+    Raises:
+        CheckpointError: the file is damaged, is not lowbit's, or has a newer schema (the message names the version).
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            metadata = file.metadata() or {}
+            plain = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        msg = f"{path} cannot be read as a safetensors file: {error}"
+        raise CheckpointError(msg) from error
+    if _KEY not in metadata:
+        msg = f"{path} has no {_KEY!r} entry in its header; it was not written by lowbit.save (lowbit_hf.load reads others)"
+        raise CheckpointError(msg)
+    try:
+        return _assemble(plain, json.loads(metadata[_KEY]))
+    except (LowbitError, KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        msg = f"{path} describes its tensors wrongly: {type(error).__name__}: {error}"
+        raise CheckpointError(msg) from error
+
+
+def load_into(model: nn.Module, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> None:
+    """Replace a model's parameters and buffers (it may be on meta) by those of a file from `save`.
+
+    Raises:
+        CheckpointError: as `load`, or names are missing or left over.
+    """
+    tensors = load(path, device=device)
+    wanted = set(model.state_dict(keep_vars=True))
+    if wanted != set(tensors):
+        missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+        msg = f"{path} does not fit the model: it lacks {missing[:5]} ({len(missing)}) and adds {extra[:5]} ({len(extra)})"
+        raise CheckpointError(msg)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        prefix, _, attribute = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if name in parameters:
+            grad = tensor.is_floating_point() and not isinstance(tensor, QuantizedTensor)
+            if id(tensor) not in made:
+                made[id(tensor)] = nn.Parameter(tensor, requires_grad=grad)
+            setattr(module, attribute, made[id(tensor)])
+        else:
+            setattr(module, attribute, tensor)
+
+
+def _describe(tensor: QuantizedTensor) -> dict[str, Any]:
+    layout = tensor.storage_layout
+    return {
+        "format": layout.format,
+        "activation": layout.activation,
+        "permutation": list(layout.permutation),
+        "tail": layout.tail,
+        "dtype": str(layout.dtype).removeprefix("torch."),
+        "parts": list(tensor.inner_tensors()),
+    }
+
+
+def _assemble(plain: dict[str, Tensor], header: dict[str, Any]) -> dict[str, Tensor]:
+    check_schema(header["version"])
+    whole: dict[str, Tensor] = {}
+    for name, entry in header["tensors"].items():
+        parts = {part: plain.pop(f"{name}.{part}") for part in entry["parts"]}
+        whole[name] = _restore(name, entry, parts)
+    whole |= plain
+    whole |= {name: whole[other] for name, other in header["tied"].items()}
+    return whole
+
+
+def _restore(name: str, entry: dict[str, Any], parts: dict[str, Tensor]) -> QuantizedTensor:
+    """A QuantizedTensor from a file, after checking that its parts fit: a file is data, not truth."""
+    fmt = Format.parse(entry["format"])
+    activation = None if entry["activation"] is None else str(Activation.parse(entry["activation"]))
+    permutation, tail = tuple(entry["permutation"]), entry["tail"]
+    layout = Layout(str(fmt), activation, permutation, tail, _DTYPES[entry["dtype"]])
+    qdata = parts["qdata"]
+    shape = canonical_shape(qdata, layout)
+    wrong_parts = not set(parts) <= set(INNER) or sorted(permutation) != list(range(qdata.dim()))
+    if wrong_parts or tuple(qdata.shape) != data_shape(shape, fmt) or qdata.dtype != fmt.element.storage:
+        msg = f"tensor {name!r}: data {qdata.dtype} {tuple(qdata.shape)} does not fit {fmt} with tail {tail}"
+        raise CheckpointError(msg)
+    tensor = QuantizedTensor(parts, layout)
+    check_scales(tensor.scales, fmt, shape)
+    return tensor
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        try:
+            save_file(tensors, name, metadata)
+            Path(name).replace(path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        msg = f"{path} cannot be written: {error}"
+        raise CheckpointError(msg) from error

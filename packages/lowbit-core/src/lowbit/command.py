@@ -1,0 +1,55 @@
+"""The `lowbit` command: finds its subcommands by the entry-point group `lowbit.commands` and turns errors into exit codes.
+
+Exit codes: 0 done, 1 the job found a problem, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import EntryPoint, entry_points
+
+from lowbit.errors import BackendError, LowbitError
+
+GROUP = "lowbit.commands"
+DONE, PROBLEM, WRONG_USE = 0, 1, 2
+_INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `lowbit SUBCOMMAND ...` and return its exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    commands = _commands()
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        sys.stdout.write(_usage(commands))
+        return DONE if arguments else WRONG_USE
+    name, *rest = arguments
+    if name not in commands:
+        hint = "" if "quantize" in commands else " (checkpoints need: pip install lowbit-hf)"
+        sys.stderr.write(f"lowbit: there is no command {name!r}{hint}; the commands are {', '.join(commands)}\n")
+        return WRONG_USE
+    try:
+        return commands[name].load()(rest)
+    except LowbitError as error:
+        sys.stderr.write(f"lowbit {name}: {error}\n")
+        return PROBLEM
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\nlowbit {name}: interrupted\n")
+        return _INTERRUPTED
+
+
+def _commands() -> dict[str, EntryPoint]:
+    found: dict[str, EntryPoint] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        if point.name in found:
+            msg = f"two distributions provide `lowbit {point.name}`: {found[point.name].value} and {point.value}"
+            raise BackendError(msg)
+        found[point.name] = point
+    return found
+
+
+def _usage(commands: dict[str, EntryPoint]) -> str:
+    lines = ["usage: lowbit COMMAND [ARGUMENTS]", "", "commands:"]
+    for name, point in commands.items():
+        about = (point.load().__doc__ or "").strip().splitlines()
+        lines.append(f"  {name:<10} {about[0] if about else ''}")
+    return "\n".join([*lines, "", "lowbit COMMAND --help tells more about each.", ""])

@@ -1,0 +1,139 @@
+"""`lowbit doctor`: what is installed, which kernel each op would use on this machine, and why not another."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, distributions, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit.activation import Activation
+from lowbit.backends import Call, installed, select
+from lowbit.command import DONE, PROBLEM
+from lowbit.errors import NoKernelError
+from lowbit.format import FORMATS, Format
+
+# Distributions of lowbit that exist, and what each one adds.
+_DISTRIBUTIONS = {
+    "lowbit-core": "formats, tensors, operators",
+    "lowbit-hf": "Hugging Face checkpoints: lowbit quantize, eval, diff, ...",
+}
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
+_SHAPE = (4096, 4096)
+
+
+def main(argv: list[str]) -> int:
+    """Show what is installed, which kernel runs what on this machine, and what is missing."""
+    parser = argparse.ArgumentParser(
+        "lowbit doctor", description=main.__doc__, epilog="example: lowbit doctor --format MXFP8 --json"
+    )
+    parser.add_argument("--format", action="append", metavar="F", help="only these formats (a name or a spec string)")
+    parser.add_argument("--device", help="device type to look at; default: cuda if there is one, otherwise cpu")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    formats = {name: Format.parse(name) for name in options.format or FORMATS}
+    report = examine(formats, device)
+    sys.stdout.write((json.dumps(report, indent=2) if options.json else _render(report)) + "\n")
+    return PROBLEM if report["problems"] else DONE
+
+
+def examine(formats: dict[str, Format], device: str) -> dict[str, Any]:
+    """Everything doctor tells, as plain values."""
+    backends = {
+        name: {
+            "distribution": entry.distribution,
+            "problem": entry.problem,
+            "kernels": [kernel.name for kernel in entry.kernels],
+        }
+        for name, entry in installed().items()
+    }
+    packages = {name: _version(name) for name in _DISTRIBUTIONS}
+    found = {d.name for d in distributions() if d.name and d.name.startswith("lowbit")}
+    packages |= {name: version(name) for name in sorted(found - set(packages))}
+    return {
+        "machine": _machine(),
+        "packages": packages,
+        "missing": {name: f"pip install {name}" for name, found in packages.items() if found is None},
+        "backends": backends,
+        "device": device,
+        "kernels": [row for name, fmt in formats.items() for row in _kernels(name, fmt, device)],
+        "problems": [f"backend {name}: {entry['problem']}" for name, entry in backends.items() if entry["problem"]],
+    }
+
+
+def _kernels(name: str, fmt: Format, device: str) -> list[dict[str, Any]]:
+    """What each op would run for a weight of `fmt`, weight-only and with the input in the same kind of format."""
+    n, k = _SHAPE
+    uses: list[tuple[str, Activation | None]] = [(op, None) for op in ("quantize", "dequantize", "linear", "embedding")]
+    uses += [("grouped_mm", None)]
+    if fmt.block[0] <= 1:
+        uses += [(op, Activation(fmt)) for op in ("linear", "scaled_mm")]
+    rows: list[dict[str, Any]] = []
+    for op, activation in uses:
+        call = Call(op, fmt, activation, device, torch.bfloat16, n, k)
+        row: dict[str, Any] = {"format": name, "op": op, "activation": None if activation is None else str(activation)}
+        try:
+            choice = select(call)
+            row |= {"kernel": choice.kernel.name, "refusals": [str(r) for r in choice.refusals]}
+        except NoKernelError as error:
+            row |= {"kernel": None, "refusals": str(error).splitlines()[1:]}
+        rows.append(row)
+    return rows
+
+
+def _machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    flags: set[str] = set()
+    if info.exists():
+        line = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "")
+        flags = set(line.split())
+    gpus = [
+        f"{torch.cuda.get_device_name(i)} (sm_{''.join(map(str, torch.cuda.get_device_capability(i)))})"
+        for i in range(torch.cuda.device_count())
+    ]
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": [flag for flag in _CPU_FLAGS if flag in flags],
+        "gpu": gpus,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _render(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    lines = [
+        f"machine   Python {machine['python']}, torch {machine['torch']}, {machine['system']}",
+        f"          CPU: {' '.join(machine['cpu']) or 'no vector extension lowbit asks for'}",
+        f"          GPU: {', '.join(machine['gpu']) or 'none that torch can use'}",
+        "packages",
+    ]
+    for name, found in report["packages"].items():
+        hint = f"not installed; {_DISTRIBUTIONS[name]}: {report['missing'][name]}" if found is None else found
+        lines.append(f"  {name:<22} {hint}")
+    lines.append("backends")
+    for name, entry in report["backends"].items():
+        state = entry["problem"] or f"ready, {len(entry['kernels'])} kernels"
+        lines.append(f"  {name:<22} {entry['distribution']}: {state}")
+    lines.append(f"kernels on {report['device']} (bf16 input, weight {_SHAPE[0]} x {_SHAPE[1]})")
+    grouped: dict[tuple[Any, ...], list[str]] = {}
+    for row in report["kernels"]:
+        label = row["op"] + (" (input rounded too)" if row["activation"] else "")
+        grouped.setdefault((row["kernel"], label, tuple(row["refusals"])), []).append(row["format"])
+    for (kernel, label, refusals), names in grouped.items():
+        lines.append(f"  {label}: {kernel or 'no kernel'}  [{' '.join(names)}]")
+        lines += [f"      not {refusal.strip()}" for refusal in refusals]
+    return "\n".join(lines + [f"problem: {problem}" for problem in report["problems"]])

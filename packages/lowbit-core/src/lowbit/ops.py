@@ -1,0 +1,165 @@
+"""The neutral operators `lowbit::*`: schemas, shapes for tracing, and the way to a kernel.
+
+Formats cross these schemas as spec strings. Each op runs the kernel that `lowbit.backends` selects for canonical
+(unpacked) weights; the plain-PyTorch reference takes every call that is legal, so an op never lacks a kernel.
+torch.library lets one owner register an op on a device, so backends do not override these: they add `Kernel` rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.activation import Activation
+from lowbit.backends import Call, select
+from lowbit.format import Format
+from lowbit.numerics import data_shape
+
+_LIBRARY = torch.library.Library("lowbit", "DEF")
+_WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale"
+_USE = "Tensor? act_scale, Tensor? act_zero, Tensor? pre_scale"
+_SCHEMAS = {
+    # -> data, scale[, zero][, tensor_scale]; given parts come back as copies.
+    "quantize": "(Tensor x, Tensor? scale, Tensor? zero, Tensor? tensor_scale, str format, str mode, str rounding, int seed) -> Tensor[]",
+    "dequantize": f"({_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
+    # x (.., K), weight (N, K) -> (.., N)
+    "linear": f"(Tensor x, {_WEIGHT}, {_USE}, Tensor? bias, str format, str activation) -> Tensor",
+    # a (M, K), b (N, K), both quantized -> a @ b.T (M, N)
+    "scaled_mm": (
+        "(Tensor a_qdata, Tensor a_scale, Tensor? a_zero, Tensor? a_tensor_scale, Tensor b_qdata, Tensor b_scale, "
+        "Tensor? b_zero, Tensor? b_tensor_scale, Tensor? bias, str a_format, str b_format, SymInt k, ScalarType dtype) -> Tensor"
+    ),
+    # x (M, K), offs (E,) int32 ends of each expert's rows, weight (E, N, K) -> (M, N)
+    "grouped_mm": f"(Tensor x, Tensor offs, {_WEIGHT}, {_USE}, str format, str activation) -> Tensor",
+    # ids (..), weight (V, D) -> (.., D)
+    "embedding": f"(Tensor ids, {_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
+}
+
+
+def _quantize(x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, *options: Any) -> list[Tensor]:
+    kernel = select(Call("quantize", Format.parse(fmt), None, x.device.type, x.dtype, k=x.shape[-1]), bound=False).kernel
+    return kernel.run(x, scale, zero, tensor_scale, fmt, *options)
+
+
+def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
+    kernel = select(Call("dequantize", Format.parse(fmt), None, qdata.device.type, dtype, k=k), bound=False).kernel
+    return kernel.run(qdata, scale, zero, tensor_scale, fmt, k, dtype)
+
+
+def _linear(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+    call = _use_call("linear", x, qdata, *rest[-2:])
+    return select(call, bound=False).kernel.run(x, qdata, *rest)
+
+
+def _grouped_mm(x: Tensor, offs: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+    call = _use_call("grouped_mm", x, qdata, *rest[-2:])
+    return select(call, bound=False).kernel.run(x, offs, qdata, *rest)
+
+
+def _scaled_mm(a_qdata: Tensor, *rest: Any) -> Tensor:
+    b_qdata, (a_format, b_format, k, dtype) = rest[3], rest[-4:]
+    activation = Activation(Format.parse(a_format))
+    call = Call("scaled_mm", Format.parse(b_format), activation, a_qdata.device.type, dtype, b_qdata.shape[0], k)
+    return select(call, bound=False).kernel.run(a_qdata, *rest)
+
+
+def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+    fmt, k, dtype = rest[-3:]
+    call = Call("embedding", Format.parse(fmt), None, qdata.device.type, dtype, qdata.shape[0], k)
+    return select(call, bound=False).kernel.run(ids, qdata, *rest)
+
+
+def _use_call(op: str, x: Tensor, qdata: Tensor, fmt: str, activation: str) -> Call:
+    parsed = Activation.parse(activation) if activation else None
+    return Call(op, Format.parse(fmt), parsed, x.device.type, x.dtype, qdata.shape[-2], x.shape[-1])
+
+
+def _quantize_fake(
+    x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int
+) -> list[Tensor]:
+    del scale, mode, rounding, seed
+    parsed = Format.parse(fmt)
+    shape, natural = tuple(x.shape), parsed.scale_shape(tuple(x.shape))
+    parts = [
+        x.new_empty(data_shape(shape, parsed), dtype=parsed.element.storage),
+        x.new_empty(natural, dtype=parsed.scale.storage),
+    ]
+    if parsed.zero is not None:
+        parts.append(x.new_empty(natural, dtype=parsed.zero.code_dtype))
+    if parsed.tensor_scale:
+        whole = (*shape[:-2], *(1,) * min(len(shape), 2))
+        parts.append(x.new_empty(whole if tensor_scale is None else tensor_scale.shape, dtype=torch.float32))
+    return parts
+
+
+def _dequantize_fake(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
+    del scale, zero, tensor_scale, fmt
+    return qdata.new_empty((*qdata.shape[:-1], k), dtype=dtype)
+
+
+def _linear_fake(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+    del rest
+    return x.new_empty((*x.shape[:-1], qdata.shape[0]))
+
+
+def _grouped_mm_fake(x: Tensor, offs: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+    del offs, rest
+    return x.new_empty((x.shape[0], qdata.shape[1]))
+
+
+def _scaled_mm_fake(a_qdata: Tensor, *rest: Any) -> Tensor:
+    return a_qdata.new_empty((a_qdata.shape[0], rest[3].shape[0]), dtype=rest[-1])
+
+
+def _embedding_fake(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+    return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
+
+
+def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qdata, scale, zero, tensor_scale, _, _, pre_scale, bias, fmt, _ = inputs
+    del output
+    ctx.save_for_backward(qdata, scale, zero, tensor_scale, pre_scale)
+    ctx.shape, ctx.format, ctx.dtype, ctx.bias = x.shape, fmt, x.dtype, bias is not None
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Gradient to the input (through rounding as if it were the identity) and to the bias; codes have none."""
+    qdata, scale, zero, tensor_scale, pre_scale = ctx.saved_tensors
+    weight = torch.ops.lowbit.dequantize(qdata, scale, zero, tensor_scale, ctx.format, ctx.shape[-1], ctx.dtype)
+    to_x = grad @ weight
+    if pre_scale is not None:
+        to_x = to_x * pre_scale.to(to_x.dtype)
+    to_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
+    return (to_x, *(None,) * 7, to_bias, None, None)
+
+
+def _grouped_mm_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offs, qdata, scale, zero, tensor_scale, _, _, pre_scale, fmt, _ = inputs
+    del output
+    ctx.save_for_backward(offs, qdata, scale, zero, tensor_scale, pre_scale)
+    ctx.k, ctx.format = x.shape[-1], fmt
+
+
+def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """As for linear, expert by expert."""
+    offs, qdata, scale, zero, tensor_scale, pre_scale = ctx.saved_tensors
+    weight = torch.ops.lowbit.dequantize(qdata, scale, zero, tensor_scale, ctx.format, ctx.k, grad.dtype)
+    to_x, start = grad.new_zeros(grad.shape[0], ctx.k), 0
+    for expert, end in zip(weight, offs.tolist(), strict=True):
+        to_x[start:end] = grad[start:end] @ expert
+        start = end
+    if pre_scale is not None:
+        to_x = to_x * pre_scale.to(to_x.dtype)
+    return (to_x, *(None,) * 10)
+
+
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema)
+    _LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowbit::{_name}", globals()[f"_{_name}_fake"], lib=_LIBRARY)
+for _name in ("linear", "grouped_mm"):
+    torch.library.register_autograd(
+        f"lowbit::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_context"], lib=_LIBRARY
+    )

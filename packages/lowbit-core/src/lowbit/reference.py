@@ -1,0 +1,312 @@
+"""The reference backend: every op in plain PyTorch, on any device, and the oracle that other backends are held to.
+
+Weight-only ops multiply dequantized weights in the input's dtype. With a quantized input, integer codes under scales that
+do not vary along K multiply exactly in integers and are scaled once; every other pair multiplies in float32.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowbit.activation import Activation
+from lowbit.backends import Call, Description, Kernel
+from lowbit.element import Element
+from lowbit.errors import FormatError
+from lowbit.format import WHOLE, Format
+from lowbit.numerics import Scales, choose_scale, data_shape, decode, encode, total_scale
+from lowbit.packing import unpack
+
+if TYPE_CHECKING:
+    from lowbit.tensor import QuantizedTensor
+
+# Integers up to here are exact in float32.
+_EXACT = 2**24
+
+
+class Matrix:
+    """A quantized matrix (rows, K): packed codes, scales, format, and its row sums once they are known."""
+
+    def __init__(self, qdata: Tensor, scales: Scales, fmt: Format, k: int, row_sum: Tensor | None = None) -> None:
+        """Wrap canonical parts; `row_sum` (rows, 1) int64, if it was computed before.
+
+        Raises:
+            FormatError: the data does not hold k codes a row.
+        """
+        if tuple(qdata.shape) != data_shape((*qdata.shape[:-1], k), fmt):
+            msg = f"data of shape {tuple(qdata.shape)} does not hold rows of {k} values in {fmt}"
+            raise FormatError(msg)
+        self.qdata, self.scales, self.format, self.k = qdata, scales, fmt, k
+        self._row_sum = row_sum
+
+    @property
+    def integer(self) -> bool:
+        """Whether codes are integers whose scale does not vary along K."""
+        return self.format.element.kind == "int" and self.scales.scale.shape[-1] == 1
+
+    def codes(self) -> Tensor:
+        """Unpacked integer codes (rows, K)."""
+        return unpack(self.qdata, self.format.element, self.k)
+
+    def row_sum(self) -> Tensor:
+        """Int64 (rows, 1) sums of codes."""
+        if self._row_sum is None:
+            self._row_sum = self.codes().sum(-1, keepdim=True, dtype=torch.int64)
+        return self._row_sum
+
+    def values(self) -> Tensor:
+        """Float32 values (rows, K)."""
+        return decode(self.qdata, self.format, self.scales, self.k)
+
+
+def multiply(a: Matrix, b: Matrix, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`a @ b.T + bias` (M, N), rounded once to `dtype`."""
+    if not (a.integer and b.integer):
+        product = a.values() @ b.values().T
+        return (product if bias is None else product + bias.to(torch.float32)).to(dtype)
+    acc = _integer_product(a, b)
+    za, zb = a.scales.zero, b.scales.zero
+    if za is not None:
+        za = za.to(torch.int64)
+        acc -= za * b.row_sum().T
+    if zb is not None:
+        zb = zb.to(torch.int64).T
+        acc -= zb * a.row_sum()
+    if za is not None and zb is not None:
+        acc += a.k * (za * zb)
+    # Float64 holds the integer and both scales, so the only rounding is the last.
+    product = acc.to(torch.float64) * total_scale(a.scales).to(torch.float64) * total_scale(b.scales).T.to(torch.float64)
+    return (product if bias is None else product + bias.to(torch.float64)).to(dtype)
+
+
+def quantize_input(x: Tensor, activation: Activation, act_scale: Tensor | None, act_zero: Tensor | None) -> Matrix:
+    """Tokens (M, K) rounded as `activation` says.
+
+    Raises:
+        FormatError: static or local scaling without the stored scale it needs.
+    """
+    fmt = activation.format
+    if activation.scaling == "dynamic":
+        scales = choose_scale(x, fmt)
+    elif act_scale is None:
+        msg = f"activation {activation} needs a stored act_scale, but the weight carries none; calibrate it"
+        raise FormatError(msg)
+    elif activation.scaling == "local":
+        scales = choose_scale(x, fmt, tensor_scale=act_scale.to(torch.float32).reshape(1, 1))
+    else:
+        zero = None if act_zero is None else act_zero.reshape(1, 1)
+        scales = Scales(act_scale.to(fmt.scale.storage).reshape(1, 1), zero)
+    return Matrix(encode(x, fmt, scales), scales, fmt, x.shape[-1])
+
+
+def _integer_product(a: Matrix, b: Matrix) -> Tensor:
+    """Exact int64 `a @ b.T` of codes, by float32 products of pieces whose sums cannot round."""
+    left, right = a.codes(), b.codes()
+    terms = _EXACT // (_largest(a.format.element) * _largest(b.format.element))
+    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int64, device=left.device)
+    for k in range(0, a.k, terms):
+        piece = left[:, k : k + terms].to(torch.float32) @ right[:, k : k + terms].to(torch.float32).T
+        total += piece.to(torch.int64)
+    return total
+
+
+def _largest(element: Element) -> int:
+    return int(max(-element.min, element.max))
+
+
+def _quantize(
+    x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, mode: Any, rounding: Any, seed: int
+) -> list[Tensor]:
+    parsed = Format.parse(fmt)
+    if scale is None:
+        scales = choose_scale(x, parsed, mode=mode, tensor_scale=tensor_scale)
+    else:
+        scales = Scales(scale, zero, tensor_scale)
+    data = encode(x, parsed, scales, rounding=rounding, seed=seed)
+    parts = [data]
+    for given, part in ((scale, scales.scale), (zero, scales.zero), (tensor_scale, scales.tensor_scale)):
+        if part is not None:
+            # An op must not return its own input.
+            parts.append(part.clone() if part is given else part)
+    return parts
+
+
+def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
+    return decode(qdata, Format.parse(fmt), Scales(scale, zero, tensor_scale), k, dtype)
+
+
+def _linear(  # noqa: PLR0913, PLR0917 - the op's schema
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    tensor_scale: Tensor | None,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    pre_scale: Tensor | None,
+    bias: Tensor | None,
+    fmt: str,
+    activation: str,
+) -> Tensor:
+    weight = Matrix(qdata, Scales(scale, zero, tensor_scale), Format.parse(fmt), x.shape[-1])
+    return _apply(x, weight, act_scale, act_zero, pre_scale, bias, activation)
+
+
+def _apply(  # noqa: PLR0913, PLR0917 - what a use site carries
+    x: Tensor,
+    weight: Matrix,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    pre_scale: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    if pre_scale is not None:
+        x = x * pre_scale.to(x.dtype)
+    if not activation:
+        values = decode(weight.qdata, weight.format, weight.scales, weight.k, x.dtype)
+        return torch.nn.functional.linear(x, values, bias)
+    out = (*x.shape[:-1], weight.qdata.shape[0])
+    if 0 in out:
+        return x.new_empty(out)
+    tokens = quantize_input(x.reshape(-1, x.shape[-1]), Activation.parse(activation), act_scale, act_zero)
+    return multiply(tokens, weight, bias, x.dtype).view(out)
+
+
+def _scaled_mm(  # noqa: PLR0913, PLR0917 - the op's schema
+    a_qdata: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_qdata: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    a_format: str,
+    b_format: str,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    a = Matrix(a_qdata, Scales(a_scale, a_zero, a_tensor_scale), Format.parse(a_format), k)
+    b = Matrix(b_qdata, Scales(b_scale, b_zero, b_tensor_scale), Format.parse(b_format), k)
+    return multiply(a, b, bias, dtype)
+
+
+def _grouped_mm(  # noqa: PLR0913, PLR0917 - the op's schema
+    x: Tensor,
+    offs: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    tensor_scale: Tensor | None,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    pre_scale: Tensor | None,
+    fmt: str,
+    activation: str,
+) -> Tensor:
+    out = x.new_zeros(x.shape[0], qdata.shape[1])
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        if end > start:
+            scales = Scales(*(None if part is None else part[e] for part in (scale, zero, tensor_scale)))
+            expert = Matrix(qdata[e], scales, Format.parse(fmt), x.shape[-1])
+            out[start:end] = _apply(x[start:end], expert, act_scale, act_zero, pre_scale, None, activation)
+        start = end
+    return out
+
+
+def _embedding(
+    ids: Tensor, qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any
+) -> Tensor:
+    if ids.numel() == 0:
+        return scale.new_empty((*ids.shape, k), dtype=dtype)
+    rows = ids.reshape(-1)
+    parsed = Format.parse(fmt)
+    block, group = parsed.block_for(2)
+    if block > 1:
+        # Each picked row has its block's scale to itself, and the last block of a row may be partial.
+        scale, zero = (None if p is None else p.repeat_interleave(group, 1)[:, :k] for p in (scale, zero))
+        parsed = parsed.with_block(1, 1)
+    parts = [_pick(part, rows if block == 1 else rows // block) if block else part for part in (scale, zero)]
+    if tensor_scale is not None and tensor_scale.shape[0] > 1:
+        tensor_scale = tensor_scale[rows]
+    scales = Scales(parts[0], parts[1], tensor_scale)  # pyright: ignore[reportArgumentType] - scale is present
+    return decode(_pick(qdata, rows), parsed, scales, k, dtype).view(*ids.shape, k)
+
+
+def _pick(part: Tensor | None, rows: Tensor) -> Any:
+    """Rows of `part`, as bytes where fp8 tensors cannot be indexed; index_select refuses the negative, as F.embedding."""
+    if part is None:
+        return None
+    return (part.view(torch.uint8) if part.dtype.itemsize == 1 else part).index_select(0, rows).view(part.dtype)
+
+
+def _refuses_nothing(call: Call) -> str | None:
+    """The reference takes every call."""
+    del call
+
+
+def _refuses_unless_row_sums_help(call: Call) -> str | None:
+    """Packing pays only where the input's zero point needs the weight's row sums."""
+    if call.activation is None or call.activation.format.zero is None:
+        return "needs asymmetric integer activations; there are no row sums to keep otherwise"
+    if call.format.element.kind != "int" or call.format.block[-1] != WHOLE:
+        return f"needs integer weights with scales by row or tensor, not {call.format}"
+    return None
+
+
+def _pack_row_sums(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    matrix = Matrix(weight.qdata, weight.scales, weight.format, weight.canonical_shape[-1])
+    return *weight.inner_tensors().values(), matrix.row_sum()
+
+
+def _unpack_row_sums(parts: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
+    return dict(zip(description.names, parts[:-1], strict=True))
+
+
+def _run_row_sums(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None) -> Tensor:
+    inner, layout = _unpack_row_sums(parts, description), description.layout
+    scales = Scales(inner["scale"], inner.get("zero"), inner.get("tensor_scale"))
+    matrix = Matrix(inner["qdata"], scales, Format.parse(layout.format), x.shape[-1], parts[-1])
+    use = (inner.get("act_scale"), inner.get("act_zero"), inner.get("pre_scale"))
+    return _apply(x, matrix, *use, bias, layout.activation or "")
+
+
+class Reference:
+    """The backend object of the entry point `reference`."""
+
+    name = "reference"
+
+    def probe(self) -> str | None:
+        """Plain PyTorch runs everywhere."""
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """A kernel an op, and one that keeps row sums for asymmetric integer activations."""
+        runs = {
+            "quantize": _quantize,
+            "dequantize": _dequantize,
+            "linear": _linear,
+            "scaled_mm": _scaled_mm,
+            "grouped_mm": _grouped_mm,
+            "embedding": _embedding,
+        }
+        return (
+            *(Kernel(f"reference.{op}", op, "any", 0, run, _refuses_nothing) for op, run in runs.items()),
+            Kernel(
+                "reference.linear_row_sums",
+                "linear",
+                "any",
+                1,
+                _run_row_sums,
+                _refuses_unless_row_sums_help,
+                _pack_row_sums,
+                _unpack_row_sums,
+            ),
+        )
+
+
+backend = Reference()

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in lowbit: quantize, evaluate, compare and load them."""

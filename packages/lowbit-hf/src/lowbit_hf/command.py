@@ -1,0 +1,417 @@
+"""The subcommands that `lowbit-hf` adds to the `lowbit` command; each is a function of its arguments."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import wraps
+from importlib.resources import as_file, files
+from math import isfinite
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+import typer
+
+from lowbit.command import DONE, PROBLEM
+from lowbit.errors import RecipeError
+from lowbit.table import align, fold, size
+from lowbit_hf.hub import find_model
+from lowbit_hf.progress import Meter
+from lowbit_hf.schemes import ALIASES, SCHEMES, Scheme, scheme
+
+# transformers takes seconds to import, so what needs it is imported by the command that runs it.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lowbit_hf.evaluate import Evaluation
+    from lowbit_hf.quantize import Account, Job
+
+_COMPARED = ("W8A8", "W4A16", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16")
+
+Mode = Literal["floor", "ceil", "even", "rceil"]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")]
+To = Annotated[str, typer.Option(metavar="SCHEME", help="scheme of every Linear and expert; see: lowbit schemes")]
+Rules = Annotated[list[str], typer.Option("--rule", metavar="'GLOB=SCHEME'", help="another scheme for these; repeatable")]
+Keep = Annotated[list[str], typer.Option(metavar="GLOB", help="leave these as they are; repeatable, asked first")]
+Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where to compute; default: cuda if there is one")]
+ScaleModes = Annotated[Mode, typer.Option("--scale-mode", help="how MX block scales are rounded to powers of two")]
+Coverage = Annotated[float, typer.Option("--min-coverage", help="fail if a smaller share of all bytes becomes low-bit")]
+Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="keep weights with NaN or infinity unquantized")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Text = Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: 300 kB that lowbit-hf brings")]
+Tokens = Annotated[int | None, typer.Option(metavar="N", min=2, help="use only the text's first N tokens")]
+
+
+def quantize(argv: list[str]) -> int:
+    """Make a checkpoint low-bit, from disk to disk."""
+    return _run(_quantize, argv)
+
+
+def plan(argv: list[str]) -> int:
+    """Show what quantize would do to every tensor, and do nothing."""
+    return _run(_plan, argv)
+
+
+def eval(argv: list[str]) -> int:  # noqa: A001 - the name of the command
+    """Measure perplexity, and the distance from a base model."""
+    return _run(_eval, argv)
+
+
+def compare(argv: list[str]) -> int:
+    """Quantize a model by several schemes and table what each one costs."""
+    return _run(_compare, argv)
+
+
+def inspect(argv: list[str]) -> int:
+    """Show what a checkpoint holds, tensor by tensor."""
+    return _run(_inspect, argv)
+
+
+def diff(argv: list[str]) -> int:
+    """Compare two checkpoints tensor by tensor, straight from disk."""
+    return _run(_diff, argv)
+
+
+def schemes(argv: list[str]) -> int:
+    """List the schemes that --to takes, with their bits per weight."""
+    return _run(_schemes, argv)
+
+
+def _run(command: Callable[..., int], argv: list[str]) -> int:
+    """Run one command; wrong arguments leave with exit code 2 (typer's), LowbitErrors go up to `lowbit`."""
+    name = command.__name__.removeprefix("_")
+
+    @wraps(command)
+    def leave(*args: Any, **kwargs: Any) -> None:
+        raise typer.Exit(command(*args, **kwargs))
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(name, epilog=_EXAMPLES[name])(leave)
+    try:
+        typer.main.get_command(app).main(argv, prog_name=f"lowbit {name}")
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else DONE
+    return DONE
+
+
+def _quantize(
+    model: Model,
+    to: To,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder to make; appears whole or not at all")] = Path(),
+    rule: Rules = [],  # noqa: B006 - typer copies it
+    keep: Keep = [],  # noqa: B006
+    device: Device = None,
+    scale_mode: ScaleModes = "even",
+    min_coverage: Coverage = 0.0,
+    allow_nonfinite: Nonfinite = False,  # noqa: FBT002
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,  # noqa: FBT002
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,  # noqa: FBT002
+    as_json: AsJson = False,  # noqa: FBT002
+) -> int:
+    """Make a checkpoint low-bit, from disk to disk, by rounding to nearest.
+
+    Linear layers and experts get SCHEME; the output head and routers stay. A run that was stopped continues when the same
+    command is given again. The result is in compressed-tensors layout, which transformers and vLLM read.
+    """
+    if out == Path() and not dry_run:
+        raise typer.BadParameter("needed is a folder to write to", param_hint="'-o' / '--out'")
+    job = _job(model, to, rule, keep, _device(device), scale_mode, min_coverage, allow_nonfinite=allow_nonfinite)
+    if dry_run:
+        return _show_plan(job, as_json=as_json)
+    account = _carry_out(job, out, _device(device), overwrite=overwrite)
+    if as_json:
+        _print(json.dumps(_account_json(job, account, out), indent=2))
+        return DONE
+    plan_ = job.plan
+    _print(f"{out}: {account.quantized} of {len(account.tensors)} tensors are low-bit, "
+           f"{plan_.bits_per_weight:.4g} bits per weight; {size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}")
+    _print(_nothing_lost(account))
+    _print(f"next: lowbit eval {out} --against {model}\n      vllm serve {out}")
+    return DONE
+
+
+def _plan(
+    model: Model,
+    to: To,
+    rule: Rules = [],  # noqa: B006 - typer copies it
+    keep: Keep = [],  # noqa: B006
+    device: Device = None,
+    min_coverage: Coverage = 0.0,
+    allow_nonfinite: Nonfinite = False,  # noqa: FBT002
+    as_json: AsJson = False,  # noqa: FBT002
+) -> int:
+    """Show what quantize would do to every tensor: rule, format, bytes, kernel here, or why it is left."""
+    job = _job(model, to, rule, keep, _device(device), "even", min_coverage, allow_nonfinite=allow_nonfinite)
+    return _show_plan(job, as_json=as_json)
+
+
+def _eval(
+    model: Model,
+    text: Text = None,
+    against: Annotated[str | None, typer.Option(metavar="BASE", help="base model to measure the distance from")] = None,
+    device: Device = None,
+    tokens: Tokens = None,
+    as_json: AsJson = False,  # noqa: FBT002
+) -> int:
+    """Measure perplexity on a text; against a base also mean KL divergence and top-1 agreement."""
+    from lowbit_hf.load import load  # noqa: PLC0415
+
+    folder, where = find_model(model), _device(device)
+    base = None if against is None else load(find_model(against), device=where)
+    result = _evaluate(folder, load(folder, device=where), base, text, tokens, model)
+    if as_json:
+        _print(json.dumps({"model": model, "against": against, **asdict(result)}, indent=2))
+        return DONE
+    _print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens")
+    if result.kl is not None and result.top1 is not None:
+        _print(f"against {against}: mean KL {result.kl:.5f} nats a token, top-1 agreement {result.top1:.2%}")
+    return DONE if isfinite(result.perplexity) else PROBLEM
+
+
+def _compare(
+    model: Model,
+    to: Annotated[list[str], typer.Option(metavar="SCHEME", help="a scheme to try; repeatable")] = list(_COMPARED),  # noqa: B006
+    text: Text = None,
+    device: Device = None,
+    tokens: Tokens = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="keep the checkpoints here, one folder a scheme")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace checkpoints that exist there")] = False,  # noqa: FBT002
+    as_json: AsJson = False,  # noqa: FBT002
+) -> int:
+    """Quantize a model by several schemes, evaluate each against the original, and print one table."""
+    from lowbit_hf.load import load  # noqa: PLC0415
+
+    folder, where = find_model(model), _device(device)
+    jobs = [_job(model, name, [], [], where, "even", 0.0, allow_nonfinite=False) for name in to]
+    base = load(folder, device=where)
+    result = _evaluate(folder, base, None, text, tokens, "the original")
+    dtype = str(base.dtype).removeprefix("torch.")
+    rows: list[dict[str, Any]] = [_table_row(dtype, 8.0 * base.dtype.itemsize, jobs[0].checkpoint.nbytes, result)]
+    with TemporaryDirectory(prefix="lowbit-") as scratch:
+        parent = Path(scratch) if out is None else out
+        parent.mkdir(parents=True, exist_ok=True)
+        for name, job in zip(to, jobs, strict=True):
+            target = parent / name.upper()
+            _carry_out(job, target, where, overwrite=overwrite)
+            result = _evaluate(folder, load(target, device=where), base, text, tokens, name.upper())
+            rows.append(_table_row(name.upper(), job.plan.bits_per_weight, job.output_bytes, result))
+    if as_json:
+        _print(json.dumps({"model": model, "results": rows}, indent=2))
+    else:
+        _print("\n".join(align([_table_cells(row) for row in rows])))
+    return DONE
+
+
+def _inspect(model: Model, as_json: AsJson = False) -> int:  # noqa: FBT002
+    """Show what a checkpoint holds: every tensor's shape, format and bytes; alike layers in one line."""
+    from lowbit_hf.difference import Weights  # noqa: PLC0415
+
+    weights = Weights(find_model(model))
+    rows = weights.describe()
+    weights.close()
+    if as_json:
+        _print(json.dumps(rows, indent=2))
+        return DONE
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["shape"], row["stored"]), []).append(row)
+    cells = []
+    for (shape, stored), alike in groups.items():
+        total = sum(row["bytes"] for row in alike) / len(alike)
+        for name, count in fold(row["name"] for row in alike):
+            cells.append({"tensor": name, "shape": "x".join(map(str, shape)), "stored": stored, "size": size(total * count)})
+    _print("\n".join(align(cells)))
+    _print(f"\n{len(rows)} tensors, {size(sum(row['bytes'] for row in rows))}")
+    return DONE
+
+
+def _diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="the original")],
+    b: Annotated[str, typer.Argument(metavar="B", help="what became of it")],
+    as_json: AsJson = False,  # noqa: FBT002
+) -> int:
+    """Compare two checkpoints tensor by tensor, straight from disk: SQNR in dB (20 dB: the error is 10 % of the signal).
+
+    Leaves with 1 if a tensor is in only one of them.
+    """
+    from lowbit_hf.difference import Weights, compare  # noqa: PLC0415
+
+    first, second = find_model(a), find_model(b)
+    weights = Weights(first)
+    weights.close()
+    with Meter("diff", len(weights.names)) as meter:
+        found = compare(first, second, advance=lambda _: meter.advance(1))
+    lost = bool(found.only_a or found.only_b)
+    if as_json:
+        # JSON has no infinity; equal tensors have no noise to measure.
+        rows = [{**asdict(d), "sqnr": d.sqnr if isfinite(d.sqnr) else None} for d in found.differences]
+        _print(json.dumps({"tensors": rows, "only_a": found.only_a, "only_b": found.only_b}, indent=2))
+        return PROBLEM if lost else DONE
+    changed = sorted((d for d in found.differences if d.largest > 0), key=lambda d: d.sqnr)
+    cells = [
+        {
+            "tensor": d.name,
+            "A": d.stored_a,
+            "B": d.stored_b,
+            "SQNR dB": f"{d.sqnr:.2f}",
+            "largest error": f"{d.largest:.3g}",
+        }
+        for d in changed
+    ]
+    _print("\n".join(align(cells)))
+    _print(f"{'' if not cells else chr(10)}{len(changed)} tensors differ, {len(found.differences) - len(changed)} are equal")
+    for side, names in (("A", found.only_a), ("B", found.only_b)):
+        if names:
+            _print(f"only in {side}: {', '.join(name for name, _ in fold(names))}")
+    return PROBLEM if lost else DONE
+
+
+def _schemes(as_json: AsJson = False) -> int:  # noqa: FBT002
+    """List the schemes that --to takes, with bits per weight; schemes of integers in groups also take _G and a size."""
+    rows = [
+        {
+            "scheme": entry.name,
+            "bits per weight": f"{entry.bits_per_weight:.3f}",
+            "weights": str(entry.weight),
+            "inputs": "as they are" if entry.activation is None else str(entry.activation),
+            "file format": entry.file_format,
+            "cannot be written yet": entry.refusal or "",
+        }
+        for entry in SCHEMES.values()
+    ]
+    if as_json:
+        _print(json.dumps(rows, indent=2))
+    else:
+        _print("\n".join(align(rows)))
+        _print("\nother names: " + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()))
+    return DONE
+
+
+def _job(
+    model: str,
+    to: str,
+    rules: list[str],
+    keep: list[str],
+    device: str,
+    mode: Mode,
+    min_coverage: float,
+    *,
+    allow_nonfinite: bool,
+) -> Job:
+    from lowbit_hf.quantize import prepare  # noqa: PLC0415
+
+    wanted = scheme(to)
+    return prepare(
+        find_model(model),
+        wanted,
+        rules=[_parse_rule(rule) for rule in rules],
+        keep=keep,
+        mode=mode,
+        min_coverage=min_coverage,
+        allow_nonfinite=allow_nonfinite,
+        device=device,
+    )
+
+
+def _parse_rule(rule: str) -> tuple[str, Scheme]:
+    pattern, found, name = rule.rpartition("=")
+    if not found or not pattern:
+        msg = f"rule {rule!r} must be GLOB=SCHEME, such as '*.down_proj=W8A16'"
+        raise RecipeError(msg)
+    return pattern, scheme(name)
+
+
+def _carry_out(job: Job, out: Path, device: str, *, overwrite: bool) -> Account:
+    from lowbit_hf.quantize import run  # noqa: PLC0415
+
+    try:
+        with Meter(f"quantize {out.name}", job.checkpoint.nbytes) as meter:
+            command = shlex.join(["lowbit", *sys.argv[1:]])
+            return run(job, out, overwrite=overwrite, device=device, command=command, advance=meter.advance)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\ninterrupted; {out} does not exist yet, and the same command continues where this one stopped")
+        raise
+
+
+def _evaluate(
+    folder: Path,
+    model: PreTrainedModel,
+    base: PreTrainedModel | None,
+    text: Path | None,
+    tokens: int | None,
+    label: str,
+) -> Evaluation:
+    from lowbit_hf.evaluate import evaluate, tokenize  # noqa: PLC0415
+
+    with as_file(files("lowbit_hf") / "data" / "text.txt") as default:
+        ids = tokenize(folder, text or default)[:tokens]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    with Meter(f"evaluate {label}", ids.numel()) as meter:
+        return evaluate(model, ids, context=min(context, 2048), base=base, advance=meter.advance)
+
+
+def _show_plan(job: Job, *, as_json: bool) -> int:
+    _print(job.plan.to_json() if as_json else str(job.plan))
+    return DONE
+
+
+def _account_json(job: Job, account: Account, out: Path) -> dict[str, Any]:
+    totals = {"out": str(out), "bits_per_weight": job.plan.bits_per_weight, "coverage": job.plan.coverage}
+    return {**totals, "bytes_before": job.checkpoint.nbytes, "bytes_after": job.output_bytes, **asdict(account)}
+
+
+def _nothing_lost(account: Account) -> str:
+    kept = len(account.tensors) - account.quantized
+    lines = [
+        f"nothing lost: {account.quantized} tensors quantized, {kept} carried bit for bit, "
+        f"{len(account.files)} other files carried ({', '.join(account.files) or 'none'})"
+    ]
+    if account.unowned:
+        lines.append(f"not part of the model, carried: {', '.join(name for name, _ in fold(account.unowned))}")
+    if account.left_behind:
+        lines.append(f"left behind, the same weights in another form: {', '.join(account.left_behind)}")
+    return "\n".join(lines)
+
+
+def _table_row(name: str, bits: float, stored: int, result: Evaluation) -> dict[str, Any]:
+    return {"scheme": name, "bits_per_weight": bits, "bytes": stored, **asdict(result)}
+
+
+def _table_cells(row: dict[str, Any]) -> dict[str, str]:
+    return {
+        "scheme": row["scheme"],
+        "bits per weight": f"{row['bits_per_weight']:.3f}",
+        "size": size(row["bytes"]),
+        "perplexity": f"{row['perplexity']:.3f}",
+        "KL": "" if row["kl"] is None else f"{row['kl']:.5f}",
+        "top-1": "" if row["top1"] is None else f"{row['top1']:.2%}",
+    }
+
+
+def _device(wanted: str | None) -> str:
+    device = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is neither cpu nor cuda", param_hint="'--device'")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA device on this machine", param_hint="'--device'")
+    return device
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+_EXAMPLES = {
+    "quantize": "example: lowbit quantize ./Qwen3-8B --to W4A16 --rule '*.down_proj=W8A16' -o ./Qwen3-8B-W4A16",
+    "plan": "example: lowbit plan ./Qwen3-8B --to NVFP4A16 --keep '*.layers.0.*'",
+    "eval": "example: lowbit eval ./Qwen3-8B-W4A16 --against ./Qwen3-8B --text notes.txt",
+    "compare": "example: lowbit compare ./Qwen3-8B --to W8A8 --to W4A16 --to MXFP4A16",
+    "inspect": "example: lowbit inspect ./Qwen3-8B-W4A16",
+    "diff": "example: lowbit diff ./Qwen3-8B ./Qwen3-8B-W4A16",
+    "schemes": "example: lowbit schemes --json",
+}

@@ -1,0 +1,130 @@
+"""Comparing two checkpoints tensor by tensor, straight from disk, without running a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import inf, log10
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError
+from lowbit.shards import Checkpoint, TensorEntry
+from lowbit.tensor import QuantizedTensor
+from lowbit_hf.layout import format_from_config
+from lowbit_hf.load import Groups, modules_of, read_weight
+from lowbit_hf.skeleton import read_config
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How one tensor differs between checkpoints A and B."""
+
+    name: str
+    shape: tuple[int, ...]
+    # What each side stores: a dtype or a format spec.
+    stored_a: str
+    stored_b: str
+    # Signal-to-quantization-noise ratio 10 log10(sum a^2 / sum (a - b)^2), in dB; infinite where equal.
+    sqnr: float
+    # Largest |a - b|.
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All tensors of two checkpoints."""
+
+    differences: tuple[Difference, ...]
+    only_a: tuple[str, ...]
+    only_b: tuple[str, ...]
+
+
+class Weights:
+    """The tensors of a checkpoint by plain name, compressed ones put together when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder; close it with `close`."""
+        self.checkpoint = Checkpoint.open(folder)
+        config = read_config(folder) if folder.is_dir() else {}
+        self._groups = Groups.of(config, None)
+        modules = modules_of(self.checkpoint, self._groups)
+        self._compressed = {f"{module}.weight": (module, names) for module, names in modules.items() if module is not None}
+        self._plain = modules[None]
+        self.names = [*self._plain, *self._compressed]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, quantized ones as QuantizedTensor (files hold them as (N, K))."""
+        if name in self._compressed:
+            return read_weight(self.checkpoint, self._groups, *self._compressed[name])
+        return self.checkpoint.read(self.checkpoint.entries[name])
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Name, shape, what is stored, and bytes of every tensor, from headers alone."""
+        entries = self.checkpoint.entries
+        rows = [_row(name, entries[name].shape, str(entries[name].dtype), [entries[name]]) for name in self._plain]
+        for name, (module, parts) in self._compressed.items():
+            group = self._groups.find(module)
+            local = {part.rpartition(".")[2]: entries[part] for part in parts}
+            fmt, activation = format_from_config(group, local["weight_scale"].dtype)
+            stored = str(fmt) if activation is None else f"{fmt} x {activation}"
+            held = local["weight_packed"] if "weight_packed" in local else local["weight"]
+            k = held.shape[1] * held.dtype.itemsize * 8 // fmt.element.bits if "weight_packed" in local else held.shape[1]
+            rows.append(_row(name, (held.shape[0], k), stored, local.values()))
+        return rows
+
+    def close(self) -> None:
+        """Close the files."""
+        self.checkpoint.close()
+
+
+def compare(a: Path, b: Path, *, advance: Callable[[str], None] | None = None) -> Comparison:
+    """Differences of every tensor that both checkpoints have, by name, one tensor in memory at a time.
+
+    Raises:
+        CheckpointError: a folder cannot be read, or a tensor has different shapes in the two.
+    """
+    first, second = Weights(a), Weights(b)
+    try:
+        shared = [name for name in first.names if name in set(second.names)]
+        differences = []
+        for name in shared:
+            differences.append(_difference(name, first.read(name), second.read(name)))
+            if advance is not None:
+                advance(name)
+        only_a = tuple(name for name in first.names if name not in set(second.names))
+        return Comparison(tuple(differences), only_a, tuple(name for name in second.names if name not in set(first.names)))
+    finally:
+        first.close()
+        second.close()
+
+
+def _row(name: str, shape: tuple[int, ...], stored: str, parts: Iterable[TensorEntry]) -> dict[str, Any]:
+    return {"name": name, "shape": shape, "stored": stored.removeprefix("torch."), "bytes": sum(p.nbytes for p in parts)}
+
+
+def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
+    plain_a, plain_b = _plain(a), _plain(b)
+    if plain_a.shape == plain_b.T.shape and plain_a.shape != plain_b.shape:
+        # Conv1D weights stand as (K, N) in plain files and as (N, K) in compressed ones.
+        plain_b = plain_b.T
+    if plain_a.shape != plain_b.shape:
+        msg = f"tensor {name!r} has shape {tuple(a.shape)} in A and {tuple(b.shape)} in B; these are different models"
+        raise CheckpointError(msg)
+    error = plain_a - plain_b
+    noise, signal = float(error.square().sum()), float(plain_a.square().sum())
+    sqnr = inf if noise == 0 else -inf if signal == 0 else 10 * log10(signal / noise)
+    largest = float(error.abs().max()) if error.numel() else 0.0
+    return Difference(name, tuple(a.shape), _stored(a), _stored(b), sqnr, largest)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    plain = tensor.dequantize(torch.float32) if isinstance(tensor, QuantizedTensor) else tensor
+    return plain.to(torch.float64)
+
+
+def _stored(tensor: Tensor) -> str:
+    return str(tensor.format) if isinstance(tensor, QuantizedTensor) else str(tensor.dtype).removeprefix("torch.")

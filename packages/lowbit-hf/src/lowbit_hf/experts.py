@@ -1,0 +1,52 @@
+"""Running transformers' stacked experts through `grouped_mm`, which quantized and packed experts understand.
+
+transformers chooses between several ways to run experts, some of which index or slice the stacked weights; the way that
+is registered here as "lowbit" never does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "lowbit"
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Mixture of experts over tokens (M, K): sort token copies by expert, two grouped products, weigh and add up.
+
+    `self` is a transformers experts module: weights (E, N, K), or (E, K, N) where it says `is_transposed`.
+    """
+    copies = top_k_index.shape[-1]
+    experts = top_k_index.reshape(-1)
+    order = torch.argsort(experts, stable=True)
+    ids = experts[order]
+    ends = torch.bincount(ids, minlength=self.num_experts).cumsum(0).to(torch.int32)
+    tokens = hidden_states[order // copies]
+    gated = bool(self.has_gate)
+    out = _project(self, "gate_up_proj" if gated else "up_proj", tokens, ends, ids)
+    out = self._apply_gate(out) if gated else self.act_fn(out)
+    out = _project(self, "down_proj", out, ends, ids)
+    if getattr(self, "has_post_expert_norm", False):
+        out = self.post_expert_norm(out)
+    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    restored = torch.empty_like(out)
+    restored[order] = out
+    return restored.view(-1, copies, out.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+def use_lowbit_experts(model: PreTrainedModel) -> None:
+    """Make every stacked-experts module of `model` run through `experts_forward`."""
+    ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+    model.set_experts_implementation(NAME)
+
+
+def _project(module: Any, name: str, tokens: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
+    weight = getattr(module, name)
+    stacked = weight if module.is_transposed else weight.transpose(-2, -1)
+    out = torch.nn.functional.grouped_mm(tokens.to(weight.dtype), stacked, offs=ends)
+    return out + getattr(module, f"{name}_bias")[ids] if module.has_bias else out

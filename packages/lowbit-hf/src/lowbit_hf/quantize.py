@@ -1,0 +1,438 @@
+"""Quantizing a checkpoint from disk to disk: planned whole, then streamed a row slice at a time.
+
+Weights are never all in memory: a slice of a tensor is read, rounded, and written at its final place in an output file
+whose layout the plan fixed beforehand. The output appears whole or not at all, and a run that was killed continues.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.errors import CheckpointError
+from lowbit.format import Format
+from lowbit.numerics import ScaleMode, choose_scale, encode, tensor_scale_for_amax
+from lowbit.plan import Parameter, Plan, Row, plan
+from lowbit.recipe import Recipe, Rule
+from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, row_slices
+from lowbit.staging import ShardWriter, Staging
+from lowbit_hf.layout import row_alignment, tensors_of, to_compressed
+from lowbit_hf.schemes import Scheme, quantization_config
+from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
+
+# Small enough that a slice's float32 intermediates stay in the processor's caches, large enough to hide Python.
+_SLICE_BYTES = 2 << 20
+# The same weights in forms that other programs load; keeping them would double the folder and contradict its config.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+# A router decides which expert sees a token; it is tiny, and rounding it changes the choice.
+_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight")
+# Projections that serving engines fuse into one, which then has one tensor scale.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Everything a run does, decided before it starts."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    config: dict[str, Any]
+    plan: Plan
+    # Scheme of each tensor that is quantized, by checkpoint name.
+    schemes: Mapping[str, Scheme]
+    owners: Mapping[str, Owner | None]
+    mode: ScaleMode
+    # Tensors with NaN or infinity that --allow-nonfinite keeps.
+    nonfinite: tuple[str, ...]
+
+    @property
+    def files(self) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+        """Tensors of each output file, which has the name of the input file they come from."""
+        return {
+            name: [planned for entry in entries for planned in self.outputs(entry)]
+            for name, entries in self.checkpoint.shards.items()
+        }
+
+    def outputs(self, entry: TensorEntry) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """What one input tensor becomes."""
+        scheme = self.schemes.get(entry.name)
+        if scheme is None:
+            return [(entry.name, entry.dtype, entry.shape)]
+        module = entry.name.removesuffix(".weight")
+        n, k = self.matrix_shape(entry)
+        return [(f"{module}.{local}", dtype, shape) for local, dtype, shape in tensors_of(scheme, (n, k), self.dtype)]
+
+    def matrix_shape(self, entry: TensorEntry) -> tuple[int, int]:
+        """Rows and columns (n, k) of a weight, whichever way the file keeps it."""
+        first, second = entry.shape
+        return (second, first) if self.transposed(entry.name) else (first, second)
+
+    def transposed(self, name: str) -> bool:
+        """Whether the file keeps this weight as (K, N)."""
+        owner = self.owners[name]
+        return owner is not None and "Conv1D" in owner.classes
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype that scales are stored in where they take the weight's."""
+        return self.skeleton.dtype
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of all output tensors."""
+        return sum(prod(shape) * dtype.itemsize for tensors in self.files.values() for _, dtype, shape in tensors)
+
+    def fingerprint(self) -> str:
+        """Names this input and these decisions, so that only the same job is ever resumed."""
+        decisions = {name: [scheme.name, str(scheme.weight)] for name, scheme in self.schemes.items()}
+        text = json.dumps([self.checkpoint.fingerprint(), self.config, decisions, self.mode], sort_keys=True)
+        return sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """Where everything went: proof that nothing was lost."""
+
+    # Input tensor -> the output tensors it became, read back from the written files.
+    tensors: Mapping[str, tuple[str, ...]]
+    quantized: int
+    # Tensors the model itself has no place for, carried all the same.
+    unowned: tuple[str, ...]
+    files: tuple[str, ...]
+    # Files that hold the same weights in another form.
+    left_behind: tuple[str, ...]
+
+
+def prepare(
+    folder: Path,
+    to: Scheme,
+    *,
+    rules: Sequence[tuple[str, Scheme]] = (),
+    keep: Sequence[str] = (),
+    mode: ScaleMode,
+    min_coverage: float = 0.0,
+    allow_nonfinite: bool = False,
+    device: str = "cpu",
+) -> Job:
+    """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
+
+    Every Linear (and GPT-2's Conv1D) weight and every expert gets scheme `to`, but for the output head and routers, which
+    stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that.
+
+    Raises:
+        CheckpointError: the folder is damaged or already quantized.
+        RecipeError: a pattern matches nothing, a weight does not fit its scheme, or too little is covered.
+    """
+    config = read_config(folder)
+    quantized = config.get("quantization_config", config.get("compression_config"))
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        msg = f"{folder} is already quantized ({method}); rounding twice loses twice, so start from the original model"
+        raise CheckpointError(msg)
+    skeleton = Skeleton.build(folder)
+    checkpoint = Checkpoint.open(folder)
+    owners = {name: skeleton.owner(name) for name in checkpoint.entries}
+    parameters = [_parameter(entry, owners[entry.name]) for entry in checkpoint.entries.values()]
+    nonfinite: tuple[str, ...] = ()
+    if allow_nonfinite:
+        nonfinite = tuple(
+            name for name, entry in checkpoint.entries.items() if len(entry.shape) == 2 and not _finite(checkpoint, entry)  # noqa: PLR2004
+        )
+    patterns = [(_translate(pattern, owners), None) for pattern in keep]
+    patterns += [(_translate(pattern, owners), scheme) for pattern, scheme in rules]
+    fmt_dtype = skeleton.dtype
+    made: list[tuple[Rule, Scheme | None]] = [(Rule(name, None), None) for name in nonfinite]
+    for pattern, scheme in patterns:
+        made += _rules(pattern, scheme, fmt_dtype, owners)
+    decided = [rule for rule, _ in made]
+    made += [(Rule(name, None), None) for name in _kept_by_default(skeleton, owners, decided)]
+    made += _rules("*", to, fmt_dtype, owners)
+    found = plan(parameters, Recipe(tuple(rule for rule, _ in made)), device=device, min_coverage=min_coverage)
+    by_match = {(rule.match, rule.k_axis): scheme for rule, scheme in reversed(made)}
+    schemes: dict[str, Scheme] = {}
+    for row in found.rows:
+        scheme = by_match.get((row.rule or "", row.k_axis)) if row.action == "quantize" else None
+        if scheme is not None:
+            schemes[row.name] = scheme
+    return Job(folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite)
+
+
+def run(
+    job: Job,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    command: str = "",
+    advance: Callable[[int], None] | None = None,
+) -> Account:
+    """Carry a job out; `advance(bytes)` after every slice of input, `command` is what an error tells to run again.
+
+    Raises:
+        CheckpointError: the output exists or cannot be written, space runs out, or a weight holds NaN or infinity.
+    """
+    carried, left_behind = _other_files(job.folder, job.checkpoint)
+    with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
+        if staging.published:
+            return _account(job, out, carried, left_behind)
+        staging.require_space(job.output_bytes + sum((job.folder / name).stat().st_size for name in carried))
+        try:
+            scales = _TensorScales(job, device)
+            for file, entries in job.checkpoint.shards.items():
+                _write_file(job, staging, file, entries, scales, device, advance)
+        except NonfiniteError:
+            # No later run could use what is there: the input itself has to change.
+            staging.discard()
+            raise
+        for name in carried:
+            staging.copy_file(job.folder / name, name)
+        staging.write_text("config.json", json.dumps(_output_config(job), indent=2) + "\n")
+        if (job.folder / INDEX_NAME).exists():
+            staging.write_text(INDEX_NAME, json.dumps(_output_index(job), indent=2) + "\n")
+        staging.sync()
+        account = _account(job, staging.files, carried, left_behind)
+        staging.publish()
+    return account
+
+
+class NonfiniteError(CheckpointError):
+    """A weight holds NaN or infinity."""
+
+
+class _TensorScales:
+    """The tensor scales of two-level formats, one for all projections that engines fuse; chosen when first asked for."""
+
+    def __init__(self, job: Job, device: str) -> None:
+        self._job, self._device = job, device
+        self._amax: dict[str, Tensor] = {}
+
+    def of(self, name: str, fmt: Format) -> Tensor | None:
+        if not fmt.tensor_scale:
+            return None
+        amax = torch.stack([self._largest(sibling) for sibling in self._siblings(name)]).amax()
+        return tensor_scale_for_amax(amax.reshape(1, 1), fmt)
+
+    def _siblings(self, name: str) -> list[str]:
+        module, _, projection = name.removesuffix(".weight").rpartition(".")
+        for group in _FUSED:
+            if projection in group:
+                names = [f"{module}.{other}.weight" for other in group]
+                return [n for n in names if self._job.schemes.get(n) == self._job.schemes[name]]
+        return [name]
+
+    def _largest(self, name: str) -> Tensor:
+        if name not in self._amax:
+            checkpoint, entry = self._job.checkpoint, self._job.checkpoint.entries[name]
+            slices = row_slices(entry, _SLICE_BYTES)
+            amax = [checkpoint.read(entry, rows).abs().amax().to(torch.float32) for rows in slices]
+            self._amax[name] = torch.stack(amax).amax().to(self._device)
+        return self._amax[name]
+
+
+def _parameter(entry: TensorEntry, owner: Owner | None) -> Parameter:
+    classes = () if owner is None else owner.classes
+    # One expert's projection is a Linear to every reader, though the model holds it as part of a stack.
+    return Parameter(entry.name, entry.shape, entry.dtype, ("Linear", *classes) if owner and owner.stacked else classes)
+
+
+def _finite(checkpoint: Checkpoint, entry: TensorEntry) -> bool:
+    slices = row_slices(entry, _SLICE_BYTES)
+    return all(bool(torch.isfinite(checkpoint.read(entry, rows)).all()) for rows in slices)
+
+
+def _translate(pattern: str, owners: Mapping[str, Owner | None]) -> str:
+    """The pattern on tensor names that a user's pattern stands for: tensors, modules, or the model's parameters."""
+    for candidate in (pattern, f"{pattern}.weight"):
+        rule = Rule(candidate, None)
+        if any(rule.matches_name(name) for name in owners):
+            return candidate
+    rule = Rule(pattern, None)
+    held = [name for name, owner in owners.items() if owner is not None and rule.matches_name(owner.name)]
+    return "re:" + "|".join(re.escape(name) for name in held) if held else pattern
+
+
+def _rules(
+    pattern: str, scheme: Scheme | None, dtype: torch.dtype, owners: Mapping[str, Owner | None]
+) -> list[tuple[Rule, Scheme | None]]:
+    """The rules of one pattern: a glob speaks of linear weights, an exact name of whatever it names."""
+    if scheme is None:
+        return [(Rule(pattern, None), None)]
+    fmt = scheme.weight_format(dtype)
+    if pattern in owners:
+        owner = owners[pattern]
+        axis = 0 if owner is not None and "Conv1D" in owner.classes else -1
+        return [(Rule(pattern, fmt, scheme.activation, axis), scheme)]
+    made = []
+    for kind, axis in zip(LINEAR, (-1, 0), strict=True):
+        if any(owner is not None and kind in owner.classes for owner in owners.values()) or kind == "Linear":
+            made.append((Rule(pattern, fmt, scheme.activation, axis, (kind,)), scheme))
+    return made
+
+
+def _kept_by_default(skeleton: Skeleton, owners: Mapping[str, Owner | None], decided: Sequence[Rule]) -> list[str]:
+    """The output head, which most engines cannot load quantized, and routers; unless the user decided on them."""
+    names = [
+        name
+        for name, owner in owners.items()
+        if owner is not None
+        and set(LINEAR) & set(owner.classes)
+        and (owner.name == f"{skeleton.output_embedding}.weight" or _ROUTER.search(name))
+    ]
+    return [name for name in names if not any(rule.matches_name(name) for rule in decided)]
+
+
+def _write_file(
+    job: Job,
+    staging: Staging,
+    file: str,
+    entries: Sequence[TensorEntry],
+    scales: _TensorScales,
+    device: str,
+    advance: Callable[[int], None] | None,
+) -> None:
+    writer = staging.plan_file(file, job.files[file], {"format": "pt"})
+    for entry in entries:
+        unit = f"{file}:{entry.name}"
+        if staging.is_done(unit):
+            if advance is not None:
+                advance(entry.nbytes)
+            continue
+        scheme = job.schemes.get(entry.name)
+        if scheme is None:
+            _carry(job.checkpoint, writer, entry, advance)
+        else:
+            _write_weight(job, writer, entry, scheme, scales, device, advance)
+        staging.done(unit)
+    writer.finish()
+
+
+def _carry(
+    checkpoint: Checkpoint, writer: ShardWriter, entry: TensorEntry, advance: Callable[[int], None] | None
+) -> None:
+    for rows, piece in _read_ahead(checkpoint, entry, 1):
+        writer.write(entry.name, piece, rows.start)
+        if advance is not None:
+            advance(piece.numel() * piece.element_size())
+
+
+def _write_weight(
+    job: Job,
+    writer: ShardWriter,
+    entry: TensorEntry,
+    scheme: Scheme,
+    scales: _TensorScales,
+    device: str,
+    advance: Callable[[int], None] | None,
+) -> None:
+    fmt = scheme.weight_format(job.dtype)
+    module = entry.name.removesuffix(".weight")
+    shape = job.matrix_shape(entry)
+    align = max(row_alignment(scheme), 1)
+    strides = {local: size[0] for local, _, size in tensors_of(scheme, (align, shape[1]), job.dtype)}
+    tensor_scale = scales.of(entry.name, fmt)
+    transposed = job.transposed(entry.name)
+    # A weight kept as (K, N) is read whole: its rows are the file's columns.
+    pieces = [(slice(0, shape[0]), job.checkpoint.read(entry).T)] if transposed else _read_ahead(job.checkpoint, entry, align)
+    for rows, piece in pieces:
+        x = piece.to(device).contiguous()
+        chosen = choose_scale(x, fmt, mode=job.mode, tensor_scale=tensor_scale)
+        if not bool(torch.isfinite(chosen.scale.to(torch.float32)).all()):
+            msg = (
+                f"tensor {entry.name!r} holds NaN or infinity in rows {rows.start} to {rows.stop}; repair the checkpoint, "
+                "or keep such tensors unquantized with --allow-nonfinite"
+            )
+            raise NonfiniteError(msg)
+        data = encode(x, fmt, chosen).cpu()
+        for local, tensor in to_compressed(scheme, data, chosen.cpu(), shape, first_row=rows.start).items():
+            writer.write(f"{module}.{local}", tensor.contiguous(), rows.start // align * strides[local])
+        if advance is not None:
+            advance(piece.numel() * piece.element_size())
+
+
+def _read_ahead(checkpoint: Checkpoint, entry: TensorEntry, align: int) -> Iterator[tuple[slice, Tensor]]:
+    """Row slices of a tensor, the next one being read while the caller works on one."""
+    slices = list(row_slices(entry, _SLICE_BYTES, align))
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        pending = reader.submit(checkpoint.read, entry, slices[0]) if slices else None
+        for i, rows in enumerate(slices):
+            assert pending is not None
+            piece = pending.result()
+            if i + 1 < len(slices):
+                pending = reader.submit(checkpoint.read, entry, slices[i + 1])
+            yield rows, piece
+
+
+def _other_files(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """Files to carry over (relative names), and those that hold the weights in another form."""
+    carried, left = [], []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file() or name in checkpoint.shards or name in ("config.json", INDEX_NAME) or name.startswith(".git/"):
+            continue
+        other = path.suffix in _OTHER_WEIGHTS or name.endswith(".index.json")
+        (left if other else carried).append(name)
+    return carried, left
+
+
+def _output_config(job: Job) -> dict[str, Any]:
+    modules: dict[Scheme, list[str]] = {}
+    for name, scheme in job.schemes.items():
+        modules.setdefault(scheme, []).append(name.removesuffix(".weight"))
+    # The scheme of most modules covers their classes; exceptions are named, which readers ask first.
+    main = max(modules, key=lambda scheme: len(modules[scheme]))
+    classes = ["Linear", *(["Conv1D"] if any(job.transposed(name) for name in job.schemes) else [])]
+    groups = {scheme: classes if scheme is main else sorted(names) for scheme, names in modules.items()}
+    return {**job.config, "quantization_config": quantization_config(groups, _ignored(job))}
+
+
+def _ignored(job: Job) -> list[str]:
+    """Modules that a reader would take for quantized by their class, but that are not, by checkpoint name."""
+    quantized = set(job.schemes)
+    stored = {
+        name.removesuffix(".weight")
+        for name, owner in job.owners.items()
+        if name.endswith(".weight")
+        and name not in quantized
+        and len(job.checkpoint.entries[name].shape) > 1
+        and (owner is None or set(LINEAR) & set(owner.classes))
+    }
+    held = {owner.name for owner in job.owners.values() if owner is not None}
+    # A tied head is in the model, but not in the file.
+    tied = {name for name in job.skeleton.linears if f"{name}.weight" not in held}
+    return sorted(stored | tied)
+
+
+def _output_index(job: Job) -> dict[str, Any]:
+    files = job.files
+    return {
+        "metadata": {"total_size": job.output_bytes},
+        "weight_map": {name: file for file, tensors in files.items() for name, _, _ in sorted(tensors)},
+    }
+
+
+def _account(job: Job, folder: Path, carried: Sequence[str], left_behind: Sequence[str]) -> Account:
+    """Compare what was planned with what the written files hold.
+
+    Raises:
+        CheckpointError: a tensor is missing from the output, or one is there that nothing became.
+    """
+    became = {name: tuple(planned for planned, _, _ in job.outputs(entry)) for name, entry in job.checkpoint.entries.items()}
+    with Checkpoint.open(folder) as written:
+        expected = {name for names in became.values() for name in names}
+        if expected != set(written.entries):
+            lost, extra = sorted(expected - set(written.entries)), sorted(set(written.entries) - expected)
+            msg = f"the output lacks {lost[:5]} ({len(lost)}) and adds {extra[:5]} ({len(extra)}); nothing was published"
+            raise CheckpointError(msg)
+    unowned = tuple(name for name, owner in job.owners.items() if owner is None)
+    return Account(became, len(job.schemes), unowned, tuple(carried), tuple(left_behind))

@@ -1,0 +1,248 @@
+"""Schemes: what `--to` names mean, and the `quantization_config` that tells other readers of them.
+
+A scheme is a weight format, an input rounding and the file format that holds the weight. Names and meanings are those
+of compressed-tensors' presets, so W4A16 here is W4A16 in llm-compressor and vLLM. Schemes of integers in groups take a
+group size too, as in `W4A16_G64`.
+
+Source: compressed-tensors 0.20.0, `PRESET_SCHEMES`, `QuantizationConfig` and `QuantizationArgs`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+
+import torch
+
+from lowbit.activation import Activation, Scaling
+from lowbit.element import BFLOAT16, E8M0, FLOAT16, FLOAT32, INT4, element
+from lowbit.errors import FormatError, RecipeError
+from lowbit.format import (
+    FP8_ROW,
+    FP8_TENSOR,
+    INT4_G128,
+    INT8_ROW,
+    MXFP4,
+    MXFP6_E2M3,
+    MXFP8,
+    NVFP4,
+    UINT4_G128,
+    WHOLE,
+    Format,
+    FP8_1x128,
+    FP8_128x128,
+)
+
+# The release whose schema the config follows.
+_VERSION = "0.20.0"
+_DYNAMIC: dict[Scaling, bool | str] = {"static": False, "dynamic": True, "local": "local"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """How one kind of layer is stored and fed: a row of the table that `lowbit schemes` prints."""
+
+    name: str
+    # Integer and fp8 scales are stored in the weight's dtype; bfloat16 stands for it until `weight_format` knows it.
+    weight: Format
+    # None: inputs stay as they are ("A16").
+    activation: Activation | None = None
+    # compressed-tensors' name for the tensors that hold the weight; `lowbit_hf.layout` writes them.
+    file_format: str
+    # Why round-to-nearest cannot write it; None: it can.
+    refusal: str | None = None
+
+    def weight_format(self, dtype: torch.dtype) -> Format:
+        """The format of a weight of `dtype` under this scheme.
+
+        Raises:
+            FormatError: the scales take the weight's dtype, and it is not float16, bfloat16 or float32.
+        """
+        if self.weight.scale is not BFLOAT16:
+            return self.weight
+        for scale in (BFLOAT16, FLOAT16, FLOAT32):
+            if scale.storage == dtype:
+                return replace(self.weight, scale=scale)
+        msg = f"{self.name} stores scales in the weight's dtype: float16, bfloat16 or float32, not {dtype}"
+        raise FormatError(msg)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight takes, scales included, in a 4096 x 4096 bfloat16 matrix (columns rounded up to a group)."""
+        group = max(self.weight.block[-1], 1)
+        return self.weight.bits_per_element((4096, -(-4096 // group) * group))
+
+    def config_group(self, targets: Iterable[str] = ("Linear",)) -> dict[str, object]:
+        """The `config_groups` entry of this scheme; `lowbit_hf.layout.format_from_config` reads it back."""
+        inputs = self.activation
+        return {
+            "format": self.file_format,
+            "targets": list(targets),
+            "weights": _arguments(self.weight, row="channel", dynamic=False),
+            "input_activations": inputs and _arguments(inputs.format, row="token", dynamic=_DYNAMIC[inputs.scaling]),
+            "output_activations": None,
+        }
+
+
+def scheme(name: str) -> Scheme:
+    """Look a scheme up by name, in any case; `_G` and a number replaces the group size of a scheme of integers.
+
+    Raises:
+        RecipeError: no scheme has that name, it takes no group size, or lowbit cannot write it.
+    """
+    key = name.upper()
+    found = SCHEMES.get(ALIASES.get(key, key)) or _regroup(key)
+    if found is None:
+        near = get_close_matches(key, [*SCHEMES, *ALIASES])
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        msg = (
+            f"no scheme is named {name!r}; {hint}the schemes are {', '.join(SCHEMES)}; those of integers in groups "
+            "take a group size too, as in W4A16_G64"
+        )
+        raise RecipeError(msg)
+    if found.refusal is not None:
+        msg = f"scheme {found.name} cannot be written: {found.refusal}"
+        raise RecipeError(msg)
+    return found
+
+
+def quantization_config(groups: Mapping[Scheme, Sequence[str]], ignore: Sequence[str]) -> dict[str, object]:
+    """The `quantization_config` of a `config.json`: schemes with their targets, and the modules left alone.
+
+    Targets and `ignore` hold module class names, module names of the checkpoint, or `re:` and a regular expression.
+
+    Raises:
+        RecipeError: there is no group, or a group has no target.
+    """
+    if not groups or not all(groups.values()):
+        given = {group.name: list(targets) for group, targets in groups.items()}
+        msg = f"a quantization config needs at least one scheme, and targets for each, not {given}"
+        raise RecipeError(msg)
+    formats = {group.file_format for group in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "version": _VERSION,
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        # Any other status makes transformers build plain weights, which packed tensors do not fit.
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "config_groups": {f"group_{i}": group.config_group(groups[group]) for i, group in enumerate(groups)},
+    }
+
+
+def _arguments(fmt: Format, *, row: str, dynamic: bool | str) -> dict[str, object]:
+    """QuantizationArgs of a format, whose strategy of one scale a row is named `row`.
+
+    Keys are the few that 0.20 writes itself: readers refuse unknown keys, and have a default for every absent one.
+    """
+    rows, columns = fmt.block
+    strategy = row
+    if rows == WHOLE:
+        strategy = "tensor"
+    elif rows > 1:
+        strategy = "block"
+    elif columns != WHOLE:
+        strategy = "tensor_group" if fmt.tensor_scale else "group"
+    arguments: dict[str, object] = {
+        "num_bits": fmt.element.bits,
+        "type": fmt.element.kind,
+        "symmetric": fmt.symmetric,
+        "strategy": strategy,
+        "group_size": columns if strategy in ("group", "tensor_group") else None,
+        "dynamic": dynamic,
+    }
+    if strategy == "block":
+        arguments["block_structure"] = [rows, columns]
+    if fmt.scale is E8M0 or fmt.tensor_scale:
+        arguments["scale_dtype"] = "torch.uint8" if fmt.scale is E8M0 else "torch.float8_e4m3fn"
+    return arguments
+
+
+def _regroup(key: str) -> Scheme | None:
+    """The scheme of integers that `NAME_G64` stands for; None where the name is not of that form."""
+    match = re.fullmatch(r"(\w+)_G([1-9]\d{0,5})", key)
+    base = SCHEMES.get(match[1]) if match else None
+    if match is None or base is None:
+        return None
+    group = int(match[2])
+    if base.weight.element.kind == "float" or base.weight.block[-1] == WHOLE:
+        msg = f"scheme {base.name} has no group size to replace; those of integers in groups do, as W4A16_G{group}"
+        raise RecipeError(msg)
+    if group == base.weight.block[-1]:
+        return base
+    refusal = "vLLM's kernel for fp8 inputs takes groups of 128 only; use W4AFP8" if base.name == "W4AFP8" else None
+    return replace(base, name=key, weight=base.weight.with_block(1, group), refusal=refusal)
+
+
+def _wide(name: str, weight: Format, activation: Activation, refusal: str | None = None) -> Scheme:
+    """A scheme of 8-bit codes under scales in the weight's dtype."""
+    weight = replace(weight, scale=BFLOAT16)
+    file_format = f"{weight.element.kind}-quantized"
+    return Scheme(name=name, weight=weight, activation=activation, file_format=file_format, refusal=refusal)
+
+
+def _grouped(bits: Iterable[int], suffix: str, activation: Activation | None = None) -> list[Scheme]:
+    """Schemes `W{bits}{suffix}` of integers in groups.
+
+    Left to infer it, compressed-tensors takes `int-quantized` (a byte a code) where inputs are quantized. Packed words
+    hold the same codes in fewer bits, and vLLM's W4AFP8 kernel reads nothing else.
+    """
+    return [
+        Scheme(
+            name=f"W{b}{suffix}",
+            weight=replace(INT4_G128, element=element(f"int{b}")),
+            activation=activation,
+            file_format="pack-quantized",
+        )
+        for b in bits
+    ]
+
+
+def _mx(name: str, weight: Format, inputs: Format | None = None) -> Scheme:
+    bits = weight.element.bits
+    file_format = "mxfp8-quantized" if bits == 8 else f"mxfp{bits}-pack-quantized"
+    return Scheme(name=name, weight=weight, activation=inputs and Activation(inputs), file_format=file_format)
+
+
+def _nvfp4(name: str, activation: Activation | None = None, refusal: str | None = None) -> Scheme:
+    file_format = "nvfp4-pack-quantized"
+    return Scheme(name=name, weight=NVFP4, activation=activation, file_format=file_format, refusal=refusal)
+
+
+_INT8_TOKEN = Activation(INT8_ROW)
+_INT4_TOKEN = Activation(replace(INT8_ROW, element=INT4))
+_FP8_TOKEN = Activation(FP8_ROW)
+_NEEDS_DATA = "its static input scale needs calibration data, which round-to-nearest does not see; use {}"
+
+_TABLE = (
+    _wide("W8A8", INT8_ROW, _INT8_TOKEN),
+    *_grouped(range(8, 1, -1), "A16"),
+    Scheme(name="W4A16_ASYM", weight=UINT4_G128, file_format="pack-quantized"),
+    *_grouped(range(7, 1, -1), "A8", _INT8_TOKEN),
+    *_grouped(range(4, 1, -1), "A4", _INT4_TOKEN),
+    *_grouped([4], "AFP8", _FP8_TOKEN),
+    _wide("FP8", FP8_TENSOR, Activation(FP8_TENSOR, "static"), _NEEDS_DATA.format("FP8_DYNAMIC")),
+    _wide("FP8_DYNAMIC", FP8_ROW, _FP8_TOKEN),
+    _wide("FP8_BLOCK", FP8_128x128, Activation(FP8_1x128)),
+    _mx("MXFP8", MXFP8, MXFP8),
+    _mx("MXFP8A16", MXFP8),
+    _mx("MXFP6A8", MXFP6_E2M3, MXFP8),
+    _mx("MXFP6A16", MXFP6_E2M3),
+    _mx("MXFP4", MXFP4, MXFP4),
+    _mx("MXFP4XFP8", MXFP4, FP8_1x128),
+    _mx("MXFP4A16", MXFP4),
+    _nvfp4("NVFP4", Activation(NVFP4, "local"), _NEEDS_DATA.format("NVFP4A16")),
+    _nvfp4("NVFP4A16"),
+)
+
+SCHEMES: dict[str, Scheme] = {entry.name: entry for entry in _TABLE}
+"""Every preset of compressed-tensors by name, but UNQUANTIZED, which stores nothing low-bit."""
+
+ALIASES: dict[str, str] = {"INT8": "W8A8"}
+"""Second names that compressed-tensors has for its presets."""

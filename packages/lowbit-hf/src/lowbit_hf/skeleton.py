@@ -1,0 +1,142 @@
+"""A model without weights: which module every tensor of a checkpoint belongs to, and of what kind that module is.
+
+The model is built on the meta device from `config.json` alone; no code from the checkpoint is ever run. Names in a
+checkpoint may differ from the model's (`experts.7.gate_proj.weight` is a slice of `experts.gate_up_proj`); transformers'
+own conversion tables say how.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lowbit.errors import CheckpointError
+
+_LARGEST_JSON = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Where a tensor of the checkpoint goes in the model."""
+
+    # Name of the model's parameter or buffer that holds it, alone or with others.
+    name: str
+    # Class names of the module it belongs to, most derived first.
+    classes: tuple[str, ...]
+    # Whether it is one expert's part of a stacked parameter.
+    stacked: bool
+
+
+class Skeleton:
+    """The meta-device model of a Hugging Face folder."""
+
+    def __init__(self, config: PreTrainedConfig, model: PreTrainedModel) -> None:
+        """Keep a config and the model that was built of it; `build` does both."""
+        self.config, self.model = config, model
+
+    @classmethod
+    def build(cls, folder: Path) -> Skeleton:
+        """Build the model that `folder/config.json` describes.
+
+        Raises:
+            CheckpointError: there is no usable config, or transformers has no such architecture.
+        """
+        raw = read_config(folder)
+        architecture = (raw.get("architectures") or [None])[0]
+        model_class: Any = getattr(transformers, str(architecture), None)
+        if model_class is None:
+            msg = (
+                f"{folder}: architecture {architecture!r} is not part of transformers {transformers.__version__}; a newer "
+                "transformers may have it (code that comes with a checkpoint is never run)"
+            )
+            raise CheckpointError(msg)
+        raw.pop("quantization_config", None)
+        try:
+            config = AutoConfig.for_model(**raw)
+            with torch.device("meta"):
+                model = model_class(config)
+        except Exception as error:
+            msg = f"{folder}: config.json does not describe a {architecture}: {type(error).__name__}: {error}"
+            raise CheckpointError(msg) from error
+        return cls(config, model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """dtype the config names for the weights; float32 where it names none."""
+        dtype = getattr(self.config, "dtype", None)
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model was made for, in tokens."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def owner(self, name: str) -> Owner | None:
+        """Where the checkpoint's tensor `name` goes; None if the model has no place for it (an MTP layer, say)."""
+        renamings, converters = self._conversions
+        target, source = rename_source_key(
+            name, renamings, converters, self.model.base_model_prefix, dict.fromkeys(self._names, 0)
+        )
+        if target not in self._names:
+            return None
+        prefix, _, _ = target.rpartition(".")
+        classes = tuple(c.__name__ for c in type(self.model.get_submodule(prefix)).__mro__)
+        return Owner(target, classes, source is not None and "*" in source)
+
+    @cached_property
+    def linears(self) -> dict[str, nn.Module]:
+        """Every module that multiplies by a weight matrix of its own, by name."""
+        return {n: m for n, m in self.model.named_modules() if set(LINEAR) & {c.__name__ for c in type(m).__mro__}}
+
+    @cached_property
+    def output_embedding(self) -> str | None:
+        """Name of the module that turns hidden states into logits."""
+        head = self.model.get_output_embeddings()
+        return next((name for name, module in self.model.named_modules() if module is head), None) if head else None
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return {n for n, _ in self.model.named_parameters(remove_duplicate=False)} | {n for n, _ in self.model.named_buffers()}
+
+    @cached_property
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        found = get_model_conversion_mapping(self.model)
+        return (
+            [entry for entry in found if isinstance(entry, WeightRenaming)],
+            [entry for entry in found if isinstance(entry, WeightConverter)],
+        )
+
+
+LINEAR = ("Linear", "Conv1D")
+"""Classes whose `weight` is multiplied by the input; transformers' Conv1D (GPT-2) stores it as (K, N)."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is missing, too large, or no JSON object.
+    """
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            msg = f"{path} has {path.stat().st_size} bytes, which no config has; the folder is damaged"
+            raise CheckpointError(msg)
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        msg = f"{path} cannot be read: {error}; MODEL must be a Hugging Face folder with config.json and safetensors files"
+        raise CheckpointError(msg) from error
+    if not isinstance(config, dict):
+        msg = f"{path} holds no JSON object; the folder is damaged"
+        raise CheckpointError(msg)
+    return config
