@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -87,3 +88,12 @@ def docs(session: nox.Session) -> None:
     """Execute every code block in the README and docs."""
     sync(session)
     session.run("pytest", "integration_tests/test_docs.py", *session.posargs)
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Run the tests that need an NVIDIA GPU."""
+    if shutil.which("nvidia-smi") is None:
+        session.skip("needs an NVIDIA GPU and its driver; there is no nvidia-smi on this machine")
+    sync(session)
+    session.run("pytest", "-m", "gpu", "-n", "0", *session.posargs)

@@ -8,7 +8,7 @@ import tracemalloc
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
@@ -55,7 +55,10 @@ HOSTILE = {
     "deep within the count": (file_bytes(nested(20_000) + b" " * 2_000_000), "recursion"),
     "deep in strings is fine but no entry": (file_bytes({"a": "[" * 1000}), "not an object of dtype"),
     "twice one tensor": (file_bytes(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2)), "'a' stands twice"),
-    "twice one field": (file_bytes(b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}'), "'dtype' stands"),
+    "twice one field": (
+        file_bytes(b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}'),
+        "'dtype' stands",
+    ),
     "lone surrogate": (file_bytes(b'{"\\ud800":%b}' % json.dumps(entry()).encode()), "surrogates"),
     "lone surrogate in metadata": (file_bytes(b'{"__metadata__":{"a":"\\udfff"}}', b""), "surrogates"),
     "list": (file_bytes([entry()]), "not a JSON object"),
@@ -93,8 +96,8 @@ HOSTILE = {
     "a million dimensions": (file_bytes({"a": entry(shape=[1] * 1_000_000, offsets=[0, 1])}, b"\0"), "larger than any"),
     "too few bytes": (file_bytes({"a": entry("F32", [2])}), "is 8 bytes, but data_offsets [0, 4] span 4"),
     "too many bytes": (file_bytes({"a": entry("U8", [3])}), "is 3 bytes"),
-    "data missing": (file_bytes(VALID, b"\0" * 3), r"truncated: it holds 67 bytes of 68 promised"),
-    "all data missing": (file_bytes({"a": entry("F32", [1 << 40], [0, 1 << 42])}, b""), "of 4398046511190 promised"),
+    "data missing": (file_bytes(VALID, b"\0" * 3), r"truncated: it holds 71 bytes of 72 promised"),
+    "all data missing": (file_bytes({"a": entry("F32", [1 << 40], [0, 1 << 42])}, b""), "of 4398046511197 promised"),
     "overlap": (file_bytes({"a": entry(), "b": entry(offsets=[2, 6])}, bytes(6)), "'a' and tensor 'b' overlap"),
     "the same bytes twice": (file_bytes({"a": entry(), "b": entry()}), "overlap"),
     "empty inside another": (file_bytes({"a": entry(), "b": entry(shape=[0], offsets=[2, 2])}), "overlap"),
@@ -126,7 +129,7 @@ def test_hostile_files_are_refused_in_words_and_little_memory(case, tmp_path):
         tracemalloc.stop()
     assert str(path) in str(raised.value)
     assert len(str(raised.value)) < 1000
-    assert peak < 1_000_000 + 12 * len(content)
+    assert peak < 1_000_000 + 8 * len(content)
 
 
 @pytest.mark.parametrize("case", sorted(HOSTILE))
@@ -153,10 +156,7 @@ def test_library_reads_only_what_is_refused_for_a_stated_reason(case):
 
 
 def library_view(raw):
-    return {
-        name: (info["dtype"], tuple(info["shape"]), bytes(info["data"]))
-        for name, info in deserialize(raw)
-    }
+    return {name: (info["dtype"], tuple(info["shape"]), bytes(info["data"])) for name, info in deserialize(raw)}
 
 
 SEED = save(
@@ -164,12 +164,16 @@ SEED = save(
 )
 
 
+@settings(max_examples=400)
 @given(
     edits=st.lists(
         st.tuples(
             st.integers(0, len(SEED) - 1),
             st.integers(0, 3),
-            st.one_of(st.sampled_from([b"0", b"9", b"[", b"]", b"{", b"}", b'"', b",", b"\\", b"e", b"-", b"."]), st.binary(max_size=3)),
+            st.one_of(
+                st.sampled_from([b"0", b"9", b"[", b"]", b"{", b"}", b'"', b",", b"\\", b"e", b"-", b"."]),
+                st.binary(max_size=3),
+            ),
         ),
         max_size=3,
     ),
@@ -198,7 +202,11 @@ def test_whatever_is_accepted_reads_as_in_the_library(edits, fix_length, tmp_pat
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_dtype_keeps_its_name(name):
-    tensor = torch.zeros(3, dtype=torch.uint8).view(DTYPES[name]) if DTYPES[name].itemsize == 1 else torch.zeros(3, dtype=DTYPES[name])
+    tensor = (
+        torch.zeros(3, dtype=torch.uint8).view(DTYPES[name])
+        if DTYPES[name].itemsize == 1
+        else torch.zeros(3, dtype=DTYPES[name])
+    )
     assert f'"dtype":"{name}"'.encode() in save({"a": tensor})
     assert DTYPE_NAMES[DTYPES[name]] == name
 
@@ -212,7 +220,7 @@ def test_layout_is_aligned_padded_and_independent_of_order(tmp_path):
         ("b", torch.bool, (1,)),
         ("ä", torch.float32, (1,)),
     ]
-    metadata = {"format": "pt", "a": "{\"json\": [1]}"}
+    metadata = {"format": "pt", "a": '{"json": [1]}'}
     first, entries = lay_out(tensors, metadata, tmp_path / "f")
     second, _ = lay_out(tensors[::-1], dict(reversed(metadata.items())), tmp_path / "f")
     assert first == second
@@ -231,7 +239,8 @@ def test_layout_is_aligned_padded_and_independent_of_order(tmp_path):
         ([("a", torch.complex128, (1,))], {}, "no safetensors dtype"),
         ([("\ud800", torch.uint8, (1,))], {}, "surrogates"),
         ([("a", torch.uint8, (-1,))], {}, "whole numbers"),
-        ([("a", torch.uint8, (1 << 40, 1 << 40))], {}, "larger than any tensor"),
+        ([("a", torch.uint8, (1 << 40, 1 << 40))], {}, "whole numbers"),
+        ([("a", torch.float64, (0, 1 << 31, 1 << 31))], {}, "larger than any tensor"),
         ([], {"a": 1}, "not an object of strings"),
     ],
 )

@@ -26,9 +26,8 @@ from lowbit_hf.layout import (
 )
 from lowbit_hf.schemes import SCHEMES, Scheme, scheme
 
-GROUPED = [
-    scheme(f"W{bits}A16_G{group}") for bits, group in ((2, 5), (3, 9), (5, 12), (6, 7), (7, 11), (4, 13), (8, 3))
-]
+ODD_GROUPS = {2: 5, 3: 9, 4: 13, 5: 12, 6: 7, 7: 11, 8: 3}
+GROUPED = [scheme(f"W{bits}A16_G{group}") for bits, group in ODD_GROUPS.items()]
 ALL = [*SCHEMES.values(), scheme("W4A16_ASYM_G32"), scheme("W3A8_G40"), *GROUPED]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 N = 21  # no multiple of 8, so that zero points end inside a word

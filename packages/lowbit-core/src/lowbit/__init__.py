@@ -7,6 +7,7 @@ from lowbit.activation import Activation
 from lowbit.apply import dequantize_, quantize_
 from lowbit.backends import explain, select
 from lowbit.bind import Bindings, bind, unbind
+from lowbit.checkpoint import load, load_into, save
 from lowbit.element import ELEMENTS, Element, element
 from lowbit.errors import (
     BackendError,
@@ -45,3 +46,57 @@ from lowbit.numerics import Scales, choose_scale
 from lowbit.plan import Plan, plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.tensor import QuantizedTensor, quantize
+
+__all__ = [
+    "Activation",
+    "BackendError",
+    "Bindings",
+    "CheckpointError",
+    "ELEMENTS",
+    "Element",
+    "FORMATS",
+    "FP8_128x128",
+    "FP8_1x128",
+    "FP8_ROW",
+    "FP8_TENSOR",
+    "Format",
+    "FormatError",
+    "INT4_G128",
+    "INT4_G32",
+    "INT8_ROW",
+    "INT8_ROW_ASYM",
+    "INT8_TENSOR",
+    "INT8_TENSOR_ASYM",
+    "LowbitError",
+    "MXFP4",
+    "MXFP6_E2M3",
+    "MXFP6_E3M2",
+    "MXFP8",
+    "MXFP8_E5M2",
+    "MXINT8",
+    "NVFP4",
+    "NoKernelError",
+    "NotPortableError",
+    "Plan",
+    "QuantizedTensor",
+    "Recipe",
+    "RecipeError",
+    "Rule",
+    "Scales",
+    "UINT4_G128",
+    "UnsupportedOpError",
+    "WHOLE",
+    "bind",
+    "choose_scale",
+    "dequantize_",
+    "element",
+    "explain",
+    "plan",
+    "load",
+    "load_into",
+    "quantize",
+    "quantize_",
+    "save",
+    "select",
+    "unbind",
+]

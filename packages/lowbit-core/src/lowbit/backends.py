@@ -137,15 +137,20 @@ class _Registry:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._loaded: dict[str, Loaded] | None = None
+        self._kernels: dict[str, Kernel] = {}
         self._choices: dict[tuple[Any, ...], Selection] = {}
 
     def installed(self) -> dict[str, Loaded]:
         with self._lock:
             if self._loaded is None:
                 loaded = {point.name: _load(point) for point in _discover()}
-                _check_kernel_names(loaded)
+                self._kernels = _kernels_by_name(loaded)
                 self._loaded = loaded
             return self._loaded
+
+    def kernel(self, name: str) -> Kernel | None:
+        self.installed()
+        return self._kernels.get(name)
 
     def choose(self, call: Call, prefer: tuple[str, ...], *, bound: bool) -> Selection:
         key = (call, prefer, bound, os.environ.get(VARIABLE))
@@ -178,12 +183,19 @@ def kernel(name: str) -> Kernel:
     Raises:
         NoKernelError: no installed backend has it.
     """
-    for entry in _REGISTRY.installed().values():
-        for candidate in entry.kernels:
-            if candidate.name == name:
-                return candidate
-    msg = f"no installed backend has the kernel {name!r}; installed are {', '.join(_REGISTRY.installed())}"
-    raise NoKernelError(msg)
+    found = _REGISTRY.kernel(name)
+    if found is None:
+        msg = f"no installed backend has the kernel {name!r}; installed are {', '.join(_REGISTRY.installed())}"
+        raise NoKernelError(msg)
+    return found
+
+
+def run(chosen: Kernel, device: str, *args: Any) -> Any:
+    """Run a kernel on its arguments, outside autocast: that would round inside what the kernel computes exactly."""
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return chosen.run(*args)
+    return chosen.run(*args)
 
 
 def forget() -> None:
@@ -243,14 +255,19 @@ def _load(point: EntryPoint) -> Loaded:
         return Loaded(point.name, _owner(point), None, problem)
 
 
-def _check_kernel_names(loaded: dict[str, Loaded]) -> None:
+def _kernels_by_name(loaded: dict[str, Loaded]) -> dict[str, Kernel]:
     owners: dict[str, str] = {}
+    kernels: dict[str, Kernel] = {}
     for entry in loaded.values():
-        for kernel in entry.kernels:
-            other = owners.setdefault(kernel.name, entry.name)
-            if other != entry.name or sum(k.name == kernel.name for k in entry.kernels) > 1:
-                msg = f"the kernel name {kernel.name!r} is used twice, by backends {other!r} and {entry.name!r}; rename one"
+        for row in entry.kernels:
+            if row.name in kernels:
+                msg = (
+                    f"the kernel name {row.name!r} is used twice, by backends {owners[row.name]!r} and {entry.name!r}; "
+                    "rename one"
+                )
                 raise BackendError(msg)
+            owners[row.name], kernels[row.name] = entry.name, row
+    return kernels
 
 
 def _allowed(loaded: dict[str, Loaded], prefer: tuple[str, ...]) -> tuple[list[str], bool]:
@@ -267,7 +284,11 @@ def _allowed(loaded: dict[str, Loaded], prefer: tuple[str, ...]) -> tuple[list[s
 
 def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], *, bound: bool) -> Selection:
     names, ordered = _allowed(loaded, prefer)
-    refusals: list[Refusal] = []
+    refusals = [
+        Refusal(name, f"{VARIABLE}={os.environ[VARIABLE]} leaves it out")
+        for name in (prefer or loaded)
+        if ordered and name not in names
+    ]
     willing: list[tuple[tuple[int, int], Kernel]] = []
     for position, name in enumerate(names):
         entry = loaded[name]
@@ -282,11 +303,20 @@ def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], *, b
                 refusals.append(Refusal(kernel.name, reason))
     if not willing:
         told = "\n".join(f"  {refusal}" for refusal in refusals) or "  no backend has a kernel for this op"
-        msg = f"no kernel of {', '.join(names) or 'no backend'} takes {call}:\n{told}\nRun `lowbit doctor` for what is installed."
+        asked = ", ".join(prefer or names)
+        msg = f"no kernel of {asked} takes {call}:\n{told}\nRun `lowbit doctor` for what is installed."
         raise NoKernelError(msg)
     willing.sort(key=lambda pair: pair[0], reverse=True)
-    chosen = willing[0][1]
-    passed = [Refusal(k.name, f"priority {k.priority} is below that of {chosen.name}") for _, k in willing[1:]]
+    (first, _), chosen = willing[0]
+    passed = [
+        Refusal(
+            k.name,
+            f"{VARIABLE} puts {chosen.name} first"
+            if position < first
+            else f"priority {k.priority}; {chosen.name} has {chosen.priority}",
+        )
+        for (position, _), k in willing[1:]
+    ]
     return Selection(call, chosen, (*refusals, *passed))
 
 

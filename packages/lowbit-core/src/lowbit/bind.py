@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from lowbit.backends import Call, Selection, select
+from lowbit.errors import NoKernelError
 from lowbit.packed import PackedTensor
+from lowbit.table import align
 from lowbit.tensor import QuantizedTensor
 
 
@@ -40,43 +42,64 @@ class Bindings:
 
     def __str__(self) -> str:
         """The table as aligned text."""
-        head = ("parameter", "op", "format", "kernel")
-        cells = [head, *((r.name, r.op, r.format, r.kernel + (" (packed)" if r.packed else "")) for r in self.rows)]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-        return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+        return "\n".join(
+            align(
+                [
+                    {
+                        "parameter": row.name,
+                        "op": row.op,
+                        "format": row.format,
+                        "kernel": row.kernel + (" (packed)" if row.packed else ""),
+                    }
+                    for row in self.rows
+                ]
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """A module that holds a parameter, under the parameter's full name and its own."""
+
+    full: str
+    module: nn.Module
+    name: str
+    call: Call
 
 
 def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
     """Choose a kernel for every quantized parameter of `model` on the device it is on, and pack the weight for it.
 
     A parameter used by modules of different kinds (a tied table) is packed only if one kernel serves all its uses.
-    Call it last: after loading, moving and sharding. `unbind` undoes it bit for bit.
+    Call it last: after loading, moving and sharding. `unbind` undoes it bit for bit; binding again starts from there.
 
     Raises:
         NoKernelError: `prefer` names backends none of which takes a call; nothing is bound then.
     """
-    choices: dict[int, list[tuple[str, nn.Module, str, Selection]]] = {}
+    unbind(model)
+    uses: dict[int, list[_Use]] = {}
     for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if isinstance(parameter, QuantizedTensor):
-                chosen = select(_call(module, parameter), prefer=prefer)
                 full = f"{prefix}.{name}" if prefix else name
-                choices.setdefault(id(parameter), []).append((full, module, name, chosen))
-    rows: list[Binding] = []
-    for uses in choices.values():
-        packs = _bind_parameter(uses)
-        rows += [
-            _row(full, packs, s if packs or s.kernel.pack is None else select(s.call, prefer=prefer, bound=False))
-            for full, _, _, s in uses
-        ]
-    return Bindings(tuple(rows))
+                uses.setdefault(id(parameter), []).append(_Use(full, module, name, _call(module, parameter)))
+    # Every choice is made before the first weight is packed: one that cannot be made leaves the model alone.
+    chosen = [(group, *_choose(group, prefer)) for group in uses.values()]
+    for group, selections, carried in chosen:
+        if carried:
+            _bind_parameter(group, selections[0].kernel.name)
+    return Bindings(tuple(_row(u.full, s) for group, selections, _ in chosen for u, s in zip(group, selections, strict=True)))
 
 
 def unbind(model: nn.Module) -> None:
-    """Put the canonical tensors back where `bind` packed them."""
+    """Put the canonical tensors back where `bind` packed them.
+
+    Raises:
+        NotPortableError: a kernel cannot restore what it packed.
+    """
     restored: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             if isinstance(parameter, PackedTensor):
                 if id(parameter) not in restored:
                     restored[id(parameter)] = nn.Parameter(parameter.unpack(), requires_grad=False)
@@ -97,22 +120,32 @@ def _call(module: nn.Module, weight: QuantizedTensor) -> Call:
     return Call(op, weight.format, activation, weight.device.type, weight.dtype, n, k)
 
 
-def _bind_parameter(uses: Sequence[tuple[str, nn.Module, str, Selection]]) -> bool:
-    """Pack the parameter in all its modules if every use chose the same packing kernel; whether it was packed."""
-    kernels = {selection.kernel.name for *_, selection in uses}
-    _, module, name, selection = uses[0]
-    if len(kernels) > 1 or selection.kernel.pack is None:
-        return False
+def _choose(uses: Sequence[_Use], prefer: Sequence[str]) -> tuple[list[Selection], bool]:
+    """A kernel for each use of one parameter, and whether the parameter carries it; the op finds it otherwise."""
+    selections = [select(use.call, prefer=prefer) for use in uses]
+    kernel = selections[0].kernel
+    if all(selection.kernel is kernel for selection in selections):
+        return selections, kernel.pack is not None or select(uses[0].call, bound=False).kernel is not kernel
+    selections = [select(use.call, prefer=prefer, bound=False) for use in uses]
+    for use, selection in zip(uses, selections, strict=True):
+        if select(use.call, bound=False).kernel is not selection.kernel:
+            raise NoKernelError(
+                f"{use.full!r} is tied between ops with a kernel each, so it cannot carry {selection.kernel.name}; "
+                f"put that backend first for all models by LOWBIT_BACKENDS, or untie the parameter"
+            )
+    return selections, False
+
+
+def _bind_parameter(uses: Sequence[_Use], kernel: str) -> None:
     with torch.no_grad():
-        packed = PackedTensor.from_quantized(getattr(module, name), selection.kernel.name)
+        packed = PackedTensor.from_quantized(getattr(uses[0].module, uses[0].name), kernel)
     parameter = nn.Parameter(packed, requires_grad=False)
-    for _, owner, attribute, _ in uses:
-        setattr(owner, attribute, parameter)
-    return True
+    for use in uses:
+        setattr(use.module, use.name, parameter)
 
 
-def _row(full: str, packed: bool, selection: Selection) -> Binding:  # noqa: FBT001 - internal
-    call = selection.call
+def _row(full: str, selection: Selection) -> Binding:
+    call, row = selection.call, selection.kernel
     activation = None if call.activation is None else str(call.activation)
     refusals = tuple(str(refusal) for refusal in selection.refusals)
-    return Binding(full, call.op, str(call.format), activation, selection.kernel.name, packed, refusals)
+    return Binding(full, call.op, str(call.format), activation, row.name, row.pack is not None, refusals)

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,11 +24,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lowbit.activation import Activation
-from lowbit.errors import CheckpointError, LowbitError
+from lowbit.errors import CheckpointError
 from lowbit.format import Format
 from lowbit.numerics import check_scales, data_shape
 from lowbit.packed import PackedTensor
-from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema
+from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema, check_use
 
 _KEY = "lowbit"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
@@ -40,7 +40,7 @@ def save(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str])
     Tensors that are one object are stored once; weights packed by `bind` are stored unpacked.
 
     Raises:
-        CheckpointError: two names would be stored under one key, or the file cannot be written.
+        CheckpointError: two names would be stored under one key, a tensor is on meta, or the file cannot be written.
     """
     tensors = source.state_dict(keep_vars=True) if isinstance(source, nn.Module) else source
     stored: dict[str, Tensor] = {}
@@ -52,6 +52,9 @@ def save(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str])
             tied[name] = first[id(tensor)]
             continue
         whole = tensor.unpack() if isinstance(tensor, PackedTensor) else tensor.detach()
+        if whole.is_meta:
+            msg = f"{name!r} is on the meta device, where it has no values to save; load the weights first"
+            raise CheckpointError(msg)
         if isinstance(whole, QuantizedTensor):
             described[name] = _describe(whole)
             parts = {f"{name}.{part}": value for part, value in whole.inner_tensors().items()}
@@ -85,9 +88,9 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         raise CheckpointError(msg)
     try:
         return _assemble(plain, json.loads(metadata[_KEY]))
-    except (LowbitError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         msg = f"{path} describes its tensors wrongly: {type(error).__name__}: {error}"
         raise CheckpointError(msg) from error
 
@@ -96,14 +99,18 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, device: torch.d
     """Replace a model's parameters and buffers (it may be on meta) by those of a file from `save`.
 
     Raises:
-        CheckpointError: as `load`, or names are missing or left over.
+        CheckpointError: as `load`, or names are missing or left over, or a shape differs; the model is as it was then.
     """
     tensors = load(path, device=device)
-    wanted = set(model.state_dict(keep_vars=True))
-    if wanted != set(tensors):
-        missing, extra = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted)
+    wanted = model.state_dict(keep_vars=True)
+    if wanted.keys() != tensors.keys():
+        missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         msg = f"{path} does not fit the model: it lacks {missing[:5]} ({len(missing)}) and adds {extra[:5]} ({len(extra)})"
         raise CheckpointError(msg)
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            msg = f"{path} does not fit the model: {name!r} is {tuple(tensor.shape)}, not {tuple(wanted[name].shape)}"
+            raise CheckpointError(msg)
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     made: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
@@ -155,18 +162,22 @@ def _restore(name: str, entry: dict[str, Any], parts: dict[str, Tensor]) -> Quan
         raise CheckpointError(msg)
     tensor = QuantizedTensor(parts, layout)
     check_scales(tensor.scales, fmt, shape)
+    check_use(tensor.act_scale, tensor.act_zero, tensor.pre_scale, shape[-1])
     return tensor
 
 
 def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
         try:
-            save_file(tensors, name, metadata)
-            Path(name).replace(path)
+            partial.touch()
+            mode = partial.stat().st_mode
+            save_file(tensors, partial, metadata)
+            # safetensors leaves a file that only its owner may read.
+            partial.chmod(mode)
+            partial.replace(path)
         finally:
-            Path(name).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         msg = f"{path} cannot be written: {error}"
         raise CheckpointError(msg) from error

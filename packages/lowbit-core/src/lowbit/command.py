@@ -18,6 +18,18 @@ _INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Run `lowbit SUBCOMMAND ...` and return its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
+    speaker = " ".join(["lowbit", *arguments[:1]])
+    try:
+        return _dispatch(arguments)
+    except LowbitError as error:
+        sys.stderr.write(f"{speaker}: {error}\n")
+        return PROBLEM
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{speaker}: interrupted\n")
+        return _INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
     commands = _commands()
     if not arguments or arguments[0] in {"-h", "--help"}:
         sys.stdout.write(_usage(commands))
@@ -27,14 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = "" if "quantize" in commands else " (checkpoints need: pip install lowbit-hf)"
         sys.stderr.write(f"lowbit: there is no command {name!r}{hint}; the commands are {', '.join(commands)}\n")
         return WRONG_USE
-    try:
-        return commands[name].load()(rest)
-    except LowbitError as error:
-        sys.stderr.write(f"lowbit {name}: {error}\n")
-        return PROBLEM
-    except KeyboardInterrupt:
-        sys.stderr.write(f"\nlowbit {name}: interrupted\n")
-        return _INTERRUPTED
+    return commands[name].load()(rest)
 
 
 def _commands() -> dict[str, EntryPoint]:
@@ -50,6 +55,14 @@ def _commands() -> dict[str, EntryPoint]:
 def _usage(commands: dict[str, EntryPoint]) -> str:
     lines = ["usage: lowbit COMMAND [ARGUMENTS]", "", "commands:"]
     for name, point in commands.items():
-        about = (point.load().__doc__ or "").strip().splitlines()
-        lines.append(f"  {name:<10} {about[0] if about else ''}")
+        lines.append(f"  {name:<10} {_about(point)}")
     return "\n".join([*lines, "", "lowbit COMMAND --help tells more about each.", ""])
+
+
+def _about(point: EntryPoint) -> str:
+    """The first line of a command's docstring."""
+    try:
+        lines = (point.load().__doc__ or "").strip().splitlines()
+    except Exception as error:  # noqa: BLE001 - a command that cannot be imported must not hide the others
+        return f"cannot be loaded: {type(error).__name__}: {error}"
+    return lines[0] if lines else ""

@@ -15,7 +15,7 @@ import torch
 from lowbit.activation import Activation
 from lowbit.backends import Call, installed, select
 from lowbit.command import DONE, PROBLEM
-from lowbit.errors import NoKernelError
+from lowbit.errors import FormatError, NoKernelError
 from lowbit.format import FORMATS, Format
 
 # Distributions of lowbit that exist, and what each one adds.
@@ -37,7 +37,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    formats = {name: Format.parse(name) for name in options.format or FORMATS}
+    try:
+        formats = {name: Format.parse(name) for name in options.format or FORMATS}
+    except FormatError as error:
+        parser.error(str(error))
     report = examine(formats, device)
     sys.stdout.write((json.dumps(report, indent=2) if options.json else _render(report)) + "\n")
     return PROBLEM if report["problems"] else DONE
@@ -45,13 +48,14 @@ def main(argv: list[str]) -> int:
 
 def examine(formats: dict[str, Format], device: str) -> dict[str, Any]:
     """Everything doctor tells, as plain values."""
+    loaded = installed()
     backends = {
         name: {
             "distribution": entry.distribution,
             "problem": entry.problem,
             "kernels": [kernel.name for kernel in entry.kernels],
         }
-        for name, entry in installed().items()
+        for name, entry in loaded.items()
     }
     packages = {name: _version(name) for name in _DISTRIBUTIONS}
     found = {d.name for d in distributions() if d.name and d.name.startswith("lowbit")}
@@ -63,7 +67,8 @@ def examine(formats: dict[str, Format], device: str) -> dict[str, Any]:
         "backends": backends,
         "device": device,
         "kernels": [row for name, fmt in formats.items() for row in _kernels(name, fmt, device)],
-        "problems": [f"backend {name}: {entry['problem']}" for name, entry in backends.items() if entry["problem"]],
+        # A backend that this machine cannot run is not broken; one that cannot be loaded is.
+        "problems": [f"backend {name}: {entry.problem}" for name, entry in loaded.items() if entry.backend is None],
     }
 
 
@@ -129,11 +134,20 @@ def _render(report: dict[str, Any]) -> str:
         state = entry["problem"] or f"ready, {len(entry['kernels'])} kernels"
         lines.append(f"  {name:<22} {entry['distribution']}: {state}")
     lines.append(f"kernels on {report['device']} (bf16 input, weight {_SHAPE[0]} x {_SHAPE[1]})")
+    every = list(dict.fromkeys(row["format"] for row in report["kernels"]))
     grouped: dict[tuple[Any, ...], list[str]] = {}
     for row in report["kernels"]:
         label = row["op"] + (" (input rounded too)" if row["activation"] else "")
         grouped.setdefault((row["kernel"], label, tuple(row["refusals"])), []).append(row["format"])
     for (kernel, label, refusals), names in grouped.items():
-        lines.append(f"  {label}: {kernel or 'no kernel'}  [{' '.join(names)}]")
+        lines.append(f"  {label}: {kernel or 'no kernel'}  [{_listing(names, every)}]")
         lines += [f"      not {refusal.strip()}" for refusal in refusals]
     return "\n".join(lines + [f"problem: {problem}" for problem in report["problems"]])
+
+
+def _listing(names: list[str], every: list[str]) -> str:
+    """`names`, said by what is missing where that is shorter."""
+    missing = [name for name in every if name not in names]
+    if len(missing) >= len(names) or len(every) == 1:
+        return " ".join(names)
+    return f"all but {' '.join(missing)}" if missing else f"all {len(every)} formats"

@@ -47,8 +47,9 @@ HEADER_LIMIT: Final = 100_000_000
 
 _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 _FIELDS = {"dtype", "shape", "data_offsets"}
-# The closing quote is optional so that an unterminated string is scanned once, not once from each of its quotes.
-_STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
+# Matches up to and including the next bracket outside a string, or the end. It matches everywhere (a string's closing
+# quote is optional), so that text which is not JSON is scanned once too.
+_UP_TO_CONTAINER = re.compile(r'(?:[^"\[{]++|"(?:[^"\\]++|\\.)*+"?)*+(?:([\[{])|\Z)', re.DOTALL)
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 200
 
@@ -203,8 +204,7 @@ def _check_coverage(entries: list[TensorEntry], file: Path, start: int, size: in
 
 def _check_containers(text: str, limit: int) -> None:
     """Bound what the parser may build: `[[],[],...` takes 30 times its length in memory."""
-    bare = _STRING.sub("", text)
-    if bare.count("{") + bare.count("[") > limit:
+    if sum(1 for match in _UP_TO_CONTAINER.finditer(text) if match.lastindex) > limit:
         raise ValueError(f"it has more than {limit} objects and lists")
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
-from lowbit.backends import Call, select
+from lowbit.backends import Call, run, select
 from lowbit.format import Format
 from lowbit.numerics import data_shape
 
@@ -39,36 +39,38 @@ _SCHEMAS = {
 
 
 def _quantize(x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, *options: Any) -> list[Tensor]:
-    kernel = select(Call("quantize", Format.parse(fmt), None, x.device.type, x.dtype, k=x.shape[-1]), bound=False).kernel
-    return kernel.run(x, scale, zero, tensor_scale, fmt, *options)
+    call = Call("quantize", Format.parse(fmt), None, x.device.type, x.dtype, k=x.shape[-1])
+    return _run(call, x, scale, zero, tensor_scale, fmt, *options)
 
 
 def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
-    kernel = select(Call("dequantize", Format.parse(fmt), None, qdata.device.type, dtype, k=k), bound=False).kernel
-    return kernel.run(qdata, scale, zero, tensor_scale, fmt, k, dtype)
+    call = Call("dequantize", Format.parse(fmt), None, qdata.device.type, dtype, k=k)
+    return _run(call, qdata, scale, zero, tensor_scale, fmt, k, dtype)
 
 
 def _linear(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
-    call = _use_call("linear", x, qdata, *rest[-2:])
-    return select(call, bound=False).kernel.run(x, qdata, *rest)
+    return _run(_use_call("linear", x, qdata, *rest[-2:]), x, qdata, *rest)
 
 
 def _grouped_mm(x: Tensor, offs: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
-    call = _use_call("grouped_mm", x, qdata, *rest[-2:])
-    return select(call, bound=False).kernel.run(x, offs, qdata, *rest)
+    return _run(_use_call("grouped_mm", x, qdata, *rest[-2:]), x, offs, qdata, *rest)
 
 
 def _scaled_mm(a_qdata: Tensor, *rest: Any) -> Tensor:
     b_qdata, (a_format, b_format, k, dtype) = rest[3], rest[-4:]
     activation = Activation(Format.parse(a_format))
     call = Call("scaled_mm", Format.parse(b_format), activation, a_qdata.device.type, dtype, b_qdata.shape[0], k)
-    return select(call, bound=False).kernel.run(a_qdata, *rest)
+    return _run(call, a_qdata, *rest)
 
 
 def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     fmt, k, dtype = rest[-3:]
     call = Call("embedding", Format.parse(fmt), None, qdata.device.type, dtype, qdata.shape[0], k)
-    return select(call, bound=False).kernel.run(ids, qdata, *rest)
+    return _run(call, ids, qdata, *rest)
+
+
+def _run(call: Call, *args: Any) -> Any:
+    return run(select(call, bound=False).kernel, call.device, *args)
 
 
 def _use_call(op: str, x: Tensor, qdata: Tensor, fmt: str, activation: str) -> Call:

@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from lowbit.backends import Description, kernel
-from lowbit.errors import NotPortableError
-from lowbit.tensor import QuantizedTensor
+from lowbit.backends import Description, kernel, run
+from lowbit.errors import FormatError, NotPortableError
+from lowbit.tensor import INNER, QuantizedTensor
 
+_FUNCTIONAL = torch.nn.functional
+# These would look for values in the wrapper, which has none.
+_STORAGE = {torch.Tensor.share_memory_, torch.Tensor.data.__set__}  # pyright: ignore[reportAttributeAccessIssue]
 _KEPT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
 
 
 class PackedTensor(torch.Tensor):
-    """The parts that kernel `kernel_name` made of a weight; `unpack()` gives the QuantizedTensor back, bit for bit."""
+    """The parts that kernel `kernel_name` made of a weight; `unpack()` gives the QuantizedTensor back, bit for bit.
+
+    The parts for a kernel that packs nothing are the inner tensors themselves.
+    """
 
     parts: tuple[Tensor, ...]
     kernel_name: str
@@ -36,11 +42,11 @@ class PackedTensor(torch.Tensor):
 
     @classmethod
     def from_quantized(cls, weight: QuantizedTensor, kernel_name: str) -> Self:
-        """Pack `weight` for a kernel that packs."""
+        """Bind `weight` to a kernel, packed if the kernel packs."""
         pack = kernel(kernel_name).pack
-        assert pack is not None
-        description = Description(weight.storage_layout, tuple(weight.inner_tensors()), tuple(weight.shape))
-        return cls(pack(weight), kernel_name, description)
+        inner = weight.inner_tensors()
+        description = Description(weight.storage_layout, tuple(inner), tuple(weight.shape))
+        return cls(tuple(inner.values()) if pack is None else pack(weight), kernel_name, description)
 
     def unpack(self) -> QuantizedTensor:
         """The canonical tensor this was packed from.
@@ -48,11 +54,13 @@ class PackedTensor(torch.Tensor):
         Raises:
             NotPortableError: the kernel cannot restore it.
         """
-        unpack = kernel(self.kernel_name).unpack
-        if unpack is None:
+        row = kernel(self.kernel_name)
+        if row.pack is None:
+            return QuantizedTensor(_named(self), self.description.layout)
+        if row.unpack is None:
             msg = f"kernel {self.kernel_name} keeps no way back to the portable layout; load the checkpoint again"
             raise NotPortableError(msg)
-        return QuantizedTensor(unpack(self.parts, self.description), self.description.layout)
+        return QuantizedTensor(row.unpack(self.parts, self.description), self.description.layout)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, Description]]:
         """Names of the parts, and kernel and description (torch's subclass protocol)."""
@@ -75,8 +83,10 @@ class PackedTensor(torch.Tensor):
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the kernel for linear and embedding; anything else goes on, mostly to a refusal."""
-        if func in {torch.nn.functional.linear, torch.nn.functional.embedding}:
-            return _use(*args, **(kwargs or {}))
+        if func in _USES:
+            return _USES[func](*args, **(kwargs or {}))
+        if func in _STORAGE:
+            raise NotPortableError(_refusal(func))
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on
             return func(*args, **(kwargs or {}))
 
@@ -93,8 +103,7 @@ class PackedTensor(torch.Tensor):
             tensor: PackedTensor = args[0]
             out = PackedTensor([func(part) for part in tensor.parts], tensor.kernel_name, tensor.description)
             return return_and_correct_aliasing(func, args, dict(kwargs or {}), out)
-        msg = f"{func} has no meaning for a weight packed for one kernel; call lowbit.unbind(model) or .unpack() first"
-        raise NotPortableError(msg)
+        raise NotPortableError(_refusal(func))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled.
@@ -112,8 +121,68 @@ class PackedTensor(torch.Tensor):
         return f"PackedTensor(shape={tuple(self.shape)}, kernel={self.kernel_name!r}, format={fmt!r})"
 
 
-def _use(x: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    if not isinstance(weight, PackedTensor) or any(value for value in options.values()):
-        msg = "a packed weight is the weight of a linear or embedding call, without options"
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's own name
+    """F.linear with a packed weight (N, K)."""
+    packed = _operand(weight, "linear")
+    if input.shape[-1] != packed.shape[-1]:
+        msg = f"the input has {input.shape[-1]} columns, but {packed!r} contracts {packed.shape[-1]}"
+        raise FormatError(msg)
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _Linear.apply(input, packed, bias)
+    return _run(packed, input, bias)
+
+
+def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:  # noqa: A002
+    """F.embedding with a packed table; padding_idx and gradients concern training only."""
+    del padding_idx
+    if max_norm is not None:
+        msg = "embedding with max_norm rewrites its table, which packed codes cannot take"
         raise NotPortableError(msg)
-    return kernel(weight.kernel_name).run(x, weight.parts, weight.description, bias)
+    return _run(_operand(weight, "embedding"), input, None)
+
+
+class _Linear(torch.autograd.Function):
+    """The kernel forwards; backwards as the neutral op: to the input through rounding as if it were the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+        ctx.weight, ctx.bias = weight, bias is not None
+        return _run(weight, x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight = ctx.weight.unpack()
+        to_x = grad @ weight.dequantize(grad.dtype)
+        if weight.pre_scale is not None:
+            to_x = to_x * weight.pre_scale.to(to_x.dtype)
+        return to_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
+
+
+def _run(weight: PackedTensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    row, layout = kernel(weight.kernel_name), weight.description.layout
+    if row.pack is not None:
+        return run(row, x.device.type, x, weight.parts, weight.description, bias)
+    named = _named(weight)
+    parts = [named.get(name) for name in INNER]
+    if row.op == "embedding":
+        return run(row, x.device.type, x, *parts[:4], layout.format, weight.shape[-1], layout.dtype)
+    return run(row, x.device.type, x, *parts, bias, layout.format, layout.activation or "")
+
+
+def _named(weight: PackedTensor) -> dict[str, Tensor]:
+    """The inner tensors of a weight whose kernel packs nothing."""
+    return dict(zip(weight.description.names, weight.parts, strict=True))
+
+
+def _operand(weight: Tensor, op: str) -> PackedTensor:
+    if isinstance(weight, PackedTensor) and kernel(weight.kernel_name).op == op:
+        return weight
+    msg = f"{op} has no way to use {weight!r} beside a packed tensor; call lowbit.unbind(model) first"
+    raise NotPortableError(msg)
+
+
+def _refusal(func: Any) -> str:
+    return f"{func} has no meaning for a weight packed for one kernel; call lowbit.unbind(model) or .unpack() first"
+
+
+_USES = {_FUNCTIONAL.linear: _linear, _FUNCTIONAL.embedding: _embedding}

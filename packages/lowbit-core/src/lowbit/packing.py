@@ -60,6 +60,8 @@ def unpack(data: Tensor, element: Element, k: int) -> Tensor:
     """Unpack uint8 `data` (..., packed_bytes(k)) into codes (..., k) of `element.code_dtype`."""
     if not element.packed:
         return data
+    if data.shape[-1] == 0:
+        return data.view(element.code_dtype)
     bits, (run, size) = element.bits, unit(element.bits)
     steps = run.bit_length() - 1
     lane = _UNSIGNED[steps]

@@ -209,11 +209,16 @@ def _grouped_mm(  # noqa: PLR0913, PLR0917 - the op's schema
     activation: str,
 ) -> Tensor:
     out = x.new_zeros(x.shape[0], qdata.shape[1])
+    parsed = Format.parse(fmt)
+    per_scale, *block = parsed.block_for(3)
+    parsed = parsed.with_block(*block)
     start = 0
     for e, end in enumerate(offs.tolist()):
         if end > start:
-            scales = Scales(*(None if part is None else part[e] for part in (scale, zero, tensor_scale)))
-            expert = Matrix(qdata[e], scales, Format.parse(fmt), x.shape[-1])
+            at = e // per_scale if per_scale else 0
+            whole = None if tensor_scale is None else tensor_scale[e if tensor_scale.shape[0] > 1 else 0]
+            scales = Scales(scale[at], None if zero is None else zero[at], whole)
+            expert = Matrix(qdata[e], scales, parsed, x.shape[-1])
             out[start:end] = _apply(x[start:end], expert, act_scale, act_zero, pre_scale, None, activation)
         start = end
     return out

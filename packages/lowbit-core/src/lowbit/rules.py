@@ -36,7 +36,10 @@ def _view_rule(*overloads: Any) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         def checked(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return return_and_correct_aliasing(func, args, kwargs, rule(*args, **kwargs))
+            # A view of a normal tensor is one too, in inference mode as well: they share a version counter.
+            with torch.inference_mode(mode=args[0].is_inference()):
+                view = rule(*args, **kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, view)
 
         RULES.update(dict.fromkeys(overloads, checked))
         return rule
@@ -47,7 +50,12 @@ def _view_rule(*overloads: Any) -> Callable[[Rule], Rule]:
 # Copies: every inner tensor alike.
 
 
-@_rule(aten.detach.default, aten.alias.default, aten.clone.default, aten._pin_memory.default)
+@_view_rule(aten.detach.default, aten.alias.default)
+def _detach(tensor: QuantizedTensor) -> QuantizedTensor:
+    return tensor.with_inner({name: part.detach() for name, part in tensor.inner_tensors().items()})
+
+
+@_rule(aten.clone.default, aten._pin_memory.default)
 def _each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor: QuantizedTensor = args[0]
     # A clone keeps the packed bytes as they are, whatever order of dims is asked for.
@@ -274,6 +282,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """F.linear with a quantized weight (N, K)."""
     w = _operand(weight, "linear", (0, 1), input, bias)
     _check_k(input, w)
+    if torch.is_autocast_enabled(input.device.type):
+        input, bias = _autocast(input), None if bias is None else _autocast(bias)  # noqa: A001
     layout = w.storage_layout
     return torch.ops.lowbit.linear(
         input, *(getattr(w, name) for name in _PARTS), bias, layout.format, layout.activation or ""
@@ -286,6 +296,8 @@ def _grouped_mm(
     """F.grouped_mm of tokens (M, K) with experts that read as (E, K, N), stored K last."""
     w = _operand(mat_b, "grouped_mm", (0, 2, 1), mat_a, bias)
     _check_k(mat_a, w)
+    if torch.is_autocast_enabled(mat_a.device.type):
+        mat_a = _autocast(mat_a)
     if offs is None or bias is not None or out_dtype not in (None, mat_a.dtype):
         msg = "grouped_mm with quantized experts takes 2-D tokens and offs, no bias and no other out_dtype"
         raise UnsupportedOpError(msg)
@@ -337,6 +349,28 @@ def _mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 FUNCTIONS.update({torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding})
 FUNCTIONS.update({torch.nn.functional.grouped_mm: _grouped_mm, torch._grouped_mm: _grouped_mm})
 
+
+# Storage: torch would look for the values in the wrapper, which has none.
+
+
+def _share_memory(tensor: QuantizedTensor) -> QuantizedTensor:
+    for part in tensor.inner_tensors().values():
+        part.share_memory_()
+    return tensor
+
+
+def _is_shared(tensor: QuantizedTensor) -> bool:
+    return all(part.is_shared() for part in tensor.inner_tensors().values())
+
+
+def _set_data(tensor: Tensor, value: object) -> None:
+    msg = "setting .data of a QuantizedTensor would leave its codes behind; use copy_ or a new Parameter"
+    raise UnsupportedOpError(msg)
+
+
+FUNCTIONS.update({torch.Tensor.share_memory_: _share_memory, torch.Tensor.is_shared: _is_shared})
+FUNCTIONS[torch.Tensor.data.__set__] = _set_data  # pyright: ignore[reportAttributeAccessIssue]
+
 _PARTS = ("qdata", "scale", "zero", "tensor_scale", "act_scale", "act_zero", "pre_scale")
 
 
@@ -354,6 +388,10 @@ def _operand(weight: Tensor, op: str, permutation: tuple[int, ...], *others: Ten
     return weight
 
 
+def _autocast(x: Tensor) -> Tensor:
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 def _check_k(x: Tensor, weight: QuantizedTensor) -> None:
     # Packed rows may hold room for more codes than the weight has, so their length alone would let a wrong K pass.
     if x.shape[-1] != weight.canonical_shape[-1]:
@@ -366,7 +404,7 @@ def _cut(tensor: QuantizedTensor, d: int, start: int, end: int, step: int) -> Qu
     fmt, n = tensor.format, tensor.canonical_shape[d]
     block = fmt.block_for(tensor.dim())[d]
     if start == end:
-        start = end = 0
+        start, end, step = 0, 0, 1
     aligned = start % max(block, 1) == 0 and (end % max(block, 1) == 0 or end == n) and (step == 1 or block <= 1)
     if block > 1 and not aligned:
         msg = (

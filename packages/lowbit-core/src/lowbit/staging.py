@@ -263,7 +263,7 @@ class Staging:
         self._files.mkdir(exist_ok=True)
 
     def _clean(self) -> None:
-        """Remove the partial folder; the journal outlives what it speaks of, and the lock both."""
+        """Remove the old output and the partial folder; until that is empty, its journal can say that all is done."""
         _remove(self._replaced)
         _remove(self._files)
         (self.partial / _JOURNAL).unlink(missing_ok=True)

@@ -113,9 +113,7 @@ class QuantizedTensor(torch.Tensor):
             )
             raise FormatError(msg)
         check_scales(scales, fmt, shape)
-        if pre_scale is not None and tuple(pre_scale.shape) != (k,):
-            msg = f"pre_scale has shape {tuple(pre_scale.shape)}; needed is ({k},), one a column of the weight"
-            raise FormatError(msg)
+        check_use(act_scale, act_zero, pre_scale, k)
         axis = check_axis(axis, len(shape))
         order = [d for d in range(len(shape)) if d != axis] + [axis]
         layout = Layout(
@@ -217,13 +215,17 @@ class QuantizedTensor(torch.Tensor):
             UnsupportedOpError: there is none.
         """
         rule = RULES.get(func)
-        if rule is None:
+        if rule is not None:
+            return rule(func, args, dict(kwargs or {}))
+        # Inference mode hands over composite operators (reshape, to, matmul) whole; their parts may have rules.
+        result = func.decompose(*args, **(kwargs or {}))
+        if result is NotImplemented:
             msg = (
                 f"{func} has no rule for a QuantizedTensor, and lowbit never dequantizes on its own; "
                 "call .dequantize() first if plain values are what you want"
             )
             raise UnsupportedOpError(msg)
-        return rule(func, args, dict(kwargs or {}))
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         """A copy that shares nothing, still a Parameter where this one is."""
@@ -321,6 +323,21 @@ def canonical_shape(qdata: Tensor | None, layout: Layout) -> tuple[int, ...]:
     bits = Format.parse(layout.format).element.bits
     codes = qdata.shape[-1] * 8 // bits if bits < 8 else qdata.shape[-1]  # noqa: PLR2004 - a byte
     return (*qdata.shape[:-1], codes - layout.tail)
+
+
+def check_use(act_scale: Tensor | None, act_zero: Tensor | None, pre_scale: Tensor | None, k: int) -> None:
+    """Refuse input parameters that do not belong to a weight with `k` columns.
+
+    Raises:
+        FormatError: an activation has more than one scale or zero point, or pre_scale not one a column.
+    """
+    for name, part in (("act_scale", act_scale), ("act_zero", act_zero)):
+        if part is not None and part.numel() != 1:
+            msg = f"{name} has shape {tuple(part.shape)}; needed is one value, for all inputs"
+            raise FormatError(msg)
+    if pre_scale is not None and tuple(pre_scale.shape) != (k,):
+        msg = f"pre_scale has shape {tuple(pre_scale.shape)}; needed is ({k},), one a column of the weight"
+        raise FormatError(msg)
 
 
 def check_axis(axis: int, rank: int) -> int:

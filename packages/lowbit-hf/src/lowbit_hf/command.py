@@ -159,7 +159,7 @@ def _eval(
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
     """Measure perplexity on a text; against a base also mean KL divergence and top-1 agreement."""
-    from lowbit_hf.load import load  # noqa: PLC0415
+    from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), _device(device)
     base = None if against is None else load(find_model(against), device=where)
@@ -184,7 +184,7 @@ def _compare(
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
     """Quantize a model by several schemes, evaluate each against the original, and print one table."""
-    from lowbit_hf.load import load  # noqa: PLC0415
+    from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), _device(device)
     jobs = [_job(model, name, [], [], where, "even", 0.0, allow_nonfinite=False) for name in to]

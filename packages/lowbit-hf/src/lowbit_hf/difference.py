@@ -15,7 +15,7 @@ from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint, TensorEntry
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.layout import format_from_config
-from lowbit_hf.load import Groups, modules_of, read_weight
+from lowbit_hf.loading import Groups, modules_of, read_weight
 from lowbit_hf.skeleton import read_config
 
 
@@ -108,9 +108,9 @@ def _row(name: str, shape: tuple[int, ...], stored: str, parts: Iterable[TensorE
 
 def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
     plain_a, plain_b = _plain(a), _plain(b)
-    if plain_a.shape == plain_b.T.shape and plain_a.shape != plain_b.shape:
+    if plain_a.shape != plain_b.shape and plain_a.shape == plain_b.shape[::-1]:
         # Conv1D weights stand as (K, N) in plain files and as (N, K) in compressed ones.
-        plain_b = plain_b.T
+        plain_b = plain_b.mT
     if plain_a.shape != plain_b.shape:
         msg = f"tensor {name!r} has shape {tuple(a.shape)} in A and {tuple(b.shape)} in B; these are different models"
         raise CheckpointError(msg)

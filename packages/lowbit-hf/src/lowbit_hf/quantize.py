@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from lowbit.staging import ShardWriter, Staging
 from lowbit_hf.layout import row_alignment, tensors_of, to_compressed
 from lowbit_hf.schemes import Scheme, quantization_config
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
+
+R = TypeVar("R")
 
 # Small enough that a slice's float32 intermediates stay in the processor's caches, large enough to hide Python.
 _SLICE_BYTES = 2 << 20
@@ -188,9 +191,10 @@ def run(
             return _account(job, out, carried, left_behind)
         staging.require_space(job.output_bytes + sum((job.folder / name).stat().st_size for name in carried))
         try:
-            scales = _TensorScales(job, device)
-            for file, entries in job.checkpoint.shards.items():
-                _write_file(job, staging, file, entries, scales, device, advance)
+            with _Run(device, advance) as run_:
+                scales = _TensorScales(job, run_)
+                for file, entries in job.checkpoint.shards.items():
+                    _write_file(job, staging, file, entries, run_, scales)
         except NonfiniteError:
             # No later run could use what is there: the input itself has to change.
             staging.discard()
@@ -213,8 +217,8 @@ class NonfiniteError(CheckpointError):
 class _TensorScales:
     """The tensor scales of two-level formats, one for all projections that engines fuse; chosen when first asked for."""
 
-    def __init__(self, job: Job, device: str) -> None:
-        self._job, self._device = job, device
+    def __init__(self, job: Job, run: _Run) -> None:
+        self._job, self._run = job, run
         self._amax: dict[str, Tensor] = {}
 
     def of(self, name: str, fmt: Format) -> Tensor | None:
@@ -233,10 +237,13 @@ class _TensorScales:
 
     def _largest(self, name: str) -> Tensor:
         if name not in self._amax:
-            checkpoint, entry = self._job.checkpoint, self._job.checkpoint.entries[name]
-            slices = row_slices(entry, _SLICE_BYTES)
-            amax = [checkpoint.read(entry, rows).abs().amax().to(torch.float32) for rows in slices]
-            self._amax[name] = torch.stack(amax).amax().to(self._device)
+            entry = self._job.checkpoint.entries[name]
+
+            def largest(rows: slice) -> Tensor:
+                return self._job.checkpoint.read(entry, rows).abs().amax().to(torch.float32)
+
+            found = [amax for _, amax in self._run.in_order(largest, row_slices(entry, _SLICE_BYTES))]
+            self._amax[name] = torch.stack(found).amax().to(self._run.device)
         return self._amax[name]
 
 
@@ -293,47 +300,27 @@ def _kept_by_default(skeleton: Skeleton, owners: Mapping[str, Owner | None], dec
 
 
 def _write_file(
-    job: Job,
-    staging: Staging,
-    file: str,
-    entries: Sequence[TensorEntry],
-    scales: _TensorScales,
-    device: str,
-    advance: Callable[[int], None] | None,
+    job: Job, staging: Staging, file: str, entries: Sequence[TensorEntry], run: _Run, scales: _TensorScales
 ) -> None:
     writer = staging.plan_file(file, job.files[file], {"format": "pt"})
     for entry in entries:
         unit = f"{file}:{entry.name}"
         if staging.is_done(unit):
-            if advance is not None:
-                advance(entry.nbytes)
+            run.advance(entry.nbytes)
             continue
         scheme = job.schemes.get(entry.name)
         if scheme is None:
-            _carry(job.checkpoint, writer, entry, advance)
+            for rows in row_slices(entry, _SLICE_BYTES):
+                writer.write(entry.name, job.checkpoint.read(entry, rows if entry.shape else None), rows.start)
+            run.advance(entry.nbytes)
         else:
-            _write_weight(job, writer, entry, scheme, scales, device, advance)
+            _write_weight(job, writer, entry, scheme, run, scales)
         staging.done(unit)
     writer.finish()
 
 
-def _carry(
-    checkpoint: Checkpoint, writer: ShardWriter, entry: TensorEntry, advance: Callable[[int], None] | None
-) -> None:
-    for rows, piece in _read_ahead(checkpoint, entry, 1):
-        writer.write(entry.name, piece, rows.start)
-        if advance is not None:
-            advance(piece.numel() * piece.element_size())
-
-
 def _write_weight(
-    job: Job,
-    writer: ShardWriter,
-    entry: TensorEntry,
-    scheme: Scheme,
-    scales: _TensorScales,
-    device: str,
-    advance: Callable[[int], None] | None,
+    job: Job, writer: ShardWriter, entry: TensorEntry, scheme: Scheme, run: _Run, scales: _TensorScales
 ) -> None:
     fmt = scheme.weight_format(job.dtype)
     module = entry.name.removesuffix(".weight")
@@ -343,9 +330,11 @@ def _write_weight(
     tensor_scale = scales.of(entry.name, fmt)
     transposed = job.transposed(entry.name)
     # A weight kept as (K, N) is read whole: its rows are the file's columns.
-    pieces = [(slice(0, shape[0]), job.checkpoint.read(entry).T)] if transposed else _read_ahead(job.checkpoint, entry, align)
-    for rows, piece in pieces:
-        x = piece.to(device).contiguous()
+    slices = [slice(0, shape[0])] if transposed else row_slices(entry, _SLICE_BYTES, align)
+
+    def convert(rows: slice) -> dict[str, Tensor]:
+        piece = job.checkpoint.read(entry).mT if transposed else job.checkpoint.read(entry, rows)
+        x = piece.to(run.device).contiguous()
         chosen = choose_scale(x, fmt, mode=job.mode, tensor_scale=tensor_scale)
         if not bool(torch.isfinite(chosen.scale.to(torch.float32)).all()):
             msg = (
@@ -354,23 +343,38 @@ def _write_weight(
             )
             raise NonfiniteError(msg)
         data = encode(x, fmt, chosen).cpu()
-        for local, tensor in to_compressed(scheme, data, chosen.cpu(), shape, first_row=rows.start).items():
+        return to_compressed(scheme, data, chosen.cpu(), shape, first_row=rows.start)
+
+    for rows, tensors in run.in_order(convert, slices):
+        for local, tensor in tensors.items():
             writer.write(f"{module}.{local}", tensor.contiguous(), rows.start // align * strides[local])
-        if advance is not None:
-            advance(piece.numel() * piece.element_size())
+        run.advance((rows.stop - rows.start) * entry.nbytes // max(shape[0], 1))
 
 
-def _read_ahead(checkpoint: Checkpoint, entry: TensorEntry, align: int) -> Iterator[tuple[slice, Tensor]]:
-    """Row slices of a tensor, the next one being read while the caller works on one."""
-    slices = list(row_slices(entry, _SLICE_BYTES, align))
-    with ThreadPoolExecutor(max_workers=1) as reader:
-        pending = reader.submit(checkpoint.read, entry, slices[0]) if slices else None
-        for i, rows in enumerate(slices):
-            assert pending is not None
-            piece = pending.result()
-            if i + 1 < len(slices):
-                pending = reader.submit(checkpoint.read, entry, slices[i + 1])
-            yield rows, piece
+class _Run:
+    """Threads that work on row slices side by side, each with one torch thread: no slice waits for another."""
+
+    def __init__(self, device: str, advance: Callable[[int], None] | None) -> None:
+        self.device, self.advance = device, advance or (lambda _: None)
+        self._count = torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(self._count, initializer=torch.set_num_threads, initargs=(1,))
+
+    def in_order(self, work: Callable[[slice], R], slices: Iterable[slice]) -> Iterator[tuple[slice, R]]:
+        """`work` done on every slice, results in order; few are ahead of the caller, so memory stays bounded."""
+        pending: deque[tuple[slice, Future[R]]] = deque()
+        for rows in slices:
+            pending.append((rows, self._pool.submit(work, rows)))
+            if len(pending) > self._count + 1:
+                first, result = pending.popleft()
+                yield first, result.result()
+        for first, result in pending:
+            yield first, result.result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 def _other_files(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
