@@ -65,7 +65,7 @@ def test_quantize_rounds_within_the_bound_of_the_format(fmt):
             q = quantize(x.movedim(-1, axis), fmt, axis=axis)
             assert q.shape == x.movedim(-1, axis).shape
             error = (q.dequantize() - x.movedim(-1, axis)).abs()
-            assert (error <= rounding_bound(fmt) * (1 + 1e-6) * amax.movedim(-1, axis)).all()
+            assert (error <= rounding_bound(fmt) * amax.movedim(-1, axis)).all()
 
 
 @each_format
@@ -94,6 +94,7 @@ def test_quantize_takes_no_gradient_and_leaves_its_input():
 @pytest.mark.parametrize("mode", MODES)
 def test_given_scales_are_idempotent(fmt, mode):
     x = sample((4, 64), dtype=torch.bfloat16)
+    torch._dynamo.reset()
     compiled = torch.compile(lambda v, s: quantize(v, fmt, s).dequantize(), backend="aot_eager", fullgraph=True)
     first = quantize(x, fmt, mode=mode)
     for scale in (first.scale, first.scale.view(torch.uint8)):
@@ -109,7 +110,7 @@ def test_given_scales_of_any_format(fmt):
     for shape in shapes(fmt):
         x = sample(shape)
         q = quantize(x, fmt)
-        check_equal(quantize(x, fmt, *q.inner_tensors().values().__class__ and (q.scale, q.zero, q.tensor_scale)), q)
+        check_equal(quantize(x, fmt, q.scale, q.zero, q.tensor_scale), q)
         check_equal(quantize(q.dequantize(), fmt, q.scale, q.zero, q.tensor_scale), q)
 
 
@@ -204,7 +205,6 @@ def test_tied_parameters_and_modules_survive_copies():
 
 def test_a_pickle_names_no_class_of_lowbit():
     for q in full():
-        loaded = {f"{op.arg}" for op in []}
         names = [arg for op, arg, _ in pickletools.genops(pickle.dumps(q, protocol=2)) if op.name == "GLOBAL"]
         loaded = {name for name in names if "lowbit" in name}
         assert loaded == {"lowbit.tensor rebuild"}

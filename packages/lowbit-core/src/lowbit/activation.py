@@ -20,7 +20,8 @@ class Activation:
     kept as `act_scale` (NVFP4). The spec string is `scaling:format`, such as `dynamic:int8:1x*:float32`.
 
     Raises:
-        FormatError: static scaling of a format with more than one scale a tensor, or local scaling without tensor scale.
+        FormatError: static scaling of a format with more than one scale a tensor, or local scaling without a tensor
+            scale.
     """
 
     format: Format
@@ -28,7 +29,7 @@ class Activation:
 
     def __post_init__(self) -> None:
         """Check that the scaling fits the format."""
-        if self.scaling == "static" and self.format.block != (WHOLE, WHOLE):
+        if self.scaling == "static" and (self.format.block != (WHOLE, WHOLE) or self.format.tensor_scale):
             msg = f"static activations have one scale a tensor (block *x*), not {self.format}; use dynamic scaling"
             raise FormatError(msg)
         if self.scaling == "local" and not self.format.tensor_scale:

@@ -198,6 +198,12 @@ def run(chosen: Kernel, device: str, *args: Any) -> Any:
     return chosen.run(*args)
 
 
+def under_autocast(x: Tensor) -> Tensor:
+    """`x` as autocast, where it is on, hands it to a linear layer."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def forget() -> None:
     """Discover backends anew at the next use; for tests that install some."""
     _REGISTRY.forget()

@@ -71,16 +71,18 @@ class Element:
 
         `noise`, uniform in [0, 1) and of x's shape, rounds stochastically: up with the probability of the distance
         covered, so that the mean over noise is x to within 2^-24 of a step (finite x inside the range).
+
+        Raises:
+            FormatError: noise for an element of more than 8 bits, or for e8m0.
         """
+        x = x.to(torch.float32)
+        if noise is not None and (self.bits > 8 or self is E8M0):
+            msg = f"stochastic rounding to {self.name} is not defined; round to an element that can hold codes"
+            raise FormatError(msg)
         if self.kind == "int":
             return self.round(x, noise).nan_to_num_(nan=0.0).clamp_(self.min, self.max).to(self.code_dtype)
         if self.mantissa == 0:
             return _encode_e8m0(x)
-        if self.bits > 8:  # noqa: PLR2004 - wide floats are torch's own
-            if noise is not None:
-                msg = f"stochastic rounding to {self.name} is not defined here; round to an element of at most 8 bits"
-                raise FormatError(msg)
-            return x.clamp(self.min, self.max).to(self.storage)
         if noise is None and not self.packed:
             return x.clamp(self.min, self.max).to(self.storage)
         codes = self._encode_bits(x, noise)
@@ -109,8 +111,6 @@ class Element:
         steps = self.round(x.abs() * power_of_two(self.mantissa - exponent), noise).to(torch.int32)
         # Steps carry into the exponent field by themselves: subnormals, normals and round-up are one formula.
         magnitude = steps + ((exponent - lowest) << self.mantissa)
-        # Stochastic rounding can step past the largest finite code.
-        magnitude = magnitude.clamp_max(self._max_code)
         if self.has_nan:
             magnitude = torch.where(nan, self._nan_code, magnitude)
         return (magnitude | ((bits >> (32 - self.bits)) & (1 << (self.bits - 1)))).to(torch.uint8)
@@ -122,11 +122,6 @@ class Element:
         significand = fraction + ((field > 0).to(torch.int32) << self.mantissa)
         value = significand.to(torch.float32) * power_of_two(field.clamp_min(1) - (self.bias + self.mantissa))
         return torch.where((wide >> (self.bits - 1)) > 0, -value, value)
-
-    @property
-    def _max_code(self) -> int:
-        exponent, mantissa = exponent_and_mantissa(self.max)
-        return ((exponent + self.bias) << self.mantissa) | (mantissa >> (_FLOAT32_MANTISSA - self.mantissa))
 
     @property
     def _nan_code(self) -> int:
@@ -145,8 +140,8 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _encode_e8m0(x: Tensor) -> Tensor:
-    """The nearest power of two, ties up; NaN for negative, NaN and infinite x; saturating at 2^-127 and 2^127."""
-    bits = x.to(torch.float32).view(torch.int32)
+    """The power of two nearest to float32 x, ties up, saturating; NaN for negative, NaN and infinite x."""
+    bits = x.view(torch.int32)
     half = 1 << (_FLOAT32_MANTISSA - 1)
     # A float32 subnormal is at least 2^-127 * 1.5 only when its top two mantissa bits are set; its field is then 1.
     subnormal = (bits < (1 << _FLOAT32_MANTISSA)) & (bits < half + (half >> 1))

@@ -25,6 +25,7 @@ from lowbit.element import (
     FLOAT32,
     INT4,
     INT8,
+    UINT2,
     UINT4,
     Element,
     element,
@@ -42,8 +43,9 @@ class Format:
     Dimensions here are those of the canonical layout, in which the contraction (blocked) axis is last.
 
     Raises:
-        FormatError: a block length is negative, there is no block, a zero point is asked of a float element, the scale
-            is not a float element of at least 8 bits, or a tensor scale sits on a scale that does not need one.
+        FormatError: a block length is negative, there is no block, a zero point is asked of a float element or beside
+            e8m0 scales or a tensor scale, the scale is not a float element of at least 8 bits, or a tensor scale sits
+            on a scale that does not need one.
     """
 
     element: Element
@@ -72,6 +74,12 @@ class Format:
             raise FormatError(msg)
         if self.zero is not None and not (self.zero.min <= self.element.min and self.zero.max >= self.element.max):
             msg = f"zero points of {self.element.name} range over its codes; {self.zero.name} does not cover them"
+            raise FormatError(msg)
+        if self.zero is not None and (self.tensor_scale or self.scale is E8M0):
+            msg = (
+                f"zero points go with neither e8m0 scales nor a tensor scale, and {self.element.name} was given one; "
+                "use float16, bfloat16 or float32 scales"
+            )
             raise FormatError(msg)
         if self.tensor_scale and self.scale is not E4M3FN:
             msg = f"a tensor scale extends the range of e4m3fn block scales; {self.scale.name} does not need one"
@@ -118,7 +126,7 @@ class Format:
         full = tuple(max(n, 1) if b == WHOLE else b for b, n in zip(self.block_for(len(shape)), shape, strict=True))
         group, k = full[-1], shape[-1]
         # Two-dimensional blocks may end in a partial block, as DeepSeek's fp8 checkpoints have them.
-        if k % group and all(b == 1 for b in full[:-1]):
+        if k % group and all(b == 1 for b in self.block_for(len(shape))[:-1]):
             msg = (
                 f"last dimension {k} of shape {tuple(shape)} is not a multiple of block {group} of {self}; "
                 f"choose a group that divides {k}, one scale a row ('1x*'), or pad the tensor"
@@ -200,6 +208,7 @@ INT8_TENSOR = Format(element=INT8, block=(WHOLE, WHOLE))
 INT8_TENSOR_ASYM = Format(element=INT8, block=(WHOLE, WHOLE), zero=INT8)
 INT4_G32 = Format(element=INT4, block=(1, 32), scale=BFLOAT16)
 INT4_G128 = Format(element=INT4, block=(1, 128), scale=BFLOAT16)
+UINT2_G32 = Format(element=UINT2, block=(1, 32), scale=BFLOAT16, zero=UINT2)
 UINT4_G128 = Format(element=UINT4, block=(1, 128), scale=BFLOAT16, zero=UINT4)
 FP8_TENSOR = Format(element=E4M3FN, block=(WHOLE, WHOLE))
 FP8_ROW = Format(element=E4M3FN, block=(1, WHOLE))

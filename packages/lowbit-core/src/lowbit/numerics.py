@@ -66,9 +66,14 @@ def choose_scale(x: Tensor, fmt: Format, *, mode: ScaleMode = DEFAULT_MODE, tens
     that brings every block scale into e4m3fn's range.
 
     Raises:
-        FormatError: x is not floating point, does not fit the format's block, or the mode is unknown.
+        FormatError: x is not floating point, does not fit the format's block, the mode is unknown, or a tensor scale is
+            given to a format without one.
     """
     _check_float(x)
+    _check_choice("scale mode", mode, ScaleMode)
+    if tensor_scale is not None and not fmt.tensor_scale:
+        msg = f"{fmt} has no tensor scale, and one was given; leave it out, or use a format that ends in ':tensor'"
+        raise FormatError(msg)
     blocks = _split(x, fmt.block_of(tuple(x.shape)))
     within = tuple(range(1, blocks.dim(), 2))
     if fmt.zero is not None:
@@ -85,14 +90,14 @@ def scale_for_amax(
     Raises:
         FormatError: the mode is unknown.
     """
+    _check_choice("scale mode", mode, ScaleMode)
     if fmt.scale is E8M0:
         return Scales(_power_of_two_scale(amax, fmt.element, mode))
     largest = (2**fmt.element.bits - 1) / 2 if fmt.element.kind == "int" and fmt.element.signed else fmt.element.max
     scale = _divide(amax, largest)
     if fmt.tensor_scale:
         if tensor_scale is None:
-            matrix = tuple(range(max(amax.dim() - 2, 0), amax.dim()))
-            tensor_scale = tensor_scale_for_amax(amax.amax(matrix, keepdim=True), fmt)
+            tensor_scale = tensor_scale_for_amax(_largest_finite(amax), fmt)
         scale = scale / tensor_scale
     return Scales(_store_scale(scale, fmt.scale), None, tensor_scale)
 
@@ -100,8 +105,8 @@ def scale_for_amax(
 def tensor_scale_for_amax(amax: Tensor, fmt: Format) -> Tensor:
     """The least power of two `t` with `amax / element.max / t <= scale.max`, from the float32 amax of each matrix.
 
-    A power of two converts exactly between conventions that multiply and that divide by the tensor scale. It is 1 for a
-    matrix of zeros, or one that holds a NaN or an infinity (whose blocks say so themselves).
+    A power of two converts exactly between conventions that multiply and that divide by the tensor scale. It is 1 where
+    amax is zero or not finite.
     """
     exponent, mantissa = _split_float(amax)
     limit, limit_mantissa = exponent_and_mantissa(fmt.element.max * fmt.scale.max)
@@ -137,6 +142,13 @@ def decode(data: Tensor, fmt: Format, scales: Scales, k: int, dtype: torch.dtype
     Raises:
         FormatError: `data` or a scale does not fit the format.
     """
+    stored = data_shape((*data.shape[:-1], k), fmt)
+    if data.dtype != fmt.element.storage or tuple(data.shape) != stored:
+        msg = (
+            f"data is {data.dtype} of shape {tuple(data.shape)}; for k={k} in {fmt} needed is {fmt.element.storage} of "
+            f"shape {stored}"
+        )
+        raise FormatError(msg)
     codes = unpack(data, fmt.element, k)
     check_scales(scales, fmt, tuple(codes.shape))
     values = _split(fmt.element.decode(codes), fmt.block_of(tuple(codes.shape)))
@@ -169,11 +181,13 @@ def check_scales(scales: Scales, fmt: Format, shape: tuple[int, ...]) -> None:
         raise FormatError(msg)
     if scales.tensor_scale is not None:
         given = tuple(scales.tensor_scale.shape)
-        fits = len(given) == len(shape) and given[-1] == 1 and all(g in (1, n) for g, n in zip(given, shape, strict=True))
+        # One a row of blocks: a 2-D block cannot be split between two of them.
+        allowed = (*natural[:-1], 1)
+        fits = len(given) == len(shape) and all(g in (1, n) for g, n in zip(given, allowed, strict=True))
         if scales.tensor_scale.dtype != torch.float32 or not fits:
             msg = (
                 f"tensor_scale is {scales.tensor_scale.dtype} of shape {given}; needed is torch.float32 of shape "
-                f"{(*shape[:-2], *(1,) * min(len(shape), 2))} (one a matrix) or {(*shape[:-1], 1)} (one a row)"
+                f"{(*shape[:-2], *(1,) * min(len(shape), 2))} (one a matrix) or {allowed} (one a row of blocks)"
             )
             raise FormatError(msg)
 
@@ -196,6 +210,15 @@ def _largest_magnitude(blocks: Tensor, within: tuple[int, ...]) -> Tensor:
     return (blocks.view(torch.int16) & 0x7FFF).amax(within).view(blocks.dtype).to(torch.float32)
 
 
+def _largest_finite(amax: Tensor) -> Tensor:
+    """The largest finite entry of each matrix of block amaxes, dims kept as 1; 0 where there is none."""
+    matrix = tuple(range(max(amax.dim() - 2, 0), amax.dim()))
+    if amax.numel() == 0:
+        return amax.new_zeros([1 if d in matrix else n for d, n in enumerate(amax.shape)])
+    # A block that is not finite decodes to NaN by its own scale, and must not cost its neighbours their range.
+    return torch.where(torch.isfinite(amax), amax, 0.0).amax(matrix, keepdim=True)
+
+
 def _divide(x: Tensor, by: float) -> Tensor:
     """IEEE `x / by`; torch's CUDA kernel multiplies by the reciprocal of a plain number, which rounds differently."""
     return x / x.new_full((), by)
@@ -216,10 +239,14 @@ def _check_float(x: Tensor) -> None:
         raise FormatError(msg)
 
 
-def _draw(x: Tensor, rounding: Rounding, seed: int, offset: int) -> Tensor | None:
-    if rounding not in get_args(Rounding):
-        msg = f"rounding {rounding!r} is unknown; use one of {', '.join(get_args(Rounding))}"
+def _check_choice(name: str, given: str, choices: object) -> None:
+    if given not in get_args(choices):
+        msg = f"{name} {given!r} is unknown; use one of {', '.join(get_args(choices))}"
         raise FormatError(msg)
+
+
+def _draw(x: Tensor, rounding: Rounding, seed: int, offset: int) -> Tensor | None:
+    _check_choice("rounding", rounding, Rounding)
     if rounding == "nearest":
         return None
     return uniform(x.numel(), seed, offset=offset, device=x.device).view(x.shape)
@@ -229,16 +256,13 @@ def _power_of_two_scale(amax: Tensor, element: Element, mode: ScaleMode) -> Tens
     """E8m0 scales: the exponent of amax over the element's, plus one where amax's mantissa passes the mode's threshold."""
     top, top_mantissa = exponent_and_mantissa(element.max)
     full = 1 << 23
-    mantissa_bits = element.mantissa if element.kind == "float" else element.bits - 2
+    mantissa_bits = element.mantissa if element.kind == "float" else element.bits - 1 - element.signed
     thresholds: dict[ScaleMode, int] = {
         "floor": full,
         "ceil": 0,
         "even": full - (full >> (mantissa_bits + 1)) - 1,
         "rceil": top_mantissa,
     }
-    if mode not in thresholds:
-        msg = f"scale mode {mode!r} is unknown; use one of {', '.join(get_args(ScaleMode))}"
-        raise FormatError(msg)
     exponent, mantissa = _split_float(amax)
     exponent = exponent - top + (mantissa > thresholds[mode]).to(torch.int32)
     code = torch.where(torch.isfinite(amax), (exponent + E8M0.bias).clamp(0, 254), 255)
@@ -270,6 +294,8 @@ def _asymmetric(low: Tensor, high: Tensor, fmt: Format) -> Scales:
 
 def _split(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """(d0, d1, ..) -> (d0/b0, b0, d1/b1, b1, ..), edge blocks padded with zeros."""
+    # A block larger than the tensor pads nothing.
+    blocks = tuple(min(b, max(n, 1)) for n, b in zip(x.shape, blocks, strict=True))
     if any(n % b for n, b in zip(x.shape, blocks, strict=True)):
         pads = [p for n, b in reversed(tuple(zip(x.shape, blocks, strict=True))) for p in (0, -n % b)]
         x = torch.nn.functional.pad(x, pads)

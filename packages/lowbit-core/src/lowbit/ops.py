@@ -157,11 +157,18 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (to_x, *(None,) * 10)
 
 
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema)
-    _LIBRARY.impl(_name, globals()[f"_{_name}"], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lowbit::{_name}", globals()[f"_{_name}_fake"], lib=_LIBRARY)
-for _name in ("linear", "grouped_mm"):
-    torch.library.register_autograd(
-        f"lowbit::{_name}", globals()[f"_{_name}_backward"], setup_context=globals()[f"_{_name}_context"], lib=_LIBRARY
-    )
+_IMPLEMENTATIONS = {
+    "quantize": (_quantize, _quantize_fake),
+    "dequantize": (_dequantize, _dequantize_fake),
+    "linear": (_linear, _linear_fake),
+    "scaled_mm": (_scaled_mm, _scaled_mm_fake),
+    "grouped_mm": (_grouped_mm, _grouped_mm_fake),
+    "embedding": (_embedding, _embedding_fake),
+}
+for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+    _LIBRARY.define(_name + _SCHEMAS[_name])
+    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
+_GRADIENTS = {"linear": (_linear_backward, _linear_context), "grouped_mm": (_grouped_mm_backward, _grouped_mm_context)}
+for _name, (_backward, _context) in _GRADIENTS.items():
+    torch.library.register_autograd(f"lowbit::{_name}", _backward, setup_context=_context, lib=_LIBRARY)

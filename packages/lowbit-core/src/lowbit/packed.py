@@ -29,7 +29,6 @@ class PackedTensor(torch.Tensor):
     kernel_name: str
     description: Description
 
-    @staticmethod
     def __new__(cls, parts: Sequence[Tensor], kernel_name: str, description: Description) -> Self:
         """Wrap what the kernel's `pack` returned."""
         self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's documented constructor for subclasses
@@ -87,7 +86,7 @@ class PackedTensor(torch.Tensor):
             return _USES[func](*args, **(kwargs or {}))
         if func in _STORAGE:
             raise NotPortableError(_refusal(func))
-        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - the documented way
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -150,7 +149,7 @@ class _Linear(torch.autograd.Function):
         return _run(weight, x, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares *any
         weight = ctx.weight.unpack()
         to_x = grad @ weight.dequantize(grad.dtype)
         if weight.pre_scale is not None:

@@ -37,6 +37,8 @@ def pack(codes: Tensor, element: Element) -> Tensor:
     """Pack unpacked `codes` (..., K) of `element` into uint8 (..., packed_bytes(K)); whole-byte codes pass through."""
     if not element.packed:
         return codes
+    if codes.shape[-1] == 0:
+        return codes.view(torch.uint8)
     bits, (run, size) = element.bits, unit(element.bits)
     lanes = codes.view(torch.uint8) & ((1 << bits) - 1)
     if tail := -codes.shape[-1] % run:

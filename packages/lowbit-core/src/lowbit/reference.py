@@ -66,19 +66,20 @@ def multiply(a: Matrix, b: Matrix, bias: Tensor | None, dtype: torch.dtype) -> T
     if not (a.integer and b.integer):
         product = a.values() @ b.values().T
         return (product if bias is None else product + bias.to(torch.float32)).to(dtype)
+    # Float64 holds every integer here exactly, and their product with two float32 scales closely enough that the last
+    # rounding is the only one that shows.
     acc = _integer_product(a, b)
     za, zb = a.scales.zero, b.scales.zero
     if za is not None:
-        za = za.to(torch.int64)
+        za = za.to(torch.float64)
         acc -= za * b.row_sum().T
     if zb is not None:
-        zb = zb.to(torch.int64).T
-        acc -= zb * a.row_sum()
+        zb = zb.to(torch.float64).T
+        acc -= a.row_sum() * zb
     if za is not None and zb is not None:
         acc += a.k * (za * zb)
-    # Float64 holds the integer and both scales, so the only rounding is the last.
-    product = acc.to(torch.float64) * total_scale(a.scales).to(torch.float64) * total_scale(b.scales).T.to(torch.float64)
-    return (product if bias is None else product + bias.to(torch.float64)).to(dtype)
+    acc.mul_(total_scale(a.scales)).mul_(total_scale(b.scales).T)
+    return (acc if bias is None else acc.add_(bias)).to(dtype)
 
 
 def quantize_input(x: Tensor, activation: Activation, act_scale: Tensor | None, act_zero: Tensor | None) -> Matrix:
@@ -102,13 +103,12 @@ def quantize_input(x: Tensor, activation: Activation, act_scale: Tensor | None, 
 
 
 def _integer_product(a: Matrix, b: Matrix) -> Tensor:
-    """Exact int64 `a @ b.T` of codes, by float32 products of pieces whose sums cannot round."""
+    """Exact `a @ b.T` of codes, in float64, by float32 products of pieces whose sums cannot round."""
     left, right = a.codes(), b.codes()
     terms = _EXACT // (_largest(a.format.element) * _largest(b.format.element))
-    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.int64, device=left.device)
+    total = torch.zeros(left.shape[0], right.shape[0], dtype=torch.float64, device=left.device)
     for k in range(0, a.k, terms):
-        piece = left[:, k : k + terms].to(torch.float32) @ right[:, k : k + terms].to(torch.float32).T
-        total += piece.to(torch.int64)
+        total += left[:, k : k + terms].to(torch.float32) @ right[:, k : k + terms].to(torch.float32).T
     return total
 
 
@@ -134,7 +134,8 @@ def _quantize(
 
 
 def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
-    return decode(qdata, Format.parse(fmt), Scales(scale, zero, tensor_scale), k, dtype)
+    # Partial blocks leave the values inside a wider tensor.
+    return decode(qdata, Format.parse(fmt), Scales(scale, zero, tensor_scale), k, dtype).contiguous()
 
 
 def _linear(  # noqa: PLR0913, PLR0917 - the op's schema
@@ -234,7 +235,8 @@ def _embedding(
     block, group = parsed.block_for(2)
     if block > 1:
         # Each picked row has its block's scale to itself, and the last block of a row may be partial.
-        scale, zero = (None if p is None else p.repeat_interleave(group, 1)[:, :k] for p in (scale, zero))
+        scale = scale.repeat_interleave(group, 1)[:, :k]
+        zero = None if zero is None else zero.repeat_interleave(group, 1)[:, :k]
         parsed = parsed.with_block(1, 1)
     parts = [_pick(part, rows if block == 1 else rows // block) if block else part for part in (scale, zero)]
     if tensor_scale is not None and tensor_scale.shape[0] > 1:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from lowbit.backends import under_autocast
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import WHOLE
 from lowbit.packing import pack, unit, unpack
@@ -271,8 +272,9 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedT
 @_rule(aten.stack.default)
 def _stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     del func
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-    return torch.cat([tensor.unsqueeze(dim) for tensor in args[0]], dim)
+    tensors, *rest = args
+    dim: int = kwargs.get("dim", rest[0] if rest else 0)
+    return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
 
 
 # Uses: the neutral operators of lowbit.
@@ -282,11 +284,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     """F.linear with a quantized weight (N, K)."""
     w = _operand(weight, "linear", (0, 1), input, bias)
     _check_k(input, w)
-    if torch.is_autocast_enabled(input.device.type):
-        input, bias = _autocast(input), None if bias is None else _autocast(bias)  # noqa: A001
     layout = w.storage_layout
     return torch.ops.lowbit.linear(
-        input, *(getattr(w, name) for name in _PARTS), bias, layout.format, layout.activation or ""
+        under_autocast(input),
+        *(getattr(w, name) for name in _PARTS),
+        None if bias is None else under_autocast(bias),
+        layout.format,
+        layout.activation or "",
     )
 
 
@@ -296,8 +300,7 @@ def _grouped_mm(
     """F.grouped_mm of tokens (M, K) with experts that read as (E, K, N), stored K last."""
     w = _operand(mat_b, "grouped_mm", (0, 2, 1), mat_a, bias)
     _check_k(mat_a, w)
-    if torch.is_autocast_enabled(mat_a.device.type):
-        mat_a = _autocast(mat_a)
+    mat_a = under_autocast(mat_a)
     if offs is None or bias is not None or out_dtype not in (None, mat_a.dtype):
         msg = "grouped_mm with quantized experts takes 2-D tokens and offs, no bias and no other out_dtype"
         raise UnsupportedOpError(msg)
@@ -347,7 +350,7 @@ def _mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 FUNCTIONS.update({torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding})
-FUNCTIONS.update({torch.nn.functional.grouped_mm: _grouped_mm, torch._grouped_mm: _grouped_mm})
+FUNCTIONS.update({torch.nn.functional.grouped_mm: _grouped_mm, vars(torch)["_grouped_mm"]: _grouped_mm})
 
 
 # Storage: torch would look for the values in the wrapper, which has none.
@@ -388,14 +391,10 @@ def _operand(weight: Tensor, op: str, permutation: tuple[int, ...], *others: Ten
     return weight
 
 
-def _autocast(x: Tensor) -> Tensor:
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
 def _check_k(x: Tensor, weight: QuantizedTensor) -> None:
     # Packed rows may hold room for more codes than the weight has, so their length alone would let a wrong K pass.
-    if x.shape[-1] != weight.canonical_shape[-1]:
-        msg = f"the input has {x.shape[-1]} columns, but {weight!r} contracts {weight.canonical_shape[-1]}"
+    if x.shape[-1] != weight.shape[1]:
+        msg = f"the input has {x.shape[-1]} columns, but {weight!r} contracts {weight.shape[1]}"
         raise FormatError(msg)
 
 
@@ -517,8 +516,9 @@ def _cat_tensor_scale(tensors: Sequence[QuantizedTensor], d: int, dim: int) -> T
     if any(s is None for s in scales):
         return None
     first = scales[0]
-    uniform = all(s is not None and s.shape == first.shape and torch.equal(s, first) for s in scales)  # pyright: ignore[reportOptionalMemberAccess]
-    if uniform and first is not None and first.shape[d] == 1:
+    assert first is not None
+    uniform = all(s is not None and s.shape == first.shape and torch.equal(s, first) for s in scales)
+    if uniform and first.shape[d] == 1:
         return first.clone()
     if d == tensors[0].dim() - 1:
         return _shared(tensors, "tensor_scale", dim)

@@ -66,10 +66,11 @@ class QuantizedTensor(torch.Tensor):
     pre_scale: Tensor | None
     storage_layout: Layout
 
-    @staticmethod
     def __new__(cls, inner: Mapping[str, Tensor | None], layout: Layout) -> Self:
         """Wrap inner tensors that are known to fit together; `from_parts` checks them."""
-        canonical = canonical_shape(inner["qdata"], layout)
+        qdata = inner["qdata"]
+        assert qdata is not None
+        canonical = canonical_shape(qdata, layout)
         strides = [1] * len(canonical)
         for dim in reversed(range(len(canonical) - 1)):
             strides[dim] = strides[dim + 1] * canonical[dim + 1]
@@ -78,7 +79,7 @@ class QuantizedTensor(torch.Tensor):
             [canonical[d] for d in layout.permutation],
             strides=[strides[d] for d in layout.permutation],
             dtype=layout.dtype,
-            device=inner["qdata"].device,
+            device=qdata.device,
         )
         for name in INNER:
             setattr(self, name, inner.get(name))
@@ -202,7 +203,7 @@ class QuantizedTensor(torch.Tensor):
         handler = FUNCTIONS.get(func)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - the documented way to call on
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - the documented way
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -237,7 +238,12 @@ class QuantizedTensor(torch.Tensor):
         """Pickle as a schema version, plain values and plain tensors; see `rebuild`."""
         layout = self.storage_layout
         fields = (layout.format, layout.activation, layout.permutation, layout.tail, layout.dtype)
-        return rebuild, (SCHEMA_VERSION, fields, self.inner_tensors(), isinstance(self, torch.nn.Parameter))
+        # Plain pickle knows no tensors of 8-bit floats.
+        stored = {
+            name: part.view(torch.uint8) if part.is_floating_point() and part.dtype.itemsize == 1 else part
+            for name, part in self.inner_tensors().items()
+        }
+        return rebuild, (SCHEMA_VERSION, fields, stored, isinstance(self, torch.nn.Parameter))
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         """Shape, format and size instead of values, which may be large."""
@@ -281,9 +287,11 @@ def quantize(
         scale = scale.view(torch.float8_e8m0fnu)
     if tensor_scale is not None and tensor_scale.dim() == 0:
         tensor_scale = tensor_scale.reshape((1,) * x.dim())
-    data, scale, *rest = torch.ops.lowbit.quantize(canonical, scale, zero, tensor_scale, str(fmt), mode, rounding, seed)
+    data, chosen, *rest = torch.ops.lowbit.quantize(
+        canonical, scale, zero, tensor_scale, str(fmt), mode, rounding, seed
+    )
     scales = Scales(
-        scale, rest.pop(0) if fmt.zero is not None else None, rest.pop(0) if fmt.tensor_scale else None
+        chosen, rest.pop(0) if fmt.zero is not None else None, rest.pop(0) if fmt.tensor_scale else None
     )
     return QuantizedTensor.from_parts(
         data, scales, fmt, k=canonical.shape[-1], dtype=x.dtype, axis=axis, activation=activation
@@ -297,6 +305,9 @@ def rebuild(version: int, fields: tuple[Any, ...], inner: Mapping[str, Tensor], 
         CheckpointError: the schema is newer than this lowbit knows.
     """
     check_schema(version)
+    fmt = Format.parse(fields[0])
+    views = {"qdata": inner["qdata"].view(fmt.element.storage), "scale": inner["scale"].view(fmt.scale.storage)}
+    inner = {**inner, **views}
     return _as_parameter(QuantizedTensor(inner, Layout(*fields)), is_parameter=is_parameter)
 
 
@@ -317,9 +328,8 @@ def check_schema(version: object) -> None:
         raise CheckpointError(msg)
 
 
-def canonical_shape(qdata: Tensor | None, layout: Layout) -> tuple[int, ...]:
+def canonical_shape(qdata: Tensor, layout: Layout) -> tuple[int, ...]:
     """Shape of the values that packed `qdata` holds, blocked axis last."""
-    assert qdata is not None
     bits = Format.parse(layout.format).element.bits
     codes = qdata.shape[-1] * 8 // bits if bits < 8 else qdata.shape[-1]  # noqa: PLR2004 - a byte
     return (*qdata.shape[:-1], codes - layout.tail)
@@ -362,5 +372,5 @@ def _as_parameter(tensor: QuantizedTensor, *, is_parameter: bool) -> QuantizedTe
 
 torch.serialization.add_safe_globals([rebuild])
 
-import lowbit.ops  # noqa: E402, F401 - defines the operators called above
-import lowbit.rules  # noqa: E402, F401 - registers the aten rules, which need the class
+import lowbit.ops  # noqa: E402, F401 # pyright: ignore[reportUnusedImport] - defines the operators called above
+import lowbit.rules  # noqa: E402, F401 # pyright: ignore[reportUnusedImport] - registers the aten rules, which need the class

@@ -77,6 +77,8 @@ def rounding_bound(fmt: Format) -> float:
     long as that scale is a normal number. Unsigned codes without zero points lose all negative values: infinity.
     """
     element, lost = fmt.element, 2.0 ** -(fmt.scale.mantissa + 1)
+    # The float32 division, multiplication and scale round on their own.
+    lost += 2.0**-22
     if fmt.zero is not None:
         # The range may be twice the largest magnitude, and rounding the zero point moves its ends by half a step.
         return 2 / (element.max - element.min) + 2 * lost

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import wraps
 from importlib.resources import as_file, files
-from math import isfinite
+from math import inf, isfinite, isnan
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +18,7 @@ import torch
 import typer
 
 from lowbit.command import DONE, PROBLEM
-from lowbit.errors import RecipeError
+from lowbit.errors import CheckpointError, RecipeError
 from lowbit.table import align, fold, size
 from lowbit_hf.hub import find_model
 from lowbit_hf.progress import Meter
@@ -125,11 +125,10 @@ def _quantize(
         return _show_plan(job, as_json=as_json)
     account = _carry_out(job, out, _device(device), overwrite=overwrite)
     if as_json:
-        _print(json.dumps(_account_json(job, account, out), indent=2))
+        _print_json(_account_json(job, account, out))
         return DONE
-    plan_ = job.plan
     _print(f"{out}: {account.quantized} of {len(account.tensors)} tensors are low-bit, "
-           f"{plan_.bits_per_weight:.4g} bits per weight; {size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}")
+           f"{job.bits_per_weight:.4g} bits per weight; {size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}")
     _print(_nothing_lost(account))
     _print(f"next: lowbit eval {out} --against {model}\n      vllm serve {out}")
     return DONE
@@ -165,11 +164,11 @@ def _eval(
     base = None if against is None else load(find_model(against), device=where)
     result = _evaluate(folder, load(folder, device=where), base, text, tokens, model)
     if as_json:
-        _print(json.dumps({"model": model, "against": against, **asdict(result)}, indent=2))
-        return DONE
-    _print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens")
-    if result.kl is not None and result.top1 is not None:
-        _print(f"against {against}: mean KL {result.kl:.5f} nats a token, top-1 agreement {result.top1:.2%}")
+        _print_json({"model": model, "against": against, **asdict(result)})
+    else:
+        _print(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens")
+        if result.kl is not None and result.top1 is not None:
+            _print(f"against {against}: mean KL {result.kl:.5f} nats a token, top-1 agreement {result.top1:.2%}")
     return DONE if isfinite(result.perplexity) else PROBLEM
 
 
@@ -187,21 +186,26 @@ def _compare(
     from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), _device(device)
-    jobs = [_job(model, name, [], [], where, "even", 0.0, allow_nonfinite=False) for name in to]
+    names = list(dict.fromkeys(name.upper() for name in to))
+    jobs = [_job(model, name, [], [], where, "even", 0.0, allow_nonfinite=False) for name in names]
     base = load(folder, device=where)
     result = _evaluate(folder, base, None, text, tokens, "the original")
     dtype = str(base.dtype).removeprefix("torch.")
     rows: list[dict[str, Any]] = [_table_row(dtype, 8.0 * base.dtype.itemsize, jobs[0].checkpoint.nbytes, result)]
     with TemporaryDirectory(prefix="lowbit-") as scratch:
         parent = Path(scratch) if out is None else out
-        parent.mkdir(parents=True, exist_ok=True)
-        for name, job in zip(to, jobs, strict=True):
-            target = parent / name.upper()
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            msg = f"cannot make the folder {parent}: {error}"
+            raise CheckpointError(msg) from error
+        for name, job in zip(names, jobs, strict=True):
+            target = parent / name
             _carry_out(job, target, where, overwrite=overwrite)
-            result = _evaluate(folder, load(target, device=where), base, text, tokens, name.upper())
-            rows.append(_table_row(name.upper(), job.plan.bits_per_weight, job.output_bytes, result))
+            result = _evaluate(folder, load(target, device=where), base, text, tokens, name)
+            rows.append(_table_row(name, job.bits_per_weight, job.output_bytes, result))
     if as_json:
-        _print(json.dumps({"model": model, "results": rows}, indent=2))
+        _print_json({"model": model, "results": rows})
     else:
         _print("\n".join(align([_table_cells(row) for row in rows])))
     return DONE
@@ -215,7 +219,7 @@ def _inspect(model: Model, as_json: AsJson = False) -> int:  # noqa: FBT002
     rows = weights.describe()
     weights.close()
     if as_json:
-        _print(json.dumps(rows, indent=2))
+        _print_json(rows)
         return DONE
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
@@ -248,11 +252,11 @@ def _diff(
         found = compare(first, second, advance=lambda _: meter.advance(1))
     lost = bool(found.only_a or found.only_b)
     if as_json:
-        # JSON has no infinity; equal tensors have no noise to measure.
-        rows = [{**asdict(d), "sqnr": d.sqnr if isfinite(d.sqnr) else None} for d in found.differences]
-        _print(json.dumps({"tensors": rows, "only_a": found.only_a, "only_b": found.only_b}, indent=2))
+        rows = [asdict(difference) for difference in found.differences]
+        _print_json({"tensors": rows, "only_a": found.only_a, "only_b": found.only_b})
         return PROBLEM if lost else DONE
-    changed = sorted((d for d in found.differences if d.largest > 0), key=lambda d: d.sqnr)
+    # A NaN is a difference too, and the worst.
+    changed = sorted((d for d in found.differences if d.largest != 0), key=lambda d: -inf if isnan(d.sqnr) else d.sqnr)
     cells = [
         {
             "tensor": d.name,
@@ -285,7 +289,7 @@ def _schemes(as_json: AsJson = False) -> int:  # noqa: FBT002
         for entry in SCHEMES.values()
     ]
     if as_json:
-        _print(json.dumps(rows, indent=2))
+        _print_json(rows)
     else:
         _print("\n".join(align(rows)))
         _print("\nother names: " + ", ".join(f"{alias} = {name}" for alias, name in ALIASES.items()))
@@ -305,7 +309,7 @@ def _job(
 ) -> Job:
     from lowbit_hf.quantize import prepare  # noqa: PLC0415
 
-    wanted = scheme(to)
+    wanted = _scheme(to, "--to")
     return prepare(
         find_model(model),
         wanted,
@@ -321,9 +325,16 @@ def _job(
 def _parse_rule(rule: str) -> tuple[str, Scheme]:
     pattern, found, name = rule.rpartition("=")
     if not found or not pattern:
-        msg = f"rule {rule!r} must be GLOB=SCHEME, such as '*.down_proj=W8A16'"
-        raise RecipeError(msg)
-    return pattern, scheme(name)
+        raise typer.BadParameter(f"{rule!r} must be GLOB=SCHEME, such as '*.down_proj=W8A16'", param_hint="'--rule'")
+    return pattern, _scheme(name, "--rule")
+
+
+def _scheme(name: str, option: str) -> Scheme:
+    """A scheme by name; one that is unknown whatever the model is wrong use."""
+    try:
+        return scheme(name)
+    except RecipeError as error:
+        raise typer.BadParameter(str(error), param_hint=f"'{option}'") from error
 
 
 def _carry_out(job: Job, out: Path, device: str, *, overwrite: bool) -> Account:
@@ -334,7 +345,7 @@ def _carry_out(job: Job, out: Path, device: str, *, overwrite: bool) -> Account:
             command = shlex.join(["lowbit", *sys.argv[1:]])
             return run(job, out, overwrite=overwrite, device=device, command=command, advance=meter.advance)
     except KeyboardInterrupt:
-        sys.stderr.write(f"\ninterrupted; {out} does not exist yet, and the same command continues where this one stopped")
+        sys.stderr.write(f"\ninterrupted before {out} was made; the same command continues where this one stopped\n")
         raise
 
 
@@ -361,7 +372,7 @@ def _show_plan(job: Job, *, as_json: bool) -> int:
 
 
 def _account_json(job: Job, account: Account, out: Path) -> dict[str, Any]:
-    totals = {"out": str(out), "bits_per_weight": job.plan.bits_per_weight, "coverage": job.plan.coverage}
+    totals = {"out": str(out), "bits_per_weight": job.bits_per_weight, "coverage": job.plan.coverage}
     return {**totals, "bytes_before": job.checkpoint.nbytes, "bytes_after": job.output_bytes, **asdict(account)}
 
 
@@ -404,6 +415,19 @@ def _device(wanted: str | None) -> str:
 
 def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+def _print_json(value: Any) -> None:
+    """Print JSON, which has no NaN and no infinity: they become null."""
+    _print(json.dumps(_finite(value), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 _EXAMPLES = {

@@ -14,9 +14,9 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint, TensorEntry
 from lowbit.tensor import QuantizedTensor
-from lowbit_hf.layout import format_from_config
+from lowbit_hf.layout import format_from_config, shape_of
 from lowbit_hf.loading import Groups, modules_of, read_weight
-from lowbit_hf.skeleton import read_config
+from lowbit_hf.skeleton import Skeleton, read_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Difference:
     stored_b: str
     # Signal-to-quantization-noise ratio 10 log10(sum a^2 / sum (a - b)^2), in dB; infinite where equal.
     sqnr: float
-    # Largest |a - b|.
+    # Largest |a - b|; NaN where either has one.
     largest: float
 
 
@@ -52,29 +52,45 @@ class Weights:
         config = read_config(folder) if folder.is_dir() else {}
         self._groups = Groups.of(config, None)
         modules = modules_of(self.checkpoint, self._groups)
+        targets = {target for group in self._groups for target in group["targets"] if not target.startswith("re:")}
+        if targets - {"Linear", *modules}:  # names another class: only the model tells whose modules are of it
+            self._groups = Groups.of(config, Skeleton.build(folder))
         self._compressed = {f"{module}.weight": (module, names) for module, names in modules.items() if module is not None}
         self._plain = modules[None]
         self.names = [*self._plain, *self._compressed]
 
     def read(self, name: str) -> Tensor:
-        """The tensor `name`, quantized ones as QuantizedTensor (files hold them as (N, K))."""
+        """The tensor `name` as its model holds it, quantized ones as QuantizedTensor."""
         if name in self._compressed:
             return read_weight(self.checkpoint, self._groups, *self._compressed[name])
         return self.checkpoint.read(self.checkpoint.entries[name])
 
     def describe(self) -> list[dict[str, Any]]:
-        """Name, shape, what is stored, and bytes of every tensor, from headers alone."""
+        """Name, shape, what is stored, and bytes of every tensor; no weight is read.
+
+        Raises:
+            CheckpointError: a compressed module's tensors are incomplete or do not fit its group.
+        """
         entries = self.checkpoint.entries
         rows = [_row(name, entries[name].shape, str(entries[name].dtype), [entries[name]]) for name in self._plain]
         for name, (module, parts) in self._compressed.items():
+            local = {part.rpartition(".")[2]: self._outline(entries[part]) for part in parts}
+            if "weight_scale" not in local:
+                msg = f"module {module!r} has {', '.join(local)}, but no weight_scale; the checkpoint is incomplete"
+                raise CheckpointError(msg)
             group = self._groups.find(module)
-            local = {part.rpartition(".")[2]: entries[part] for part in parts}
             fmt, activation = format_from_config(group, local["weight_scale"].dtype)
             stored = str(fmt) if activation is None else f"{fmt} x {activation}"
-            held = local["weight_packed"] if "weight_packed" in local else local["weight"]
-            k = held.shape[1] * held.dtype.itemsize * 8 // fmt.element.bits if "weight_packed" in local else held.shape[1]
-            rows.append(_row(name, (held.shape[0], k), stored, local.values()))
+            n, k = shape_of(group, local)
+            shape = (k, n) if self._groups.transposed(module) else (n, k)
+            rows.append(_row(name, shape, stored, [entries[part] for part in parts]))
         return rows
+
+    def _outline(self, entry: TensorEntry) -> Tensor:
+        """A tensor of the entry's dtype and shape, without values but for `weight_shape`, which holds a shape itself."""
+        if entry.name.endswith(".weight_shape"):
+            return self.checkpoint.read(entry)
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def close(self) -> None:
         """Close the files."""
@@ -89,14 +105,15 @@ def compare(a: Path, b: Path, *, advance: Callable[[str], None] | None = None) -
     """
     first, second = Weights(a), Weights(b)
     try:
-        shared = [name for name in first.names if name in set(second.names)]
+        in_a, in_b = set(first.names), set(second.names)
+        shared = [name for name in first.names if name in in_b]
         differences = []
         for name in shared:
             differences.append(_difference(name, first.read(name), second.read(name)))
             if advance is not None:
                 advance(name)
-        only_a = tuple(name for name in first.names if name not in set(second.names))
-        return Comparison(tuple(differences), only_a, tuple(name for name in second.names if name not in set(first.names)))
+        only_a = tuple(name for name in first.names if name not in in_b)
+        return Comparison(tuple(differences), only_a, tuple(name for name in second.names if name not in in_a))
     finally:
         first.close()
         second.close()
@@ -108,15 +125,13 @@ def _row(name: str, shape: tuple[int, ...], stored: str, parts: Iterable[TensorE
 
 def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
     plain_a, plain_b = _plain(a), _plain(b)
-    if plain_a.shape != plain_b.shape and plain_a.shape == plain_b.shape[::-1]:
-        # Conv1D weights stand as (K, N) in plain files and as (N, K) in compressed ones.
-        plain_b = plain_b.mT
     if plain_a.shape != plain_b.shape:
         msg = f"tensor {name!r} has shape {tuple(a.shape)} in A and {tuple(b.shape)} in B; these are different models"
         raise CheckpointError(msg)
-    error = plain_a - plain_b
+    # Equal infinities differ by nothing, but subtract to NaN.
+    error = torch.where(plain_a == plain_b, 0.0, plain_a - plain_b)
     noise, signal = float(error.square().sum()), float(plain_a.square().sum())
-    sqnr = inf if noise == 0 else -inf if signal == 0 else 10 * log10(signal / noise)
+    sqnr = inf if noise == 0 else 10 * log10(signal / noise) if signal / noise != 0 else -inf
     largest = float(error.abs().max()) if error.numel() else 0.0
     return Difference(name, tuple(a.shape), _stored(a), _stored(b), sqnr, largest)
 

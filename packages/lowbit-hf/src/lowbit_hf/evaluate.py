@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lowbit.errors import CheckpointError
 
-_BATCH_TOKENS = 4096
+_BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,13 +59,16 @@ def evaluate(
                 if wanted.shape != logs.shape:
                     msg = f"the base has a vocabulary of {wanted.shape[-1]}, the model one of {logs.shape[-1]}"
                     raise CheckpointError(msg)
-                divergence += float((wanted.exp() * (wanted - logs)).sum(dtype=torch.float64))
+                # A token that the base rules out (logit -inf) adds nothing, whatever the model says of it.
+                terms = torch.where(wanted == -torch.inf, 0.0, wanted.exp() * (wanted - logs))
+                divergence += float(terms.sum(dtype=torch.float64))
                 agree += int((wanted.argmax(-1) == logs.argmax(-1)).sum())
             if advance is not None:
                 advance(batch.numel())
+    perplexity = float(torch.tensor(loss / tokens, dtype=torch.float64).exp())  # math.exp raises where this is infinite
     if base is None:
-        return Evaluation(tokens, exp(loss / tokens))
-    return Evaluation(tokens, exp(loss / tokens), divergence / tokens, agree / tokens)
+        return Evaluation(tokens, perplexity)
+    return Evaluation(tokens, perplexity, divergence / tokens, agree / tokens)
 
 
 def split_windows(ids: Tensor, context: int) -> Tensor:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from lowbit.errors import CheckpointError
@@ -21,6 +21,7 @@ from lowbit_hf.layout import act_scales, format_from_config, from_compressed, sh
 from lowbit_hf.skeleton import Skeleton, read_config
 
 _LOG = logging.getLogger(__name__)
+_METHOD = "compressed-tensors"
 _STORED = ("weight", "weight_packed")
 _LOCAL = (
     *("weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale"),
@@ -40,13 +41,19 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedM
     with Checkpoint.open(folder) as checkpoint:
         groups = Groups.of(read_config(folder), skeleton)
         state = {name: tensor.to(device) for name, tensor in read_tensors(checkpoint, groups).items()}
-    model, info = _assemble(skeleton, state)
+    try:
+        model, info = _assemble(skeleton, state)
+    except RuntimeError as error:
+        msg = f"{folder} does not fit {type(skeleton.model).__name__}: {error}"
+        raise CheckpointError(msg) from error
     # Tensors the model has no place for (MTP layers) are no defect; a place without a tensor is.
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if wrong:
         msg = f"{folder} does not fit {type(model).__name__}: " + "; ".join(f"{k} {v[:5]}" for k, v in wrong.items())
         raise CheckpointError(msg)
-    model.to(device).eval().requires_grad_(requires_grad=False)
+    nn.Module.to(model, device).eval().requires_grad_(requires_grad=False)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     use_lowbit_experts(model)
     if groups:
         _LOG.info("%s is loaded in portable form and runs on reference kernels until lowbit.bind(model) is called", folder)
@@ -80,15 +87,17 @@ class Groups:
         quantization = config.get("quantization_config", config.get("compression_config"))
         if quantization is None:
             return cls([], skeleton)
-        if not isinstance(quantization, dict) or not isinstance(quantization.get("config_groups"), dict):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            msg = f"this checkpoint is quantized by {method!r}; lowbit reads 'compressed-tensors' with config_groups"
+        method = quantization.get("quant_method", _METHOD) if isinstance(quantization, dict) else quantization
+        if method != _METHOD or not isinstance(quantization.get("config_groups"), dict):
+            msg = f"this checkpoint is quantized by {method!r}; lowbit reads {_METHOD!r} with config_groups"
             raise CheckpointError(msg)
         groups = []
         for name, group in quantization["config_groups"].items():
-            if not isinstance(group, dict) or not isinstance(group.get("targets"), list):
+            targets = group.get("targets") if isinstance(group, dict) else None
+            if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
                 msg = f"quantization_config group {name!r} must be an object with a list of targets"
                 raise CheckpointError(msg)
+            _check_patterns(targets)
             groups.append({**group, "format": group.get("format") or quantization.get("format")})
         return cls(groups, skeleton)
 
@@ -184,12 +193,22 @@ def _assemble(skeleton: Skeleton, state: dict[str, Tensor]) -> tuple[PreTrainedM
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return type(skeleton.model).from_pretrained(
-            None, config=skeleton.config, state_dict=state, dtype=skeleton.dtype, output_loading_info=True
-        )
+        # Asked for loading info, transformers returns a pair, which its annotations leave out.
+        load: Any = type(skeleton.model).from_pretrained
+        options = {"dtype": skeleton.dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        return load(None, config=skeleton.config, state_dict=state, **options)
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _check_patterns(targets: Iterable[str]) -> None:
+    for target in targets:
+        try:
+            re.compile(target[3:] if target.startswith("re:") else "")
+        except re.error as error:
+            msg = f"quantization_config has the target {target!r}, a malformed regular expression: {error}"
+            raise CheckpointError(msg) from error
 
 
 def _by_name(target: str, module: str) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -20,10 +20,10 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, RecipeError
 from lowbit.format import Format
 from lowbit.numerics import ScaleMode, choose_scale, encode, tensor_scale_for_amax
-from lowbit.plan import Parameter, Plan, Row, plan
+from lowbit.plan import Parameter, Plan, plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, row_slices
 from lowbit.staging import ShardWriter, Staging
@@ -86,6 +86,11 @@ class Job:
         owner = self.owners[name]
         return owner is not None and "Conv1D" in owner.classes
 
+    def linear(self, name: str) -> bool:
+        """Whether readers take the module of this weight for a linear layer; they do where nobody knows better."""
+        owner = self.owners[name]
+        return owner is None or owner.stacked or not set(LINEAR).isdisjoint(owner.classes)
+
     @property
     def dtype(self) -> torch.dtype:
         """dtype that scales are stored in where they take the weight's."""
@@ -95,6 +100,13 @@ class Job:
     def output_bytes(self) -> int:
         """Bytes of all output tensors."""
         return sum(prod(shape) * dtype.itemsize for tensors in self.files.values() for _, dtype, shape in tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean bits that a quantized weight takes in the files, with all that belongs to it."""
+        entries = [self.checkpoint.entries[name] for name in self.schemes]
+        stored = sum(prod(shape) * dtype.itemsize for entry in entries for _, dtype, shape in self.outputs(entry))
+        return 8 * stored / sum(prod(entry.shape) for entry in entries)
 
     def fingerprint(self) -> str:
         """Names this input and these decisions, so that only the same job is ever resumed."""
@@ -147,28 +159,32 @@ def prepare(
     checkpoint = Checkpoint.open(folder)
     owners = {name: skeleton.owner(name) for name in checkpoint.entries}
     parameters = [_parameter(entry, owners[entry.name]) for entry in checkpoint.entries.values()]
+    # What a match on tensors stands for, in the user's words.
+    given = {_translate(pattern, owners): pattern for pattern in (*keep, *(pattern for pattern, _ in rules))}
+    made: list[tuple[Rule, Scheme | None]] = [(Rule(_translate(pattern, owners), None), None) for pattern in keep]
     nonfinite: tuple[str, ...] = ()
     if allow_nonfinite:
-        nonfinite = tuple(
-            name for name, entry in checkpoint.entries.items() if len(entry.shape) == 2 and not _finite(checkpoint, entry)  # noqa: PLR2004
-        )
-    patterns = [(_translate(pattern, owners), None) for pattern in keep]
-    patterns += [(_translate(pattern, owners), scheme) for pattern, scheme in rules]
-    fmt_dtype = skeleton.dtype
-    made: list[tuple[Rule, Scheme | None]] = [(Rule(name, None), None) for name in nonfinite]
-    for pattern, scheme in patterns:
-        made += _rules(pattern, scheme, fmt_dtype, owners)
-    decided = [rule for rule, _ in made]
-    made += [(Rule(name, None), None) for name in _kept_by_default(skeleton, owners, decided)]
-    made += _rules("*", to, fmt_dtype, owners)
-    found = plan(parameters, Recipe(tuple(rule for rule, _ in made)), device=device, min_coverage=min_coverage)
+        candidates = [name for name in checkpoint.entries if not any(rule.matches_name(name) for rule, _ in made)]
+        nonfinite = tuple(name for name in candidates if not _finite(checkpoint, checkpoint.entries[name]))
+    made += [(Rule(name, None), None) for name in nonfinite]
+    for pattern, scheme in rules:
+        made += _rules(_translate(pattern, owners), scheme, skeleton.dtype, parameters, made)
+    made += [(Rule(name, None), None) for name in _kept_by_default(skeleton, owners, [rule for rule, _ in made])]
+    made += _rules("*", to, skeleton.dtype, parameters, made)
+    try:
+        found = plan(parameters, Recipe(tuple(rule for rule, _ in made)), device=device, min_coverage=min_coverage)
+    except RecipeError as error:
+        raise RecipeError(_in_words_given(str(error), given)) from error
     by_match = {(rule.match, rule.k_axis): scheme for rule, scheme in reversed(made)}
     schemes: dict[str, Scheme] = {}
     for row in found.rows:
         scheme = by_match.get((row.rule or "", row.k_axis)) if row.action == "quantize" else None
         if scheme is not None:
             schemes[row.name] = scheme
-    return Job(folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite)
+    found = Plan(tuple(replace(row, rule=given.get(row.rule or "", row.rule)) for row in found.rows))
+    job = Job(folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite)
+    _check_outputs(job)
+    return job
 
 
 def run(
@@ -185,11 +201,17 @@ def run(
     Raises:
         CheckpointError: the output exists or cannot be written, space runs out, or a weight holds NaN or infinity.
     """
+    _check_target(job.folder, out)
     carried, left_behind = _other_files(job.folder, job.checkpoint)
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
             return _account(job, out, carried, left_behind)
-        staging.require_space(job.output_bytes + sum((job.folder / name).stat().st_size for name in carried))
+        try:
+            staging.require_space(job.output_bytes + sum((job.folder / name).stat().st_size for name in carried))
+        except CheckpointError:
+            if not any(staging.files.iterdir()):
+                staging.discard()
+            raise
         try:
             with _Run(device, advance) as run_:
                 scales = _TensorScales(job, run_)
@@ -208,6 +230,17 @@ def run(
         account = _account(job, staging.files, carried, left_behind)
         staging.publish()
     return account
+
+
+def _check_target(folder: Path, out: Path) -> None:
+    """Refuse an output that would replace the input, or a folder that is no model."""
+    source, target = folder.resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        msg = f"the output {out} and the input {folder} lie in one another; write to a folder beside the input"
+        raise CheckpointError(msg)
+    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
+        msg = f"{out} exists and is no model folder (it has no config.json), so it is never replaced; choose another"
+        raise CheckpointError(msg)
 
 
 class NonfiniteError(CheckpointError):
@@ -254,6 +287,9 @@ def _parameter(entry: TensorEntry, owner: Owner | None) -> Parameter:
 
 
 def _finite(checkpoint: Checkpoint, entry: TensorEntry) -> bool:
+    """Whether no value of a matrix that might be quantized is NaN or infinite; of others nothing is asked."""
+    if len(entry.shape) != 2 or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:  # noqa: PLR2004
+        return True
     slices = row_slices(entry, _SLICE_BYTES)
     return all(bool(torch.isfinite(checkpoint.read(entry, rows)).all()) for rows in slices)
 
@@ -269,22 +305,50 @@ def _translate(pattern: str, owners: Mapping[str, Owner | None]) -> str:
     return "re:" + "|".join(re.escape(name) for name in held) if held else pattern
 
 
+def _in_words_given(text: str, given: Mapping[str, str]) -> str:
+    """An error's text with the user's patterns in place of what they were translated to."""
+    for match, pattern in given.items():
+        text = text.replace(repr(match), repr(pattern))
+    return text
+
+
 def _rules(
-    pattern: str, scheme: Scheme | None, dtype: torch.dtype, owners: Mapping[str, Owner | None]
+    match: str,
+    scheme: Scheme,
+    dtype: torch.dtype,
+    parameters: Sequence[Parameter],
+    earlier: Sequence[tuple[Rule, Scheme | None]],
 ) -> list[tuple[Rule, Scheme | None]]:
-    """The rules of one pattern: a glob speaks of linear weights, an exact name of whatever it names."""
-    if scheme is None:
-        return [(Rule(pattern, None), None)]
+    """The rules of one match: a pattern speaks of linear weights, an exact name of whatever it names."""
     fmt = scheme.weight_format(dtype)
-    if pattern in owners:
-        owner = owners[pattern]
-        axis = 0 if owner is not None and "Conv1D" in owner.classes else -1
-        return [(Rule(pattern, fmt, scheme.activation, axis), scheme)]
-    made = []
-    for kind, axis in zip(LINEAR, (-1, 0), strict=True):
-        if any(owner is not None and kind in owner.classes for owner in owners.values()) or kind == "Linear":
-            made.append((Rule(pattern, fmt, scheme.activation, axis, (kind,)), scheme))
-    return made
+    made = [Rule(match, fmt, scheme.activation, axis, (kind,)) for kind, axis in zip(LINEAR, (-1, 0), strict=True)]
+    for parameter in parameters:
+        if parameter.name == match:
+            axis = 0 if "Conv1D" in parameter.modules else -1
+            return [(Rule(match, fmt, scheme.activation, axis), scheme)]
+    left = [p for p in parameters if not any(rule.matches(p.name, p.modules) for rule, _ in earlier)]
+    # A model may have one kind of linear layer only, and a rule that wins nothing is an error, which then is the first's.
+    useful = [rule for rule in made if any(rule.matches(p.name, p.modules) for p in left)] or made[:1]
+    return [(rule, scheme) for rule in useful]
+
+
+def _check_outputs(job: Job) -> None:
+    """Refuse weights that no compressed layout holds, and names that the output would have twice.
+
+    Raises:
+        RecipeError: a tensor to quantize is no matrix, is empty, or is not the `weight` of a module.
+        CheckpointError: a tensor is already there by the name of one that a weight becomes.
+    """
+    for name in job.schemes:
+        shape = job.checkpoint.entries[name].shape
+        if len(shape) != 2 or 0 in shape or not name.endswith(".weight"):  # noqa: PLR2004
+            msg = f"tensor {name!r} of shape {shape} cannot be quantized on disk, only matrices named *.weight can; keep it"
+            raise RecipeError(msg)
+    made = [planned for name in job.schemes for planned, _, _ in job.outputs(job.checkpoint.entries[name])]
+    taken = [name for name in made if name in job.checkpoint.entries and name not in job.schemes]
+    if taken:
+        msg = f"{job.folder} already has {taken[0]!r} beside its weight; it looks quantized, so start from the original model"
+        raise CheckpointError(msg)
 
 
 def _kept_by_default(skeleton: Skeleton, owners: Mapping[str, Owner | None], decided: Sequence[Rule]) -> list[str]:
@@ -355,7 +419,7 @@ class _Run:
     """Threads that work on row slices side by side, each with one torch thread: no slice waits for another."""
 
     def __init__(self, device: str, advance: Callable[[int], None] | None) -> None:
-        self.device, self.advance = device, advance or (lambda _: None)
+        self.device, self.advance = device, advance or _ignore
         self._count = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(self._count, initializer=torch.set_num_threads, initargs=(1,))
 
@@ -377,16 +441,39 @@ class _Run:
         self._pool.shutdown(cancel_futures=True)
 
 
+def _ignore(count: int) -> None:
+    """Where nobody asks for progress."""
+    del count
+
+
 def _other_files(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
     """Files to carry over (relative names), and those that hold the weights in another form."""
     carried, left = [], []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name in checkpoint.shards or name in ("config.json", INDEX_NAME) or name.startswith(".git/"):
+        if path.is_symlink():
+            _check_link(folder, path)
+        if not path.is_file() or name in {*checkpoint.shards, "config.json", INDEX_NAME} or name.startswith(".git/"):
             continue
         other = path.suffix in _OTHER_WEIGHTS or name.endswith(".index.json")
         (left if other else carried).append(name)
     return carried, left
+
+
+def _check_link(folder: Path, path: Path) -> None:
+    """Refuse a link that would carry a file from elsewhere into a folder that is going to be shared, or that is lost.
+
+    A hub cache's links, `models--*/snapshots/*/...` to `models--*/blobs/*`, are what they should be.
+
+    Raises:
+        CheckpointError: the link leads outside the folder, to a folder, or nowhere.
+    """
+    root, real = folder.resolve(), path.resolve()
+    cache = root.parent.parent
+    hub = root.parent.name == "snapshots" and cache.name.startswith("models--")
+    if not real.is_file() or not (real.is_relative_to(root) or (hub and real.parent == cache / "blobs")):
+        msg = f"{path} is a link to {real}, which is no file inside the folder; replace it by a copy if you trust it"
+        raise CheckpointError(msg)
 
 
 def _output_config(job: Job) -> dict[str, Any]:
@@ -396,12 +483,17 @@ def _output_config(job: Job) -> dict[str, Any]:
     # The scheme of most modules covers their classes; exceptions are named, which readers ask first.
     main = max(modules, key=lambda scheme: len(modules[scheme]))
     classes = ["Linear", *(["Conv1D"] if any(job.transposed(name) for name in job.schemes) else [])]
-    groups = {scheme: classes if scheme is main else sorted(names) for scheme, names in modules.items()}
+    others = [name for name in modules[main] if not job.linear(f"{name}.weight")]
+    groups = {scheme: classes + sorted(others) if scheme is main else sorted(names) for scheme, names in modules.items()}
     return {**job.config, "quantization_config": quantization_config(groups, _ignored(job))}
 
 
 def _ignored(job: Job) -> list[str]:
-    """Modules that a reader would take for quantized by their class, but that are not, by checkpoint name."""
+    """Modules that a reader might take for quantized by their class, but that are not, by checkpoint name.
+
+    Engines have classes of their own, a router that transformers spells out being a Linear in vLLM; only embeddings are
+    embeddings everywhere.
+    """
     quantized = set(job.schemes)
     stored = {
         name.removesuffix(".weight")
@@ -409,7 +501,7 @@ def _ignored(job: Job) -> list[str]:
         if name.endswith(".weight")
         and name not in quantized
         and len(job.checkpoint.entries[name].shape) > 1
-        and (owner is None or set(LINEAR) & set(owner.classes))
+        and (owner is None or "Embedding" not in owner.classes)
     }
     held = {owner.name for owner in job.owners.values() if owner is not None}
     # A tied head is in the model, but not in the file.

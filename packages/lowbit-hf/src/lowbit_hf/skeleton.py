@@ -52,9 +52,11 @@ class Skeleton:
             CheckpointError: there is no usable config, or transformers has no such architecture.
         """
         raw = read_config(folder)
-        architecture = (raw.get("architectures") or [None])[0]
+        named = raw.get("architectures")
+        architecture = named[0] if isinstance(named, list) and named else None
         model_class: Any = getattr(transformers, str(architecture), None)
-        if model_class is None:
+        # transformers has much besides models, and a config must not choose what of it runs.
+        if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             msg = (
                 f"{folder}: architecture {architecture!r} is not part of transformers {transformers.__version__}; a newer "
                 "transformers may have it (code that comes with a checkpoint is never run)"
@@ -63,6 +65,9 @@ class Skeleton:
         raw.pop("quantization_config", None)
         try:
             config = AutoConfig.for_model(**raw)
+            if not isinstance(config, model_class.config_class):  # pyright: ignore[reportArgumentType] - every model class has one
+                msg = f"it is for model_type {raw['model_type']!r}"
+                raise TypeError(msg)
             with torch.device("meta"):
                 model = model_class(config)
         except Exception as error:

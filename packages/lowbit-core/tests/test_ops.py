@@ -1,0 +1,150 @@
+"""The `lowbit::*` operators as torch sees them: schemas, fakes, autograd and compiled graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowbit import INT8_ROW_ASYM, MXFP4, MXFP8, NVFP4, UINT4_G128, bind, quantize
+from lowbit.format import Format
+from lowbit.numerics import DEFAULT_MODE
+from lowbit.ops import _SCHEMAS
+from lowbit.testing import FORMAT_GRID, sample, shapes
+
+OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
+FEW = [Format.parse(spec) for spec in ("INT8_ROW_ASYM", "NVFP4", "int4:4x16:bfloat16")]
+
+
+def parts(q):
+    return q.qdata, q.scale, q.zero, q.tensor_scale
+
+
+def use(activation):
+    """act_scale, act_zero and pre_scale for an activation spec."""
+    static = activation.startswith("static")
+    zero = torch.tensor(3, dtype=torch.uint8 if "zero=u" in activation else torch.int8) if "zero" in activation else None
+    return (torch.tensor(0.05), zero, None) if static else (None, None, None)
+
+
+def activations(fmt):
+    """Weight only, and the input in the same kind of format, dynamic and static."""
+    tensor = fmt.with_block(0, 0)
+    yield ""
+    if fmt.block[0] <= 1:
+        yield f"dynamic:{fmt}"
+    if fmt.scale.name == "float32" and not fmt.tensor_scale:
+        yield f"static:{tensor}"
+
+
+def calls(fmt, dtype=torch.bfloat16):
+    """Arguments of every operator on a weight of `fmt`."""
+    by_rank = {len(shape): shape for shape in shapes(fmt)}
+    n, k = by_rank[2]
+    weight = quantize(sample((n, k), dtype=dtype), fmt)
+    x, bias = sample((5, k), seed=1, dtype=dtype), sample((n,), seed=2, dtype=dtype)
+    spec = str(fmt)
+    yield "quantize", (sample((n, k), dtype=dtype), None, None, None, spec, DEFAULT_MODE, "nearest", 0)
+    yield "quantize", (weight.dequantize(), weight.scale, weight.zero, weight.tensor_scale, spec, "even", "stochastic", 7)
+    yield "dequantize", (*parts(weight), spec, k, dtype)
+    yield "embedding", (torch.tensor([[1, 0, 5]]), *parts(weight), spec, k, dtype)
+    for activation in activations(fmt):
+        yield "linear", (x, *parts(weight), *use(activation), bias, spec, activation)
+        yield "linear", (x.view(1, 5, k), *parts(weight), *use(activation), None, spec, activation)
+        stack = quantize(sample(by_rank[3], dtype=dtype), fmt)
+        yield "grouped_mm", (x, OFFSETS, *parts(stack), *use(activation), spec, activation)
+    tokens = quantize(x, fmt) if fmt.block[0] <= 1 else quantize(x, fmt.with_block(1, 0))
+    yield "scaled_mm", (*parts(tokens), *parts(weight), bias, str(tokens.format), spec, k, dtype)
+
+
+def test_every_operator_is_called():
+    assert {op for op, _ in calls(MXFP4)} == set(_SCHEMAS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", FORMAT_GRID, ids=str)
+def test_fakes_tell_what_the_operators_return(fmt, dtype):
+    for op, arguments in calls(fmt, dtype):
+        found = getattr(torch.ops.lowbit, op)(*arguments)
+        with FakeTensorMode() as mode:
+            faked = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+            told = getattr(torch.ops.lowbit, op)(*faked)
+        pairs = zip(found, told, strict=True) if isinstance(found, list) else [(found, told)]
+        for real, fake in pairs:
+            assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride()), op
+
+
+@pytest.mark.parametrize("fmt", FORMAT_GRID, ids=str)
+def test_operators_neither_change_nor_return_their_arguments(fmt):
+    for op, arguments in calls(fmt):
+        given = [a for a in arguments if isinstance(a, torch.Tensor)]
+        before = [a.clone() for a in given]
+        found = getattr(torch.ops.lowbit, op)(*arguments)
+        for tensor, copy in zip(given, before, strict=True):
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, copy))), op
+            assert tensor.data_ptr() not in [t.data_ptr() for t in (found if isinstance(found, list) else [found])], op
+
+
+# opcheck itself asks an intermediate tensor for its gradient.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("fmt", FEW, ids=str)
+def test_opcheck(fmt):
+    utils = {"test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"}
+    if any(element.kind == "float" and element.bits == 8 for element in (fmt.element, fmt.scale)):
+        # It multiplies every tensor, which 8-bit floats cannot; the test above stands in for it.
+        utils -= {"test_schema"}
+    for op, arguments in calls(fmt, torch.float32):
+        differentiable = op in {"linear", "grouped_mm"}
+        x = arguments[0].clone().requires_grad_() if differentiable else arguments[0]
+        # Tracing the gradient of grouped_mm would need the values of offs.
+        less = {"test_aot_dispatch_dynamic"} if op == "grouped_mm" else set()
+        overload = getattr(torch.ops.lowbit, op).default
+        torch.library.opcheck(overload, (x, *arguments[1:]), test_utils=tuple(utils - less))
+
+
+def linear(fmt, activation):
+    module = nn.Linear(256, 6, dtype=torch.bfloat16)
+    weight = quantize(sample((6, 256), dtype=torch.bfloat16), fmt, activation=activation)
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("fmt", "activation"),
+    [(UINT4_G128, None), (NVFP4, "dynamic:NVFP4"), (INT8_ROW_ASYM, "dynamic:INT8_ROW_ASYM")],
+    ids=str,
+)
+def test_a_compiled_linear_serves_every_number_of_tokens(fmt, activation):
+    torch._dynamo.reset()
+    module = linear(fmt, activation)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for m in (2, 7, 33):
+        x = sample((m, 256), seed=m, dtype=torch.bfloat16)
+        with torch.no_grad():
+            assert torch.equal(compiled(x), module(x))
+    assert counter.frame_count == 1
+
+
+def test_a_bound_linear_compiles():
+    torch._dynamo.reset()
+    module = linear(INT8_ROW_ASYM, "dynamic:INT8_ROW_ASYM")
+    inputs = [sample((m, 256), seed=m, dtype=torch.bfloat16) for m in (2, 7, 33)]
+    wanted = [module(x) for x in inputs]
+    assert bind(module).rows[0].packed
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend="aot_eager")
+    for x, y in zip(inputs, wanted, strict=True):
+        with torch.no_grad():
+            assert torch.equal(compiled(x), y)
+
+
+def test_a_model_of_quantized_tensors_exports_to_neutral_operators():
+    module = linear(MXFP8, "dynamic:MXFP8")
+    x = sample((3, 256), dtype=torch.bfloat16)
+    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("m", min=2)},))
+    assert torch.ops.lowbit.linear.default in [node.target for node in exported.graph.nodes]
+    for m in (2, 9):
+        x = sample((m, 256), seed=m, dtype=torch.bfloat16)
+        assert torch.equal(exported.module()(x), module(x))

@@ -1,0 +1,111 @@
+"""Small models of random weights, made once a session, and what the tests do to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from lowbit_hf.quantize import prepare, run
+from lowbit_hf.schemes import scheme
+
+SPECIAL = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 96,
+    "max_position_embeddings": 32,
+    "tie_word_embeddings": True,
+} | SPECIAL
+MODELS = {
+    "llama": ("LlamaForCausalLM", SMALL),
+    "qwen2": ("Qwen2ForCausalLM", SMALL),  # q, k and v have biases
+    "mixtral": ("MixtralForCausalLM", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt2": ("GPT2LMHeadModel", {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 32} | SPECIAL),
+}
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory):
+    """`make(kind, dtype, **config)`: the folder of a random model, not to be written to."""
+    made = {}
+
+    def of(kind="llama", dtype=torch.bfloat16, *, shard="1GB", **changes):
+        key = json.dumps([kind, str(dtype), shard, changes], sort_keys=True)
+        if key not in made:
+            architecture, config = MODELS[kind]
+            cls = getattr(transformers, architecture)
+            with torch.random.fork_rng():
+                torch.manual_seed(len(made))
+                model = cls(cls.config_class(**config | changes)).to(dtype)
+                for name, parameter in model.named_parameters():
+                    if parameter.dim() == 1:  # norms and biases are ones and zeros, which would hide their loss
+                        parameter.data.normal_(0.0 if name.endswith("bias") else 1.0, 0.1)
+            made[key] = tmp_path_factory.mktemp(kind) / "model"
+            model.save_pretrained(made[key], max_shard_size=shard)
+        return made[key]
+
+    return of
+
+
+@pytest.fixture
+def change(tmp_path):
+    """`change(folder, tensors=edit, config=edit)`: a copy of a one-file folder, its tensors and config edited in place."""
+    count = 0
+
+    def copy(folder, *, tensors=None, config=None):
+        nonlocal count
+        count += 1
+        target = tmp_path / f"changed-{count}"
+        shutil.copytree(folder, target)
+        if tensors is not None:
+            state = load_file(target / "model.safetensors")
+            tensors(state)
+            save_file({name: t.contiguous() for name, t in state.items()}, target / "model.safetensors", {"format": "pt"})
+        if config is not None:
+            values = json.loads((target / "config.json").read_text())
+            config(values)
+            (target / "config.json").write_text(json.dumps(values))
+        return target
+
+    return copy
+
+
+@pytest.fixture
+def quantize(tmp_path):
+    """`quantize(folder, "W4A16", **options)`: the folder it became."""
+    count = 0
+
+    def to(folder, name, *, rules=(), mode="even", **options):
+        nonlocal count
+        count += 1
+        out = tmp_path / f"quantized-{count}"
+        rules = [(pattern, scheme(each)) for pattern, each in rules]
+        run(prepare(folder, scheme(name), rules=rules, mode=mode, **options), out)
+        return out
+
+    return to
+
+
+@pytest.fixture(scope="session")
+def tokens():
+    return torch.randint(2, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def stock():
+    """`stock(folder)`: the model as transformers alone loads it."""
+
+    def of(folder):
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        return model.eval()
+
+    return of
