@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lowbit import INT8_ROW, MXFP8, BackendError, NoKernelError, backends, explain, quantize, select
 from lowbit.activation import Activation
@@ -48,7 +48,8 @@ class Choosy(Loopback):
 
     def kernels(self):
         return tuple(
-            Kernel(k.name, k.op, self.device, k.priority, k.run, self.refuses, k.pack, k.unpack) for k in super().kernels()
+            Kernel(k.name, k.op, self.device, k.priority, k.run, self.refuses, k.pack, k.unpack)
+            for k in super().kernels()
         )
 
     def refuses(self, call):
@@ -68,7 +69,9 @@ def test_the_reference_takes_every_call():
 
 
 def test_the_highest_priority_that_takes_the_call_wins():
-    with installed_backends(Choosy("low", priority=3), Choosy("high", limit=8, priority=7), Choosy("gpu", device="cuda")):
+    with installed_backends(
+        Choosy("low", priority=3), Choosy("high", limit=8, priority=7), Choosy("gpu", device="cuda")
+    ):
         choice = select(CALL)
         assert choice.kernel.name == "low.linear"
         refusals = told(choice)
@@ -91,10 +94,10 @@ def test_operators_run_the_kernel_selected():
         shape = next(shape for shape in shapes(fmt) if len(shape) == 2)
         x = sample((3, shape[1]))
         q = quantize(sample(shape), fmt)
-        wanted = (q.dequantize(), F.linear(x, q), F.embedding(torch.tensor([1]), q))
+        wanted = (q.dequantize(), functional.linear(x, q), functional.embedding(torch.tensor([1]), q))
         with installed_backends(loopback):
             again = quantize(sample(shape), fmt)
-            found = (again.dequantize(), F.linear(x, again), F.embedding(torch.tensor([1]), again))
+            found = (again.dequantize(), functional.linear(x, again), functional.embedding(torch.tensor([1]), again))
         for a, b in zip(found, wanted, strict=True):
             assert torch.equal(a, b)
     count = len(FORMAT_GRID)
@@ -147,7 +150,9 @@ def test_the_variable_is_an_allow_list_and_an_order(monkeypatch):
 
 
 def test_an_unknown_name_is_an_error(monkeypatch):
-    with pytest.raises(BackendError, match="prefer names the backend 'nope', which is not installed; installed are reference"):
+    with pytest.raises(
+        BackendError, match="prefer names the backend 'nope', which is not installed; installed are reference"
+    ):
         select(CALL, prefer=("nope",))
     monkeypatch.setenv("LOWBIT_BACKENDS", "reference,nope")
     with pytest.raises(BackendError, match="LOWBIT_BACKENDS names the backend 'nope'"):
@@ -155,7 +160,9 @@ def test_an_unknown_name_is_an_error(monkeypatch):
 
 
 def test_prefer_decides_or_lists_every_refusal(monkeypatch):
-    with installed_backends(Choosy("a", priority=1), Choosy("b", limit=8, priority=9), Loopback("c", reason="needs a moon")):
+    with installed_backends(
+        Choosy("a", priority=1), Choosy("b", limit=8, priority=9), Loopback("c", reason="needs a moon")
+    ):
         assert select(CALL, prefer=("a",)).kernel.name == "a.linear"
         assert select(CALL, prefer=("b", "a")).kernel.name == "a.linear"
         assert select(CALL, prefer=("reference",)).kernel.name == "reference.linear"
@@ -176,9 +183,7 @@ def test_a_choice_is_made_once():
 
     class Counting(Loopback):
         def kernels(self):
-            return tuple(
-                Kernel(k.name, k.op, "any", 5, k.run, lambda call: asked.append(call)) for k in super().kernels()
-            )
+            return tuple(Kernel(k.name, k.op, "any", 5, k.run, asked.append) for k in super().kernels())
 
     with installed_backends(Counting()):
         first = select(CALL)
@@ -188,13 +193,13 @@ def test_a_choice_is_made_once():
         assert len(asked) == 2
         q = quantize(sample((64, 64)), MXFP8)
         for m in range(1, 20):
-            F.linear(sample((m, 64)), q)
+            functional.linear(sample((m, 64)), q)
         assert len([call for call in asked if call.op == "linear"]) == 3
 
 
 def test_a_broken_backend_is_shown_and_warned_about_once(monkeypatch, recwarn):
     def load():
-        raise ImportError("libmoon.so.4: cannot open shared object file")  # noqa: EM101
+        raise ImportError("libmoon.so.4: cannot open shared object file")
 
     with points(monkeypatch, Point("moon", load, dist=SimpleNamespace(name="lowbit-moon", version="9.1"))):
         for _ in range(3):
@@ -250,14 +255,19 @@ def test_two_kernels_of_one_name_are_an_error():
         def kernels(self):
             return Loopback("honest").kernels()
 
-    for given, owners in (([Doubled("twice")], "'twice' and 'twice'"), ([Loopback("honest"), Thief("thief")], "'honest' and 'thief'")):
+    for given, owners in (
+        ([Doubled("twice")], "'twice' and 'twice'"),
+        ([Loopback("honest"), Thief("thief")], "'honest' and 'thief'"),
+    ):
         with installed_backends(*given), pytest.raises(BackendError, match=f"is used twice, by backends {owners}"):
             select(CALL)
 
 
 def test_kernels_are_found_by_name():
     assert backends.kernel("reference.linear").op == "linear"
-    with pytest.raises(NoKernelError, match=r"no installed backend has the kernel 'moon.linear'; installed are reference"):
+    with pytest.raises(
+        NoKernelError, match=r"no installed backend has the kernel 'moon.linear'; installed are reference"
+    ):
         backends.kernel("moon.linear")
 
 
@@ -275,7 +285,9 @@ def test_backends_are_loaded_once_by_many_threads():
 
 def test_autocast_ends_where_a_kernel_begins():
     seen = []
-    row = Kernel("moon.linear", "linear", "any", 1, lambda: seen.append(torch.is_autocast_enabled("cpu")), lambda _: None)
+    row = Kernel(
+        "moon.linear", "linear", "any", 1, lambda: seen.append(torch.is_autocast_enabled("cpu")), lambda _: None
+    )
     with torch.autocast("cpu", torch.bfloat16):
         backends.run(row, "cpu")
         assert torch.is_autocast_enabled("cpu")

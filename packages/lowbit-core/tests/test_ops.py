@@ -25,7 +25,9 @@ def parts(q):
 def use(activation):
     """act_scale, act_zero and pre_scale for an activation spec."""
     static = activation.startswith("static")
-    zero = torch.tensor(3, dtype=torch.uint8 if "zero=u" in activation else torch.int8) if "zero" in activation else None
+    zero = (
+        torch.tensor(3, dtype=torch.uint8 if "zero=u" in activation else torch.int8) if "zero" in activation else None
+    )
     return (torch.tensor(0.05), zero, None) if static else (None, None, None)
 
 
@@ -47,7 +49,10 @@ def calls(fmt, dtype=torch.bfloat16):
     x, bias = sample((5, k), seed=1, dtype=dtype), sample((n,), seed=2, dtype=dtype)
     spec = str(fmt)
     yield "quantize", (sample((n, k), dtype=dtype), None, None, None, spec, DEFAULT_MODE, "nearest", 0)
-    yield "quantize", (weight.dequantize(), weight.scale, weight.zero, weight.tensor_scale, spec, "even", "stochastic", 7)
+    yield (
+        "quantize",
+        (weight.dequantize(), weight.scale, weight.zero, weight.tensor_scale, spec, "even", "stochastic", 7),
+    )
     yield "dequantize", (*parts(weight), spec, k, dtype)
     yield "embedding", (torch.tensor([[1, 0, 5]]), *parts(weight), spec, k, dtype)
     for activation in activations(fmt):

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lowbit import FormatError, NotPortableError, quantize
 from lowbit.backends import Kernel
@@ -38,12 +38,12 @@ def test_linear_and_embedding_run_and_unpack_exactly(fmt, packs):
     q = quantize(sample(shape), fmt)
     q = q.with_inner({**q.inner_tensors(), "pre_scale": torch.linspace(0.5, 2, shape[1])})
     x, bias, ids = sample((3, shape[1]), seed=1), sample(shape[:1], seed=2), torch.tensor([[0, 5]])
-    wanted = F.linear(x, q, bias), F.embedding(ids, q)
+    wanted = functional.linear(x, q, bias), functional.embedding(ids, q)
     with installed_backends(loopback):
         line, table = (PackedTensor.from_quantized(q, f"loopback.{op}") for op in ("linear", "embedding"))
-        assert torch.equal(F.linear(x, line, bias), wanted[0])
-        assert torch.equal(F.linear(x, weight=line, bias=bias), wanted[0])
-        assert torch.equal(F.embedding(ids, table, padding_idx=1, norm_type=2.0), wanted[1])
+        assert torch.equal(functional.linear(x, line, bias), wanted[0])
+        assert torch.equal(functional.linear(x, weight=line, bias=bias), wanted[0])
+        assert torch.equal(functional.embedding(ids, table, padding_idx=1, norm_type=2.0), wanted[1])
         module = nn.Embedding(*shape, padding_idx=0)
         module.weight = nn.Parameter(table, requires_grad=False)
         assert torch.equal(module(ids), wanted[1])
@@ -61,7 +61,7 @@ def test_gradients_are_those_of_the_portable_weight(spec, lead):
     found = []
     for w in (q, PackedTensor.from_quantized(q, ROW_SUMS)):
         x, bias = sample((*lead, 32), seed=1).requires_grad_(), sample((6,), seed=2).requires_grad_()
-        y = F.linear(x, w, bias)
+        y = functional.linear(x, w, bias)
         y.backward(sample((*lead, 6), seed=3))
         found.append((y.detach(), x.grad, bias.grad))
     for wanted, tensor in zip(*found, strict=True):
@@ -70,7 +70,7 @@ def test_gradients_are_those_of_the_portable_weight(spec, lead):
 
 def test_gradient_to_the_bias_alone():
     bias = sample((6,), seed=2).requires_grad_()
-    F.linear(sample((5, 32)), PackedTensor.from_quantized(weight(), ROW_SUMS), bias).sum().backward()
+    functional.linear(sample((5, 32)), PackedTensor.from_quantized(weight(), ROW_SUMS), bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((6,), 5.0))
 
 
@@ -90,9 +90,9 @@ REFUSED = {
     "pickle": pickle.dumps,
     "save": lambda w: torch.save(w, io.BytesIO()),
     "share_memory_": lambda w: w.share_memory_(),
-    "embedding": lambda w: F.embedding(torch.tensor([0]), w),
-    "two packed": lambda w: F.linear(w, w),
-    "packed input": lambda w: F.linear(w, torch.zeros(6, 32)),
+    "embedding": lambda w: functional.embedding(torch.tensor([0]), w),
+    "two packed": lambda w: functional.linear(w, w),
+    "packed input": lambda w: functional.linear(w, torch.zeros(6, 32)),
 }
 
 
@@ -113,11 +113,11 @@ def test_setting_data_is_refused():
 
 def test_wrong_inputs_are_refused():
     with pytest.raises(FormatError, match="input has 31 columns"):
-        F.linear(sample((5, 31)), PackedTensor.from_quantized(weight(), ROW_SUMS))
+        functional.linear(sample((5, 31)), PackedTensor.from_quantized(weight(), ROW_SUMS))
     with installed_backends(Loopback(packs=True)):
         table = PackedTensor.from_quantized(weight(), "loopback.embedding")
         with pytest.raises(NotPortableError, match="max_norm"):
-            F.embedding(torch.tensor([0]), table, max_norm=1.0)
+            functional.embedding(torch.tensor([0]), table, max_norm=1.0)
 
 
 def test_a_kernel_without_a_way_back_says_so():
@@ -127,7 +127,7 @@ def test_a_kernel_without_a_way_back_says_so():
 
     with installed_backends(OneWay("oneway", packs=True)):
         packed = PackedTensor.from_quantized(weight(), "oneway.linear")
-        assert F.linear(sample((5, 32)), packed).shape == (5, 6)
+        assert functional.linear(sample((5, 32)), packed).shape == (5, 6)
         with pytest.raises(NotPortableError, match=r"oneway.linear keeps no way back .* load the checkpoint again"):
             packed.unpack()
 
@@ -147,6 +147,6 @@ def test_autocast_casts_the_input_and_nothing_inside():
     packed = PackedTensor.from_quantized(q, ROW_SUMS)
     x, bias = sample((5, 32), seed=1), sample((6,), seed=2)
     with torch.autocast("cpu", torch.bfloat16):
-        found, wanted = (F.linear(x, w, bias) for w in (packed, q))
+        found, wanted = (functional.linear(x, w, bias) for w in (packed, q))
     assert torch.equal(found, wanted)
     assert found.dtype == torch.bfloat16

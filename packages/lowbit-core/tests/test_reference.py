@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from lowbit import Activation, FormatError, bind, quantize, reference, unbind
 from lowbit.format import Format
@@ -24,7 +24,14 @@ ACTIVATIONS = {
     "uint8 static": "static:uint8:*x*:float32:zero=uint8",
     "int4 per token": "dynamic:int4:1x*:float32:zero=int4",
 }
-WEIGHTS = ["INT8_ROW", "INT8_ROW_ASYM", "INT8_TENSOR_ASYM", "uint8:1x*:float32:zero=uint8", "int4:1x*:float32", "int4:1x*:float32:zero=int4"]
+WEIGHTS = [
+    "INT8_ROW",
+    "INT8_ROW_ASYM",
+    "INT8_TENSOR_ASYM",
+    "uint8:1x*:float32:zero=uint8",
+    "int4:1x*:float32",
+    "int4:1x*:float32:zero=int4",
+]
 
 
 def prepare(weight, activation, x):
@@ -33,7 +40,9 @@ def prepare(weight, activation, x):
     parsed = Activation.parse(activation)
     scales = choose_scale(x, parsed.format)
     if parsed.scaling == "static":
-        q = q.with_inner({**q.inner_tensors(), "act_scale": scales.scale.reshape(()), "act_zero": scales.zero.reshape(())})
+        q = q.with_inner(
+            {**q.inner_tensors(), "act_scale": scales.scale.reshape(()), "act_zero": scales.zero.reshape(())}
+        )
     return q, parsed.format, scales
 
 
@@ -56,7 +65,7 @@ def test_integer_products_round_once(offset, weight, activation, dtype):
     # Exact in int64; float64 then holds integer and scales to 2^-52, far below the result's own rounding.
     exact = (a @ b.T).to(torch.float64) * a_scale * b_scale.T + bias.to(torch.float64)
     half = torch.finfo(dtype).eps / 2
-    found = F.linear(x, q, bias)
+    found = functional.linear(x, q, bias)
     assert found.dtype == dtype
     slack = 2.0**-50 * ((a @ b.T).abs() * a_scale * b_scale.T + bias.abs())
     assert ((found.to(torch.float64) - exact).abs() <= half * (1 + 2.0**-10) * exact.abs() + slack).all()
@@ -68,7 +77,7 @@ def test_zero_points_of_weights_count(weight):
     for activation in (None, "dynamic:INT8_ROW_ASYM", "dynamic:INT8_ROW"):
         q = quantize(sample((12, K), seed=3) + 10, weight, activation=activation)
         wanted = x.to(torch.float64) @ q.dequantize(torch.float64).T
-        error = (F.linear(x, q).to(torch.float64) - wanted).abs()
+        error = (functional.linear(x, q).to(torch.float64) - wanted).abs()
         assert error.max() <= 0.02 * wanted.abs().max()
 
 
@@ -80,7 +89,7 @@ def test_the_largest_sums_are_exact():
     assert reference.multiply(a, a, None, torch.float64).item() == 255 * 255 * k
 
 
-def linear(weight, activation, bias=True):  # noqa: FBT002
+def linear(weight, activation, bias=True):
     module = nn.Linear(K, 12, bias=bias)
     module.weight = nn.Parameter(quantize(sample((12, K), seed=3), weight, activation=activation), requires_grad=False)
     return module
@@ -92,7 +101,9 @@ def test_row_sums_are_computed_once_and_change_nothing(weight, monkeypatch):
     before = module.weight.clone()
     counted = []
     summing = reference.Matrix.row_sum
-    monkeypatch.setattr(reference.Matrix, "row_sum", lambda self: counted.append(self._row_sum is None and self.k) or summing(self))
+    monkeypatch.setattr(
+        reference.Matrix, "row_sum", lambda self: counted.append(self._row_sum is None and self.k) or summing(self)
+    )
     inputs = [sample((m, K), seed=m) + 4 for m in (1, 3, 5)]
     with torch.no_grad():
         plain = [module(x) for x in inputs]
@@ -130,6 +141,7 @@ FLOATS = [
     ("INT4_G128", "dynamic:INT8_ROW"),
     ("UINT4_G128", "dynamic:INT8_ROW_ASYM"),
     ("int4:4x16:bfloat16", "dynamic:int8:1x16:float16"),
+    ("int8:5x*:float32", "dynamic:INT8_ROW"),
 ]
 
 
@@ -156,7 +168,7 @@ def test_other_products_err_by_float32_accumulation_alone(weight, activation, dt
     q = q.with_inner({**q.inner_tensors(), **extra})
     a, b = tokens.dequantize(torch.float32), q.dequantize(torch.float32)
     exact = a.to(torch.float64) @ b.to(torch.float64).T + bias.to(torch.float64)
-    found = F.linear(x, q, bias)
+    found = functional.linear(x, q, bias)
     eps = torch.finfo(dtype).eps
     # One float32 rounding more for the bias, and the last one.
     bound = product_bound(a, b) + (eps + 2.0**-23) * (exact.abs() + product_bound(a, b))
@@ -171,29 +183,29 @@ def test_a_scaled_mm_of_two_quantized_matrices_is_that_of_linear():
         tokens = quantize(x, activation)
         both = [part for t in (tokens, q) for part in (t.qdata, t.scale, t.zero, t.tensor_scale)]
         found = torch.ops.lowbit.scaled_mm(*both, bias, str(tokens.format), str(q.format), 256, torch.float32)
-        assert torch.equal(found, F.linear(x, q, bias))
+        assert torch.equal(found, functional.linear(x, q, bias))
 
 
 def test_every_leading_shape_is_served():
     q = quantize(sample((12, 256)), "MXFP8", activation="dynamic:MXFP8")
     x = sample((2, 3, 256), seed=1)
-    flat = F.linear(x.reshape(6, 256), q)
-    assert torch.equal(F.linear(x, q), flat.view(2, 3, 12))
-    assert torch.equal(F.linear(x[0, 0], q), flat[0])
+    flat = functional.linear(x.reshape(6, 256), q)
+    assert torch.equal(functional.linear(x, q), flat.view(2, 3, 12))
+    assert torch.equal(functional.linear(x[0, 0], q), flat[0])
     for activation in ("dynamic:MXFP8", "static:FP8_TENSOR", "dynamic:NVFP4"):
         q = quantize(sample((12, 256)), "MXFP8", activation=activation)
         for lead in ((0,), (0, 3), (2, 0)):
-            assert F.linear(x.new_empty(*lead, 256), q).shape == (*lead, 12)
+            assert functional.linear(x.new_empty(*lead, 256), q).shape == (*lead, 12)
 
 
 def test_missing_static_parameters_are_named():
     x = sample((5, 256))
     for activation in ("static:INT8_TENSOR_ASYM", "local:NVFP4"):
         with pytest.raises(FormatError, match="needs a stored act_scale"):
-            F.linear(x, quantize(sample((12, 256)), "INT8_ROW", activation=activation))
+            functional.linear(x, quantize(sample((12, 256)), "INT8_ROW", activation=activation))
     q = quantize(sample((12, 256)), "INT8_ROW", activation="static:INT8_TENSOR_ASYM")
     with pytest.raises(FormatError, match="needs zero points"):
-        F.linear(x, q.with_inner({**q.inner_tensors(), "act_scale": torch.tensor(0.1)}))
+        functional.linear(x, q.with_inner({**q.inner_tensors(), "act_scale": torch.tensor(0.1)}))
 
 
 def test_the_op_checks_k_where_bytes_tell_it():

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from lowbit import FORMATS, Activation, CheckpointError, FormatError, QuantizedTensor, Scales, UnsupportedOpError, quantize
+from lowbit import (
+    FORMATS,
+    Activation,
+    CheckpointError,
+    FormatError,
+    QuantizedTensor,
+    Scales,
+    UnsupportedOpError,
+    quantize,
+)
 from lowbit.format import Format
 from lowbit.tensor import INNER, SCHEMA_VERSION
 from lowbit.testing import FORMAT_GRID, rounding_bound, sample, shapes
@@ -23,7 +32,7 @@ MODES = ["floor", "ceil", "even", "rceil"]
 
 
 def full(seed=0):
-    """A weight with every inner tensor there is in two formats: zero points and static parameters, and a tensor scale."""
+    """Two weights that between them have every inner tensor there is."""
     weight = sample((6, 32), seed=seed)
     asym = quantize(weight, "INT8_ROW_ASYM", activation="static:INT8_TENSOR_ASYM")
     extra = {"act_scale": torch.tensor(0.5), "act_zero": torch.tensor(3, dtype=torch.int8), "pre_scale": torch.rand(32)}
@@ -178,7 +187,10 @@ def test_deepcopy_and_pickle_are_exact(fmt):
     for q in grid(fmt):
         check_equal(copy.deepcopy(q), q)
         check_equal(pickle.loads(pickle.dumps(q)), q)
-        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(copy.deepcopy(q).inner_tensors().values(), q.inner_tensors().values(), strict=True))
+        assert all(
+            a.data_ptr() != b.data_ptr()
+            for a, b in zip(copy.deepcopy(q).inner_tensors().values(), q.inner_tensors().values(), strict=True)
+        )
 
 
 @each_format
@@ -234,7 +246,11 @@ def test_copy_writes_everything(fmt):
 @pytest.mark.parametrize("inference", [False, True])
 def test_copy_into_a_cut_changes_that_cut_alone(inference):
     with torch.inference_mode(inference):
-        for spec, index in (("INT8_ROW", slice(1, 3)), ("MXFP4", (slice(None), slice(32, 64))), ("int4:1x*:float32", slice(2, 4))):
+        for spec, index in (
+            ("INT8_ROW", slice(1, 3)),
+            ("MXFP4", (slice(None), slice(32, 64))),
+            ("int4:1x*:float32", slice(2, 4)),
+        ):
             q, other = (quantize(sample((6, 96), seed=seed), spec) for seed in (0, 1))
             wanted = q.dequantize()
             wanted[index] = other.dequantize()[index]
@@ -329,4 +345,8 @@ def test_activations_and_formats_are_read_back():
         assert tuple(q.inner_tensors()) == tuple(name for name in INNER if getattr(q, name) is not None)
     assert quantize(sample((6, 32)), FORMATS["MXFP8"]).activation is None
     assert replace(q.storage_layout, dtype=torch.float16) != q.storage_layout
-    assert q._stable_hash_for_caching() == copy.deepcopy(q)._stable_hash_for_caching() != q.half()._stable_hash_for_caching()
+    assert (
+        q._stable_hash_for_caching()
+        == copy.deepcopy(q)._stable_hash_for_caching()
+        != q.half()._stable_hash_for_caching()
+    )

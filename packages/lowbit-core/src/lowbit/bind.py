@@ -88,7 +88,8 @@ def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
     for group, selections, carried in chosen:
         if carried:
             _bind_parameter(group, selections[0].kernel.name)
-    return Bindings(tuple(_row(u.full, s) for group, selections, _ in chosen for u, s in zip(group, selections, strict=True)))
+    rows = (_row(use.full, s) for group, found, _ in chosen for use, s in zip(group, found, strict=True))
+    return Bindings(tuple(rows))
 
 
 def unbind(model: nn.Module) -> None:

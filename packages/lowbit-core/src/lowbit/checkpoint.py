@@ -105,7 +105,8 @@ def load_into(model: nn.Module, path: str | os.PathLike[str], *, device: torch.d
     wanted = model.state_dict(keep_vars=True)
     if wanted.keys() != tensors.keys():
         missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-        msg = f"{path} does not fit the model: it lacks {missing[:5]} ({len(missing)}) and adds {extra[:5]} ({len(extra)})"
+        lacks, adds = f"{missing[:5]} ({len(missing)})", f"{extra[:5]} ({len(extra)})"
+        msg = f"{path} does not fit the model: it lacks {lacks} and adds {adds}"
         raise CheckpointError(msg)
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:

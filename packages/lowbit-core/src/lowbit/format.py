@@ -43,9 +43,9 @@ class Format:
     Dimensions here are those of the canonical layout, in which the contraction (blocked) axis is last.
 
     Raises:
-        FormatError: a block length is negative, there is no block, a zero point is asked of a float element or beside
-            e8m0 scales or a tensor scale, the scale is not a float element of at least 8 bits, or a tensor scale sits
-            on a scale that does not need one.
+        FormatError: there is no block, a block length is out of range, a zero point is asked of a float element or
+            beside e8m0 scales or a tensor scale, the scale is not a float element of at least 8 bits, or a tensor scale
+            sits on a scale that does not need one.
     """
 
     element: Element
@@ -60,8 +60,8 @@ class Format:
 
     def __post_init__(self) -> None:
         """Check the parts against one another and normalise the block."""
-        if not self.block or any(b < 0 for b in self.block):
-            msg = f"block {self.block} must be one or more lengths, each at least 1, or WHOLE (0)"
+        if not self.block or any(not 0 <= b < 10**9 for b in self.block):
+            msg = f"block {self.block} must be one or more lengths, each from 1 to 999999999, or WHOLE (0)"
             raise FormatError(msg)
         if self.element.kind == "float" and (self.element.mantissa == 0 or self.element.bits > 8):  # noqa: PLR2004
             msg = f"{self.element.name} cannot hold quantized codes; use an integer or a float of 4 to 8 bits"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from lowbit.backends import Description, kernel, run
+from lowbit.backends import Description, kernel, run, under_autocast
 from lowbit.errors import FormatError, NotPortableError
 from lowbit.tensor import INNER, QuantizedTensor
 
@@ -126,9 +126,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     if input.shape[-1] != packed.shape[-1]:
         msg = f"the input has {input.shape[-1]} columns, but {packed!r} contracts {packed.shape[-1]}"
         raise FormatError(msg)
-    if torch.is_grad_enabled() and input.requires_grad:
-        return _Linear.apply(input, packed, bias)
-    return _run(packed, input, bias)
+    arguments = under_autocast(input), packed, None if bias is None else under_autocast(bias)
+    return _Linear.apply(*arguments) if torch.is_grad_enabled() and input.requires_grad else _run(*arguments)
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:  # noqa: A002
@@ -137,7 +136,7 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm:
     if max_norm is not None:
         msg = "embedding with max_norm rewrites its table, which packed codes cannot take"
         raise NotPortableError(msg)
-    return _run(_operand(weight, "embedding"), input, None)
+    return _run(input, _operand(weight, "embedding"), None)
 
 
 class _Linear(torch.autograd.Function):
@@ -146,7 +145,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.bias = weight, bias is not None
-        return _run(weight, x, bias)
+        return _run(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares *any
@@ -157,7 +156,7 @@ class _Linear(torch.autograd.Function):
         return to_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
 
 
-def _run(weight: PackedTensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def _run(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
     row, layout = kernel(weight.kernel_name), weight.description.layout
     if row.pack is not None:
         return run(row, x.device.type, x, weight.parts, weight.description, bias)

@@ -43,8 +43,9 @@ class Matrix:
 
     @property
     def integer(self) -> bool:
-        """Whether codes are integers whose scale does not vary along K."""
-        return self.format.element.kind == "int" and self.scales.scale.shape[-1] == 1
+        """Whether codes are integers with one scale a row, or one in all."""
+        rows, groups = self.scales.scale.shape
+        return self.format.element.kind == "int" and groups == 1 and rows in {1, self.qdata.shape[0]}
 
     def codes(self) -> Tensor:
         """Unpacked integer codes (rows, K)."""
@@ -246,9 +247,10 @@ def _embedding(
 
 
 def _pick(part: Tensor | None, rows: Tensor) -> Any:
-    """Rows of `part`, as bytes where fp8 tensors cannot be indexed; index_select refuses the negative, as F.embedding."""
+    """Rows of `part`, as bytes where fp8 tensors cannot be indexed."""
     if part is None:
         return None
+    # Unlike indexing, index_select refuses negative rows, as F.embedding does.
     return (part.view(torch.uint8) if part.dtype.itemsize == 1 else part).index_select(0, rows).view(part.dtype)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -104,8 +105,8 @@ def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         more = part.numel() * part.element_size() * whole > part.untyped_storage().nbytes() * target.numel()
         if more and not torch.equal(_bytes(part), _bytes(getattr(source, name))):
             msg = (
-                f"copy_ into a cut of a QuantizedTensor in {target.format} cannot change {name}, which the cut does not have "
-                "to itself; join the pieces with torch.cat instead"
+                f"copy_ into a cut of a QuantizedTensor in {target.format} cannot change {name}, which the cut does not "
+                "have to itself; join the pieces with torch.cat instead"
             )
             raise FormatError(msg)
     for name, part in target.inner_tensors().items():
@@ -207,8 +208,8 @@ def _reshape(tensor: QuantizedTensor, shape: Sequence[int]) -> QuantizedTensor:
     kept = next(len(vector) - i for i, b in enumerate(vector) if b != 1 or i == len(vector) - 1)
     group = vector[-1]
     grouped = kept == 1 and group not in (WHOLE, 1) and not tensor.storage_layout.tail
-    fits = bool(shape) and shape[-1] % group == 0 and shape[-1] % unit(fmt.element.bits)[0] == 0 if grouped else False
-    regroups = fits and not tensor.inner_tensors().keys() & {"tensor_scale", "pre_scale"}
+    shared = tensor.inner_tensors().keys() & {"tensor_scale", "pre_scale"}
+    regroups = grouped and not shared and bool(shape) and shape[-1] % lcm(group, unit(fmt.element.bits)[0]) == 0
     if not regroups and shape[len(shape) - kept :] != old[len(old) - kept :]:
         msg = (
             f"view of shape {tuple(old)} as {shape} cuts through block {fmt.block_name} of {fmt}; keep the last {kept} "
@@ -367,6 +368,7 @@ def _is_shared(tensor: QuantizedTensor) -> bool:
 
 
 def _set_data(tensor: Tensor, value: object) -> None:
+    del tensor, value
     msg = "setting .data of a QuantizedTensor would leave its codes behind; use copy_ or a new Parameter"
     raise UnsupportedOpError(msg)
 

@@ -75,8 +75,8 @@ class Weights:
         rows = [_row(name, entries[name].shape, str(entries[name].dtype), [entries[name]]) for name in self._plain]
         for name, (module, parts) in self._compressed.items():
             local = {part.rpartition(".")[2]: self._outline(entries[part]) for part in parts}
-            if "weight_scale" not in local:
-                msg = f"module {module!r} has {', '.join(local)}, but no weight_scale; the checkpoint is incomplete"
+            if "weight_scale" not in local or {"weight", "weight_packed"}.isdisjoint(local):
+                msg = f"module {module!r} has {', '.join(local)}; needed are weight_scale, and weight or weight_packed"
                 raise CheckpointError(msg)
             group = self._groups.find(module)
             fmt, activation = format_from_config(group, local["weight_scale"].dtype)

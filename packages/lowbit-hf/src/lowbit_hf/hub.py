@@ -9,7 +9,7 @@ from lowbit.errors import CheckpointError
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights in pickles are never downloaded, let alone loaded.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken")
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "LICENSE*")
 
 
 def find_model(model: str) -> Path:

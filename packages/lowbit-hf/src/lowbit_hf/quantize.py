@@ -181,7 +181,7 @@ def prepare(
         scheme = by_match.get((row.rule or "", row.k_axis)) if row.action == "quantize" else None
         if scheme is not None:
             schemes[row.name] = scheme
-    found = Plan(tuple(replace(row, rule=given.get(row.rule or "", row.rule)) for row in found.rows))
+    found = Plan(tuple(_as_given(row, given) for row in found.rows))
     job = Job(folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite)
     _check_outputs(job)
     return job
@@ -303,6 +303,11 @@ def _translate(pattern: str, owners: Mapping[str, Owner | None]) -> str:
     rule = Rule(pattern, None)
     held = [name for name, owner in owners.items() if owner is not None and rule.matches_name(owner.name)]
     return "re:" + "|".join(re.escape(name) for name in held) if held else pattern
+
+
+def _as_given(row: Row, given: Mapping[str, str]) -> Row:
+    reason = None if row.reason is None else _in_words_given(row.reason, given)
+    return replace(row, rule=given.get(row.rule or "", row.rule), reason=reason)
 
 
 def _in_words_given(text: str, given: Mapping[str, str]) -> str:

@@ -1,0 +1,222 @@
+"""bind chooses once, says why, packs or leaves alone, and unbind undoes it bit for bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lowbit import NoKernelError, QuantizedTensor, bind, quantize, unbind
+from lowbit.backends import Kernel
+from lowbit.packed import PackedTensor
+from lowbit.testing import FORMAT_GRID, Loopback, installed_backends, sample, shapes
+
+ASYM = "dynamic:INT8_ROW_ASYM"
+
+
+def parameter(spec, activation=None, seed=0, shape=(6, 32)):
+    return nn.Parameter(quantize(sample(shape, seed=seed), spec, activation=activation), requires_grad=False)
+
+
+class Model(nn.Module):
+    """A tied table and head, and two linear layers of which one has asymmetric activations."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 32), nn.Linear(32, 6, bias=False)
+        self.table.weight = self.head.weight = parameter("INT8_ROW", ASYM)
+        self.up, self.down = nn.Linear(32, 6), nn.Linear(6, 32, bias=False)
+        self.up.weight, self.down.weight = parameter("INT8_ROW", ASYM, 1), parameter("MXFP4", None, 2, (32, 32))
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return self.head(x), self.up(self.down(x))
+
+
+IDS = torch.tensor([[0, 3, 5]])
+
+
+def parts(model):
+    return {
+        name: {n: t.clone() for n, t in p.inner_tensors().items()}
+        for name, p in model.named_parameters()
+        if isinstance(p, QuantizedTensor)
+    }
+
+
+def check_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, tensors in wanted.items():
+        for part, tensor in tensors.items():
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (found[name][part], tensor))), (name, part)
+
+
+def test_bind_changes_no_result_and_unbind_restores_every_bit():
+    model = Model()
+    before, weights = parts(model), dict(model.named_parameters())
+    wanted = model(IDS)
+    table = bind(model)
+    for found, y in zip(model(IDS), wanted, strict=True):
+        assert torch.equal(found, y)
+    assert isinstance(model.up.weight, PackedTensor)
+    assert isinstance(model.up.weight, nn.Parameter)
+    assert model.down.weight is weights["down.weight"]
+    # Its two uses have no kernel in common that packs.
+    assert model.table.weight is model.head.weight is weights["table.weight"]
+    assert {row.name: (row.op, row.kernel, row.packed) for row in table.rows} == {
+        "table.weight": ("embedding", "reference.embedding", False),
+        "head.weight": ("linear", "reference.linear", False),
+        "up.weight": ("linear", "reference.linear_row_sums", True),
+        "down.weight": ("linear", "reference.linear", False),
+    }
+    unbind(model)
+    check_same(parts(model), before)
+    assert model.table.weight is model.head.weight
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("fmt", FORMAT_GRID, ids=str)
+def test_every_format_binds_to_a_backend_and_back(fmt, packs):
+    shape = next(shape for shape in shapes(fmt) if len(shape) == 2)
+    module = nn.Linear(*reversed(shape))
+    module.weight = parameter(fmt, shape=shape)
+    before, x = parts(module), sample((3, shape[1]), seed=1)
+    wanted = module(x)
+    loopback = Loopback(packs=packs)
+    with installed_backends(loopback):
+        row = bind(module).rows[0]
+        assert (row.kernel, row.packed) == ("loopback.linear", packs)
+        assert torch.equal(module(x), wanted)
+        assert loopback.calls["linear"] == 1
+        unbind(module)
+    check_same(parts(module), before)
+
+
+def test_the_table_reads_as_text_and_as_json():
+    table = bind(Model())
+    lines = str(table).splitlines()
+    assert lines[0].split() == ["parameter", "op", "format", "kernel"]
+    assert lines[3].split() == ["up.weight", "linear", "int8:1x*:float32", "reference.linear_row_sums", "(packed)"]
+    assert (
+        len(
+            {
+                line.index(cell)
+                for line, cell in zip(lines[1:], ["embedding", "linear", "linear", "linear"], strict=True)
+            }
+        )
+        == 1
+    )
+    rows = {row["name"]: row for row in json.loads(table.to_json())}
+    assert rows["up.weight"]["activation"] == "dynamic:int8:1x*:float32:zero=int8"
+    assert rows["down.weight"]["activation"] is None
+    assert any("needs asymmetric integer activations" in line for line in rows["down.weight"]["refusals"])
+    assert str(bind(nn.Linear(2, 2))) == ""
+
+
+def test_tied_parameters_of_one_kind_are_packed_once():
+    model = nn.ModuleDict({"a": nn.Linear(32, 6, bias=False), "b": nn.Linear(32, 6, bias=False)})
+    model["a"].weight = model["b"].weight = parameter("INT8_ROW", ASYM)
+    # The same parameter twice in one module is one more use.
+    model["a"].twin = model["a"].weight
+    assert [row.packed for row in bind(model).rows] == [True] * 3
+    assert model["a"].weight is model["b"].weight is model["a"].twin
+    assert isinstance(model["a"].twin, PackedTensor)
+    unbind(model)
+    assert model["a"].weight is model["b"].weight is model["a"].twin
+    assert isinstance(model["a"].twin, QuantizedTensor)
+
+
+def test_binding_again_starts_afresh():
+    model = Model()
+    wanted, before = model(IDS), parts(model)
+    first = bind(model)
+    assert bind(model) == first
+    with installed_backends(Loopback(packs=True)):
+        kernels = {row.name: row.kernel for row in bind(model).rows}
+        assert kernels["up.weight"] == "loopback.linear"
+        assert {row.name: row.kernel for row in bind(model, prefer=("reference",)).rows} == {
+            r.name: r.kernel for r in first.rows
+        }
+        unbind(model)
+    check_same(parts(model), before)
+    for found, y in zip(model(IDS), wanted, strict=True):
+        assert torch.equal(found, y)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_prefer_is_what_runs_even_where_another_has_priority(packs):
+    module = nn.Linear(32, 6)
+    module.weight = parameter("MXFP4")
+    x = sample((3, 32), seed=1)
+    wanted, modest, loud = module(x), Loopback("modest", priority=1, packs=packs), Loopback("loud", priority=9)
+    with installed_backends(modest, loud):
+        row = bind(module, prefer=("modest",)).rows[0]
+        assert (row.kernel, row.packed) == ("modest.linear", packs)
+        assert torch.equal(module(x), wanted)
+        assert (modest.calls["linear"], loud.calls["linear"]) == (1, 0)
+        assert bind(module).rows[0].kernel == "loud.linear"
+        assert isinstance(module.weight, QuantizedTensor)
+        assert torch.equal(module(x), wanted)
+        assert (modest.calls["linear"], loud.calls["linear"]) == (1, 1)
+
+
+class LinearOnly(Loopback):
+    def kernels(self):
+        return tuple(k for k in super().kernels() if k.op == "linear")
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_preference_that_cannot_be_met_binds_nothing(packs):
+    model = Model()
+    weights, wanted = dict(model.named_parameters(remove_duplicate=False)), model(IDS)
+    with installed_backends(LinearOnly("lines", packs=packs), Loopback("all", priority=1, packs=packs)):
+        with pytest.raises(
+            NoKernelError, match=r"no kernel of lines takes embedding .*\n  no backend has a kernel for this op"
+        ):
+            bind(model, prefer=("lines",))
+        # The tied table would need a kernel for each of its uses.
+        with pytest.raises(NoKernelError, match="needs its weight packed" if packs else "tied between ops"):
+            bind(model, prefer=("all",))
+        assert dict(model.named_parameters(remove_duplicate=False)) == weights
+    for found, y in zip(model(IDS), wanted, strict=True):
+        assert torch.equal(found, y)
+
+
+def test_refusals_name_every_other_kernel():
+    class Shy(Loopback):
+        def kernels(self):
+            return tuple(
+                Kernel(k.name, k.op, "any", 5, k.run, lambda call: f"needs K of 64; this is {call.k}")
+                for k in super().kernels()
+            )
+
+    with installed_backends(Shy("shy")):
+        rows = {row.name: row for row in bind(Model()).rows}
+    assert "shy.linear: needs K of 64; this is 32" in rows["up.weight"].refusals
+    assert "shy.embedding: needs K of 64; this is 32" in rows["table.weight"].refusals
+
+
+def test_experts_are_bound_as_grouped():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = parameter("MXFP4", shape=(3, 6, 32))
+
+    row = bind(Experts()).rows[0]
+    assert (row.name, row.op, row.kernel) == ("gate_up_proj", "grouped_mm", "reference.grouped_mm")
+
+
+def test_a_bound_model_learns_through_frozen_weights():
+    found, model = [], Model()
+    for bound in (False, True):
+        if bound:
+            bind(model)
+        adapter = nn.Parameter(torch.zeros(1, 3, 32))
+        y = model.up(model.down(functional.embedding(IDS, model.table.weight) + adapter))
+        y.square().sum().backward()
+        found.append(adapter.grad)
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0
