@@ -3,8 +3,8 @@
     python benchmarks/streaming.py --gib 8 --scheme W4A16 --json benchmarks/streaming.json
 
 makes a Llama-shaped bfloat16 checkpoint of random weights in sharded safetensors (kept in --work for the next run),
-quantizes it in a fresh process, and reports seconds, MB of input a second, and the peak of resident memory above what the
-imports alone take. The ceiling is a plain copy of the same files, in the same process, read and written in slices.
+quantizes it in a fresh process, and reports seconds, MB of input a second, and the peak of resident memory above what
+the imports alone take. The ceiling is a plain copy of the same files, in the same process, read and written in slices.
 """
 
 from __future__ import annotations

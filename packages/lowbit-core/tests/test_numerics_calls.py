@@ -1,4 +1,4 @@
-"""What the reference arithmetic accepts and refuses, and when it gives the same bits: given scales, compiled, chunks."""
+"""What the reference arithmetic accepts and refuses, and where it gives the same bits: compiled, again, in chunks."""
 
 from __future__ import annotations
 

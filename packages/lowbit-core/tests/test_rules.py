@@ -215,7 +215,7 @@ def test_join_shares_no_memory_with_its_inputs():
 
 def test_join_refuses_what_does_not_match():
     a = quantize(sample((6, 96)), "MXFP4")
-    with pytest.raises(FormatError, match="ends inside block 16"):
+    with pytest.raises(FormatError, match="cuts block 16"):
         torch.cat([quantize(sample((4, 24)), "int4:4x16:bfloat16")] * 2, 1)
     with pytest.raises(UnsupportedOpError, match="not with plain tensors"):
         torch.cat([a, a.dequantize()])

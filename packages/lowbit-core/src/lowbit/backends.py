@@ -1,9 +1,9 @@
 """Which kernel runs a call: backends found by entry point, every refusal kept with its reason.
 
 A backend is an object named by the entry-point group `lowbit.backends`; it lists `Kernel` rows. `select` asks each row
-whether it takes a `Call` and picks the willing one of highest priority; `explain` tells the whole story. The environment
-variable `LOWBIT_BACKENDS=x86,reference` is an allow-list and an order: the first backend with a willing kernel wins.
-A backend that cannot be loaded is a refusal that carries its exception, warned about once.
+whether it takes a `Call` and picks the willing one of highest priority; `explain` tells the whole story. The variable
+`LOWBIT_BACKENDS=x86,reference` is an allow-list and an order: the first backend with a willing kernel wins. A backend
+that cannot be loaded is a refusal that carries its exception, warned about once.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
@@ -90,7 +91,7 @@ class Kernel:
     run: Callable[..., Any]
     # None where the call is taken, otherwise the reason, as "needs ...; this is ...".
     refuses: Callable[[Call], str | None]
-    # Lays a weight out for this kernel; `unpack` restores its inner tensors bit for bit. Only `bind` uses these kernels.
+    # Lays a weight out for this kernel; `unpack` restores its inner tensors bit for bit. Only `bind` uses these.
     pack: Callable[[QuantizedTensor], tuple[Tensor, ...]] | None = None
     unpack: Callable[[tuple[Tensor, ...], Description], dict[str, Tensor]] | None = None
 
@@ -233,7 +234,7 @@ def explain(call: Call, *, prefer: Sequence[str] = ()) -> str:
 
 def _discover() -> list[EntryPoint]:
     points = sorted(entry_points(group=GROUP), key=lambda point: point.name)
-    for first, second in zip(points, points[1:], strict=False):
+    for first, second in pairwise(points):
         if first.name == second.name:
             msg = (
                 f"two installed distributions provide the backend {first.name!r}: {_owner(first)} ({first.value}) and "

@@ -111,7 +111,7 @@ def use_of(module: nn.Module, rank: int) -> str:
     """The op through which a module of this kind uses a quantized parameter of `rank` dims."""
     if isinstance(module, nn.Embedding):
         return "embedding"
-    return "grouped_mm" if rank == 3 else "linear"  # noqa: PLR2004 - stacked experts
+    return "grouped_mm" if rank == 3 else "linear"
 
 
 def _call(module: nn.Module, weight: QuantizedTensor) -> Call:

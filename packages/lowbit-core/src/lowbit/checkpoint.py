@@ -31,7 +31,9 @@ from lowbit.packed import PackedTensor
 from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema, check_use
 
 _KEY = "lowbit"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def save(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
@@ -84,7 +86,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         msg = f"{path} cannot be read as a safetensors file: {error}"
         raise CheckpointError(msg) from error
     if _KEY not in metadata:
-        msg = f"{path} has no {_KEY!r} entry in its header; it was not written by lowbit.save (lowbit_hf.load reads others)"
+        msg = f"{path} has no {_KEY!r} entry in its header; lowbit.save did not write it (lowbit_hf.load reads others)"
         raise CheckpointError(msg)
     try:
         return _assemble(plain, json.loads(metadata[_KEY]))

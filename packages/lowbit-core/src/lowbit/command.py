@@ -1,4 +1,4 @@
-"""The `lowbit` command: finds its subcommands by the entry-point group `lowbit.commands` and turns errors into exit codes.
+"""The `lowbit` command: finds subcommands by the entry-point group `lowbit.commands`, turns errors into exit codes.
 
 Exit codes: 0 done, 1 the job found a problem, 2 wrong use.
 """

@@ -42,7 +42,7 @@ class Element:
     @property
     def packed(self) -> bool:
         """Whether several codes share a byte in storage."""
-        return self.bits < 8  # noqa: PLR2004 - a byte
+        return self.bits < 8
 
     @property
     def signed(self) -> bool:
@@ -152,7 +152,7 @@ def _encode_e8m0(x: Tensor) -> Tensor:
 
 def _integer(bits: int, *, signed: bool) -> Element:
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    storage = torch.int8 if signed and bits == 8 else torch.uint8  # noqa: PLR2004 - a byte
+    storage = torch.int8 if signed and bits == 8 else torch.uint8
     return Element(f"{'' if signed else 'u'}int{bits}", bits, "int", low, high, storage)
 
 

@@ -63,7 +63,7 @@ class Format:
         if not self.block or any(not 0 <= b < 10**9 for b in self.block):
             msg = f"block {self.block} must be one or more lengths, each from 1 to 999999999, or WHOLE (0)"
             raise FormatError(msg)
-        if self.element.kind == "float" and (self.element.mantissa == 0 or self.element.bits > 8):  # noqa: PLR2004
+        if self.element.kind == "float" and (self.element.mantissa == 0 or self.element.bits > 8):
             msg = f"{self.element.name} cannot hold quantized codes; use an integer or a float of 4 to 8 bits"
             raise FormatError(msg)
         if self.scale.kind == "int" or self.scale.packed or self.scale is E5M2:
@@ -121,7 +121,7 @@ class Format:
         """Block lengths for every dim of a canonical `shape`, whole dims filled in.
 
         Raises:
-            FormatError: the shape has fewer dims than the block needs, or its last dim is not a multiple of a 1-D group.
+            FormatError: the shape has fewer dims than the block needs, or its last dim is no multiple of a 1-D group.
         """
         full = tuple(max(n, 1) if b == WHOLE else b for b, n in zip(self.block_for(len(shape)), shape, strict=True))
         group, k = full[-1], shape[-1]
@@ -164,7 +164,7 @@ class Format:
 
 
 def _normalise(block: tuple[int, ...]) -> tuple[int, ...]:
-    while len(block) > 2 and block[0] == 1:  # noqa: PLR2004 - rows and columns stay explicit
+    while len(block) > 2 and block[0] == 1:
         block = block[1:]
     return (1, *block) if len(block) == 1 else block
 
@@ -189,7 +189,7 @@ def _parse(spec: str) -> Format:
     match = _SPEC.fullmatch(spec)
     if match is None:
         msg = (
-            f"format {spec!r} is neither one of {', '.join(FORMATS)} nor 'element:block:scale[:zero=element][:tensor]', "
+            f"format {spec!r} is not one of {', '.join(FORMATS)} nor 'element:block:scale[:zero=element][:tensor]', "
             "such as 'int4:1x128:bfloat16', with block lengths joined by 'x' and * for a whole dimension"
         )
         raise FormatError(msg)

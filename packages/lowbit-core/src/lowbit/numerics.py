@@ -33,7 +33,7 @@ ScaleMode = Literal["floor", "ceil", "even", "rceil"]
 """How a block's amax becomes a power of two `2^e`; `max` is the element's largest value, of exponent `p`.
 
 `floor`: e = floor(log2 amax) - p, OCP's rule, saturates amax > max * 2^e. `ceil`: e = ceil(log2 amax) - p.
-`even`: floor, after rounding amax to the element's mantissa. `rceil`: the least e with amax <= max * 2^e, no saturation.
+`even`: floor, after rounding amax to the element's mantissa. `rceil`: the least e with amax <= max * 2^e, unsaturated.
 """
 
 Rounding = Literal["nearest", "stochastic"]
@@ -55,15 +55,21 @@ class Scales:
     def cpu(self) -> Scales:
         """The same scales on the CPU."""
         zero, tensor_scale = self.zero, self.tensor_scale
-        return Scales(self.scale.cpu(), zero if zero is None else zero.cpu(), tensor_scale if tensor_scale is None else tensor_scale.cpu())
+        return Scales(
+            self.scale.cpu(),
+            zero if zero is None else zero.cpu(),
+            tensor_scale if tensor_scale is None else tensor_scale.cpu(),
+        )
 
 
-def choose_scale(x: Tensor, fmt: Format, *, mode: ScaleMode = DEFAULT_MODE, tensor_scale: Tensor | None = None) -> Scales:
+def choose_scale(
+    x: Tensor, fmt: Format, *, mode: ScaleMode = DEFAULT_MODE, tensor_scale: Tensor | None = None
+) -> Scales:
     """Scales (and zero points) that fit canonical `x` to `fmt`, rounded to the dtypes they are stored in.
 
     Symmetric integers take `amax / ((2^bits - 1) / 2)`, floats and unsigned integers `amax / max`, asymmetric ones the
-    range `[min(x, 0), max(x, 0)]`; e8m0 scales follow `mode`. A tensor scale that is not given is the least power of two
-    that brings every block scale into e4m3fn's range.
+    range `[min(x, 0), max(x, 0)]`; e8m0 scales follow `mode`. A tensor scale that is not given is the least power of
+    two that brings every block scale into e4m3fn's range.
 
     Raises:
         FormatError: x is not floating point, does not fit the format's block, the mode is unknown, or a tensor scale is
@@ -204,7 +210,7 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _largest_magnitude(blocks: Tensor, within: tuple[int, ...]) -> Tensor:
     """Float32 amax over the dims `within`; NaN where there is one."""
-    if blocks.dtype.itemsize != 2:  # noqa: PLR2004 - half precision
+    if blocks.dtype.itemsize != 2:
         return blocks.abs().amax(within).to(torch.float32)
     # Without their sign, floats order as integers, NaN above infinity; on a CPU the maximum of those is much faster.
     return (blocks.view(torch.int16) & 0x7FFF).amax(within).view(blocks.dtype).to(torch.float32)
@@ -234,7 +240,7 @@ def _check_part(name: str, part: Tensor, stored: Element, natural: tuple[int, ..
 
 
 def _check_float(x: Tensor) -> None:
-    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:  # noqa: PLR2004 - fp8 tensors have no arithmetic
+    if not x.dtype.is_floating_point or x.dtype.itemsize < 2:
         msg = f"only float32, float16, bfloat16 and float64 tensors are quantized, not {x.dtype}"
         raise FormatError(msg)
 
@@ -253,7 +259,7 @@ def _draw(x: Tensor, rounding: Rounding, seed: int, offset: int) -> Tensor | Non
 
 
 def _power_of_two_scale(amax: Tensor, element: Element, mode: ScaleMode) -> Tensor:
-    """E8m0 scales: the exponent of amax over the element's, plus one where amax's mantissa passes the mode's threshold."""
+    """E8m0 scales: the exponent of amax over the element's, plus one where amax's mantissa passes the mode's bound."""
     top, top_mantissa = exponent_and_mantissa(element.max)
     full = 1 << 23
     mantissa_bits = element.mantissa if element.kind == "float" else element.bits - 1 - element.signed

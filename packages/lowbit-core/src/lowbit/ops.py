@@ -22,14 +22,18 @@ _WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale"
 _USE = "Tensor? act_scale, Tensor? act_zero, Tensor? pre_scale"
 _SCHEMAS = {
     # -> data, scale[, zero][, tensor_scale]; given parts come back as copies.
-    "quantize": "(Tensor x, Tensor? scale, Tensor? zero, Tensor? tensor_scale, str format, str mode, str rounding, int seed) -> Tensor[]",
+    "quantize": (
+        "(Tensor x, Tensor? scale, Tensor? zero, Tensor? tensor_scale, "
+        "str format, str mode, str rounding, int seed) -> Tensor[]"
+    ),
     "dequantize": f"({_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
     # x (.., K), weight (N, K) -> (.., N)
     "linear": f"(Tensor x, {_WEIGHT}, {_USE}, Tensor? bias, str format, str activation) -> Tensor",
     # a (M, K), b (N, K), both quantized -> a @ b.T (M, N)
     "scaled_mm": (
         "(Tensor a_qdata, Tensor a_scale, Tensor? a_zero, Tensor? a_tensor_scale, Tensor b_qdata, Tensor b_scale, "
-        "Tensor? b_zero, Tensor? b_tensor_scale, Tensor? bias, str a_format, str b_format, SymInt k, ScalarType dtype) -> Tensor"
+        "Tensor? b_zero, Tensor? b_tensor_scale, Tensor? bias, str a_format, str b_format, SymInt k, "
+        "ScalarType dtype) -> Tensor"
     ),
     # x (M, K), offs (E,) int32 ends of each expert's rows, weight (E, N, K) -> (M, N)
     "grouped_mm": f"(Tensor x, Tensor offs, {_WEIGHT}, {_USE}, str format, str activation) -> Tensor",
@@ -81,7 +85,7 @@ def _use_call(op: str, x: Tensor, qdata: Tensor, fmt: str, activation: str) -> C
 def _quantize_fake(
     x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int
 ) -> list[Tensor]:
-    del scale, mode, rounding, seed
+    del scale, zero, mode, rounding, seed
     parsed = Format.parse(fmt)
     shape, natural = tuple(x.shape), parsed.scale_shape(tuple(x.shape))
     parts = [
@@ -96,7 +100,9 @@ def _quantize_fake(
     return parts
 
 
-def _dequantize_fake(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
+def _dequantize_fake(
+    qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any
+) -> Tensor:
     del scale, zero, tensor_scale, fmt
     return qdata.new_empty((*qdata.shape[:-1], k), dtype=dtype)
 

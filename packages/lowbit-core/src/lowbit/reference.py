@@ -1,7 +1,7 @@
 """The reference backend: every op in plain PyTorch, on any device, and the oracle that other backends are held to.
 
-Weight-only ops multiply dequantized weights in the input's dtype. With a quantized input, integer codes under scales that
-do not vary along K multiply exactly in integers and are scaled once; every other pair multiplies in float32.
+Weight-only ops multiply dequantized weights in the input's dtype. With a quantized input, integer codes under scales
+that do not vary along K multiply exactly in integers and are scaled once; every other pair multiplies in float32.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Matrix:
     def integer(self) -> bool:
         """Whether codes are integers with one scale a row, or one in all."""
         rows, groups = self.scales.scale.shape
-        return self.format.element.kind == "int" and groups == 1 and rows in {1, self.qdata.shape[0]}
+        return self.format.element.kind == "int" and groups == 1 and rows in (1, self.qdata.shape[0])
 
     def codes(self) -> Tensor:
         """Unpacked integer codes (rows, K)."""
@@ -139,7 +139,7 @@ def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt:
     return decode(qdata, Format.parse(fmt), Scales(scale, zero, tensor_scale), k, dtype).contiguous()
 
 
-def _linear(  # noqa: PLR0913, PLR0917 - the op's schema
+def _linear(
     x: Tensor,
     qdata: Tensor,
     scale: Tensor,
@@ -156,7 +156,7 @@ def _linear(  # noqa: PLR0913, PLR0917 - the op's schema
     return _apply(x, weight, act_scale, act_zero, pre_scale, bias, activation)
 
 
-def _apply(  # noqa: PLR0913, PLR0917 - what a use site carries
+def _apply(
     x: Tensor,
     weight: Matrix,
     act_scale: Tensor | None,
@@ -177,7 +177,7 @@ def _apply(  # noqa: PLR0913, PLR0917 - what a use site carries
     return multiply(tokens, weight, bias, x.dtype).view(out)
 
 
-def _scaled_mm(  # noqa: PLR0913, PLR0917 - the op's schema
+def _scaled_mm(
     a_qdata: Tensor,
     a_scale: Tensor,
     a_zero: Tensor | None,
@@ -197,7 +197,7 @@ def _scaled_mm(  # noqa: PLR0913, PLR0917 - the op's schema
     return multiply(a, b, bias, dtype)
 
 
-def _grouped_mm(  # noqa: PLR0913, PLR0917 - the op's schema
+def _grouped_mm(
     x: Tensor,
     offs: Tensor,
     qdata: Tensor,

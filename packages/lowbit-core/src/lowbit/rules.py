@@ -1,4 +1,4 @@
-"""What each operator does to a QuantizedTensor: views, copies and joins that never touch a value, and the few that use it.
+"""What each operator does to a QuantizedTensor: views, copies and joins that touch no value, and the few that use it.
 
 Geometry is worked out in canonical dims. A cut is allowed where it does not go through a block; codes that would then
 start inside a byte are re-packed, which moves bits but changes none.
@@ -75,7 +75,7 @@ def _is_pinned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool
 def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor: QuantizedTensor = args[0]
     dtype = kwargs.pop("dtype", None) or tensor.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:  # noqa: PLR2004 - half and wider read as values
+    if not dtype.is_floating_point or dtype.itemsize < 2:
         msg = f"a QuantizedTensor reads as a floating point tensor of 16 bits or more, not {dtype}"
         raise UnsupportedOpError(msg)
     kwargs.pop("memory_format", None)
@@ -105,7 +105,7 @@ def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         more = part.numel() * part.element_size() * whole > part.untyped_storage().nbytes() * target.numel()
         if more and not torch.equal(_bytes(part), _bytes(getattr(source, name))):
             msg = (
-                f"copy_ into a cut of a QuantizedTensor in {target.format} cannot change {name}, which the cut does not "
+                f"copy_ into a cut of a QuantizedTensor in {target.format} cannot change {name}, which it does not "
                 "have to itself; join the pieces with torch.cat instead"
             )
             raise FormatError(msg)
@@ -140,7 +140,9 @@ def _permute(tensor: QuantizedTensor, dims: Sequence[int]) -> QuantizedTensor:
 
 
 @_view_rule(aten.slice.Tensor)
-def _slice(tensor: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
+def _slice(
+    tensor: QuantizedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
     dim = check_axis(dim, tensor.dim())
     n = tensor.shape[dim]
     start, end, step = slice(start, end, step).indices(n)
@@ -202,7 +204,9 @@ def _reshape(tensor: QuantizedTensor, shape: Sequence[int]) -> QuantizedTensor:
         return tensor.with_inner(tensor.inner_tensors())
     fmt, old = tensor.format, tensor.canonical_shape
     if tensor.permutation != tuple(range(tensor.dim())):
-        msg = f"view({shape}) of a QuantizedTensor with permuted dimensions {tensor.permutation}; undo the permute first"
+        msg = (
+            f"view({shape}) of a QuantizedTensor with permuted dimensions {tensor.permutation}; undo the permute first"
+        )
         raise FormatError(msg)
     vector = fmt.block_for(len(old))
     kept = next(len(vector) - i for i, b in enumerate(vector) if b != 1 or i == len(vector) - 1)
@@ -250,7 +254,7 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedT
     block = first.format.block_for(rank)[d]
     for tensor in tensors[:-1]:
         if block > 1 and tensor.canonical_shape[d] % block:
-            msg = f"cat along dimension {dim}: size {tensor.canonical_shape[d]} ends inside block {block} of {first.format}"
+            msg = f"cat along dimension {dim}: size {tensor.canonical_shape[d]} cuts block {block} of {first.format}"
             raise FormatError(msg)
     inner: Values = {
         name: _join(tensors, name, d) if block != WHOLE else _shared(tensors, name, dim)
@@ -261,7 +265,9 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedT
     for name in ("act_scale", "act_zero"):
         inner[name] = _shared(tensors, name, dim)
     inner["pre_scale"] = (
-        _join(tensors, "pre_scale", 0) if d == rank - 1 and first.pre_scale is not None else _shared(tensors, "pre_scale", dim)
+        _join(tensors, "pre_scale", 0)
+        if d == rank - 1 and first.pre_scale is not None
+        else _shared(tensors, "pre_scale", dim)
     )
     if d < rank - 1 or not first.format.element.packed:
         inner["qdata"] = _join(tensors, "qdata", d)
@@ -311,7 +317,7 @@ def _grouped_mm(
     )
 
 
-def _embedding(  # noqa: PLR0913, PLR0917 - F.embedding's own signature
+def _embedding(
     input: Tensor,  # noqa: A002
     weight: Tensor,
     padding_idx: int | None = None,
@@ -382,7 +388,9 @@ _PARTS = ("qdata", "scale", "zero", "tensor_scale", "act_scale", "act_zero", "pr
 def _operand(weight: Tensor, op: str, permutation: tuple[int, ...], *others: Tensor | None) -> QuantizedTensor:
     """The weight of `op`, refused where it is not quantized along the contraction or another operand is quantized."""
     if not isinstance(weight, QuantizedTensor) or any(isinstance(t, QuantizedTensor) for t in others):
-        msg = f"{op} takes a QuantizedTensor as its weight and plain tensors elsewhere; call .dequantize() on the others"
+        msg = (
+            f"{op} takes a QuantizedTensor as its weight and plain tensors elsewhere; call .dequantize() on the others"
+        )
         raise UnsupportedOpError(msg)
     if weight.permutation != permutation:
         msg = (
@@ -531,4 +539,3 @@ def _cat_tensor_scale(tensors: Sequence[QuantizedTensor], d: int, dim: int) -> T
         assert scale is not None
         parts.append(scale.expand(*widest[:d], tensor.canonical_shape[d], *widest[d + 1 :]))
     return torch.cat(parts, d)
-

@@ -270,8 +270,8 @@ def quantize(
 ) -> QuantizedTensor:
     """Quantize `x` (1-D to 4-D, floating point) to `fmt`, blocks along `axis`.
 
-    A given `scale` (and `zero`) is used as it is: canonical natural shape `fmt.scale_shape`, that is x with `axis` moved
-    last and every dim divided by its block; e8m0 scales may be given as uint8. `tensor_scale` may also be 0-D. No
+    A given `scale` (and `zero`) is used as it is: canonical natural shape `fmt.scale_shape`, that is x with `axis`
+    moved last and every dim divided by its block; e8m0 scales may be given as uint8. `tensor_scale` may also be 0-D. No
     gradient flows to x.
 
     Raises:
@@ -290,9 +290,7 @@ def quantize(
     data, chosen, *rest = torch.ops.lowbit.quantize(
         canonical, scale, zero, tensor_scale, str(fmt), mode, rounding, seed
     )
-    scales = Scales(
-        chosen, rest.pop(0) if fmt.zero is not None else None, rest.pop(0) if fmt.tensor_scale else None
-    )
+    scales = Scales(chosen, rest.pop(0) if fmt.zero is not None else None, rest.pop(0) if fmt.tensor_scale else None)
     return QuantizedTensor.from_parts(
         data, scales, fmt, k=canonical.shape[-1], dtype=x.dtype, axis=axis, activation=activation
     )
@@ -322,7 +320,7 @@ def check_schema(version: object) -> None:
         raise CheckpointError(msg)
     if version > SCHEMA_VERSION:
         msg = (
-            f"this file has lowbit schema version {version}, but the installed lowbit-core reads up to {SCHEMA_VERSION}; "
+            f"this file has lowbit schema version {version}, and this lowbit-core reads up to {SCHEMA_VERSION}; "
             f"install a lowbit-core that reads schema {version}: pip install --upgrade lowbit-core"
         )
         raise CheckpointError(msg)
@@ -331,7 +329,7 @@ def check_schema(version: object) -> None:
 def canonical_shape(qdata: Tensor, layout: Layout) -> tuple[int, ...]:
     """Shape of the values that packed `qdata` holds, blocked axis last."""
     bits = Format.parse(layout.format).element.bits
-    codes = qdata.shape[-1] * 8 // bits if bits < 8 else qdata.shape[-1]  # noqa: PLR2004 - a byte
+    codes = qdata.shape[-1] * 8 // bits if bits < 8 else qdata.shape[-1]
     return (*qdata.shape[:-1], codes - layout.tail)
 
 
@@ -372,5 +370,5 @@ def _as_parameter(tensor: QuantizedTensor, *, is_parameter: bool) -> QuantizedTe
 
 torch.serialization.add_safe_globals([rebuild])
 
-import lowbit.ops  # noqa: E402, F401 # pyright: ignore[reportUnusedImport] - defines the operators called above
+import lowbit.ops  # noqa: E402 # pyright: ignore[reportUnusedImport] - defines the operators called above
 import lowbit.rules  # noqa: E402, F401 # pyright: ignore[reportUnusedImport] - registers the aten rules, which need the class

@@ -34,9 +34,13 @@ if TYPE_CHECKING:
 _COMPARED = ("W8A8", "W4A16", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16")
 
 Mode = Literal["floor", "ceil", "even", "rceil"]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")
+]
 To = Annotated[str, typer.Option(metavar="SCHEME", help="scheme of every Linear and expert; see: lowbit schemes")]
-Rules = Annotated[list[str], typer.Option("--rule", metavar="'GLOB=SCHEME'", help="another scheme for these; repeatable")]
+Rules = Annotated[
+    list[str], typer.Option("--rule", metavar="'GLOB=SCHEME'", help="another scheme for these; repeatable")
+]
 Keep = Annotated[list[str], typer.Option(metavar="GLOB", help="leave these as they are; repeatable, asked first")]
 Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where to compute; default: cuda if there is one")]
 ScaleModes = Annotated[Mode, typer.Option("--scale-mode", help="how MX block scales are rounded to powers of two")]
@@ -115,8 +119,8 @@ def _quantize(
 ) -> int:
     """Make a checkpoint low-bit, from disk to disk, by rounding to nearest.
 
-    Linear layers and experts get SCHEME; the output head and routers stay. A run that was stopped continues when the same
-    command is given again. The result is in compressed-tensors layout, which transformers and vLLM read.
+    Linear layers and experts get SCHEME; the output head and routers stay. A run that was stopped continues when the
+    same command is given again. The result is in compressed-tensors layout, which transformers and vLLM read.
     """
     if out == Path() and not dry_run:
         raise typer.BadParameter("needed is a folder to write to", param_hint="'-o' / '--out'")
@@ -127,8 +131,10 @@ def _quantize(
     if as_json:
         _print_json(_account_json(job, account, out))
         return DONE
-    _print(f"{out}: {account.quantized} of {len(account.tensors)} tensors are low-bit, "
-           f"{job.bits_per_weight:.4g} bits per weight; {size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}")
+    _print(
+        f"{out}: {account.quantized} of {len(account.tensors)} tensors are low-bit, "
+        f"{job.bits_per_weight:.4g} bits per weight; {size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}"
+    )
     _print(_nothing_lost(account))
     _print(f"next: lowbit eval {out} --against {model}\n      vllm serve {out}")
     return DONE
@@ -178,7 +184,9 @@ def _compare(
     text: Text = None,
     device: Device = None,
     tokens: Tokens = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="keep the checkpoints here, one folder a scheme")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="keep the checkpoints here, one folder a scheme")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace checkpoints that exist there")] = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
@@ -228,7 +236,9 @@ def _inspect(model: Model, as_json: AsJson = False) -> int:  # noqa: FBT002
     for (shape, stored), alike in groups.items():
         total = sum(row["bytes"] for row in alike) / len(alike)
         for name, count in fold(row["name"] for row in alike):
-            cells.append({"tensor": name, "shape": "x".join(map(str, shape)), "stored": stored, "size": size(total * count)})
+            cells.append(
+                {"tensor": name, "shape": "x".join(map(str, shape)), "stored": stored, "size": size(total * count)}
+            )
     _print("\n".join(align(cells)))
     _print(f"\n{len(rows)} tensors, {size(sum(row['bytes'] for row in rows))}")
     return DONE
@@ -239,7 +249,7 @@ def _diff(
     b: Annotated[str, typer.Argument(metavar="B", help="what became of it")],
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
-    """Compare two checkpoints tensor by tensor, straight from disk: SQNR in dB (20 dB: the error is 10 % of the signal).
+    """Compare two checkpoints tensor by tensor, straight from disk, by SQNR (20 dB: the error is 10 % of the signal).
 
     Leaves with 1 if a tensor is in only one of them.
     """
@@ -268,7 +278,9 @@ def _diff(
         for d in changed
     ]
     _print("\n".join(align(cells)))
-    _print(f"{'' if not cells else chr(10)}{len(changed)} tensors differ, {len(found.differences) - len(changed)} are equal")
+    _print(
+        f"{chr(10) if cells else ''}{len(changed)} tensors differ, {len(found.differences) - len(changed)} are equal"
+    )
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
             _print(f"only in {side}: {', '.join(name for name, _ in fold(names))}")
@@ -378,10 +390,8 @@ def _account_json(job: Job, account: Account, out: Path) -> dict[str, Any]:
 
 def _nothing_lost(account: Account) -> str:
     kept = len(account.tensors) - account.quantized
-    lines = [
-        f"nothing lost: {account.quantized} tensors quantized, {kept} carried bit for bit, "
-        f"{len(account.files)} other files carried ({', '.join(account.files) or 'none'})"
-    ]
+    files = f"{len(account.files)} other files carried ({', '.join(account.files) or 'none'})"
+    lines = [f"nothing lost: {account.quantized} tensors quantized, {kept} carried bit for bit, {files}"]
     if account.unowned:
         lines.append(f"not part of the model, carried: {', '.join(name for name, _ in fold(account.unowned))}")
     if account.left_behind:

@@ -55,7 +55,9 @@ class Weights:
         targets = {target for group in self._groups for target in group["targets"] if not target.startswith("re:")}
         if targets - {"Linear", *modules}:  # names another class: only the model tells whose modules are of it
             self._groups = Groups.of(config, Skeleton.build(folder))
-        self._compressed = {f"{module}.weight": (module, names) for module, names in modules.items() if module is not None}
+        self._compressed = {
+            f"{module}.weight": (module, names) for module, names in modules.items() if module is not None
+        }
         self._plain = modules[None]
         self.names = [*self._plain, *self._compressed]
 
@@ -87,7 +89,7 @@ class Weights:
         return rows
 
     def _outline(self, entry: TensorEntry) -> Tensor:
-        """A tensor of the entry's dtype and shape, without values but for `weight_shape`, which holds a shape itself."""
+        """A tensor of the entry's dtype and shape, without values but for `weight_shape`, which is a shape itself."""
         if entry.name.endswith(".weight_shape"):
             return self.checkpoint.read(entry)
         return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
@@ -120,7 +122,12 @@ def compare(a: Path, b: Path, *, advance: Callable[[str], None] | None = None) -
 
 
 def _row(name: str, shape: tuple[int, ...], stored: str, parts: Iterable[TensorEntry]) -> dict[str, Any]:
-    return {"name": name, "shape": shape, "stored": stored.removeprefix("torch."), "bytes": sum(p.nbytes for p in parts)}
+    return {
+        "name": name,
+        "shape": shape,
+        "stored": stored.removeprefix("torch."),
+        "bytes": sum(p.nbytes for p in parts),
+    }
 
 
 def _difference(name: str, a: Tensor, b: Tensor) -> Difference:

@@ -77,7 +77,7 @@ def split_windows(ids: Tensor, context: int) -> Tensor:
     Raises:
         CheckpointError: there are fewer than two tokens.
     """
-    if ids.numel() < 2:  # noqa: PLR2004 - one to see, one to predict
+    if ids.numel() < 2:
         msg = f"the text has {ids.numel()} tokens; needed are at least 2, and {context} for a whole window"
         raise CheckpointError(msg)
     whole = ids.numel() // context

@@ -56,7 +56,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedM
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     use_lowbit_experts(model)
     if groups:
-        _LOG.info("%s is loaded in portable form and runs on reference kernels until lowbit.bind(model) is called", folder)
+        _LOG.info(
+            "%s is loaded in portable form and runs on reference kernels until lowbit.bind(model) is called", folder
+        )
     return model
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.format import Format
 from lowbit.numerics import ScaleMode, choose_scale, encode, tensor_scale_for_amax
-from lowbit.plan import Parameter, Plan, plan
+from lowbit.plan import Parameter, Plan, Row, plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, row_slices
 from lowbit.staging import ShardWriter, Staging
@@ -142,8 +142,8 @@ def prepare(
 ) -> Job:
     """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
 
-    Every Linear (and GPT-2's Conv1D) weight and every expert gets scheme `to`, but for the output head and routers, which
-    stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that.
+    Every Linear (and GPT-2's Conv1D) weight and every expert gets scheme `to`, but for the output head and routers,
+    which stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that.
 
     Raises:
         CheckpointError: the folder is damaged or already quantized.
@@ -248,7 +248,7 @@ class NonfiniteError(CheckpointError):
 
 
 class _TensorScales:
-    """The tensor scales of two-level formats, one for all projections that engines fuse; chosen when first asked for."""
+    """The tensor scales of two-level formats, one for all projections that engines fuse; chosen when asked for."""
 
     def __init__(self, job: Job, run: _Run) -> None:
         self._job, self._run = job, run
@@ -288,7 +288,7 @@ def _parameter(entry: TensorEntry, owner: Owner | None) -> Parameter:
 
 def _finite(checkpoint: Checkpoint, entry: TensorEntry) -> bool:
     """Whether no value of a matrix that might be quantized is NaN or infinite; of others nothing is asked."""
-    if len(entry.shape) != 2 or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:  # noqa: PLR2004
+    if len(entry.shape) != 2 or not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
         return True
     slices = row_slices(entry, _SLICE_BYTES)
     return all(bool(torch.isfinite(checkpoint.read(entry, rows)).all()) for rows in slices)
@@ -332,7 +332,7 @@ def _rules(
             axis = 0 if "Conv1D" in parameter.modules else -1
             return [(Rule(match, fmt, scheme.activation, axis), scheme)]
     left = [p for p in parameters if not any(rule.matches(p.name, p.modules) for rule, _ in earlier)]
-    # A model may have one kind of linear layer only, and a rule that wins nothing is an error, which then is the first's.
+    # A model may have one kind of linear layer only, and a rule that wins nothing is an error, then the first's.
     useful = [rule for rule in made if any(rule.matches(p.name, p.modules) for p in left)] or made[:1]
     return [(rule, scheme) for rule in useful]
 
@@ -346,13 +346,13 @@ def _check_outputs(job: Job) -> None:
     """
     for name in job.schemes:
         shape = job.checkpoint.entries[name].shape
-        if len(shape) != 2 or 0 in shape or not name.endswith(".weight"):  # noqa: PLR2004
-            msg = f"tensor {name!r} of shape {shape} cannot be quantized on disk, only matrices named *.weight can; keep it"
+        if len(shape) != 2 or 0 in shape or not name.endswith(".weight"):
+            msg = f"tensor {name!r} of shape {shape} cannot be quantized on disk, only matrices *.weight can; keep it"
             raise RecipeError(msg)
     made = [planned for name in job.schemes for planned, _, _ in job.outputs(job.checkpoint.entries[name])]
     taken = [name for name in made if name in job.checkpoint.entries and name not in job.schemes]
     if taken:
-        msg = f"{job.folder} already has {taken[0]!r} beside its weight; it looks quantized, so start from the original model"
+        msg = f"{job.folder} already has {taken[0]!r} beside its weight; it looks quantized; start from the original"
         raise CheckpointError(msg)
 
 
@@ -407,8 +407,8 @@ def _write_weight(
         chosen = choose_scale(x, fmt, mode=job.mode, tensor_scale=tensor_scale)
         if not bool(torch.isfinite(chosen.scale.to(torch.float32)).all()):
             msg = (
-                f"tensor {entry.name!r} holds NaN or infinity in rows {rows.start} to {rows.stop}; repair the checkpoint, "
-                "or keep such tensors unquantized with --allow-nonfinite"
+                f"tensor {entry.name!r} holds NaN or infinity in rows {rows.start} to {rows.stop}; repair the "
+                "checkpoint, or keep such tensors unquantized with --allow-nonfinite"
             )
             raise NonfiniteError(msg)
         data = encode(x, fmt, chosen).cpu()
@@ -489,7 +489,9 @@ def _output_config(job: Job) -> dict[str, Any]:
     main = max(modules, key=lambda scheme: len(modules[scheme]))
     classes = ["Linear", *(["Conv1D"] if any(job.transposed(name) for name in job.schemes) else [])]
     others = [name for name in modules[main] if not job.linear(f"{name}.weight")]
-    groups = {scheme: classes + sorted(others) if scheme is main else sorted(names) for scheme, names in modules.items()}
+    groups = {
+        scheme: classes + sorted(others) if scheme is main else sorted(names) for scheme, names in modules.items()
+    }
     return {**job.config, "quantization_config": quantization_config(groups, _ignored(job))}
 
 
@@ -528,12 +530,16 @@ def _account(job: Job, folder: Path, carried: Sequence[str], left_behind: Sequen
     Raises:
         CheckpointError: a tensor is missing from the output, or one is there that nothing became.
     """
-    became = {name: tuple(planned for planned, _, _ in job.outputs(entry)) for name, entry in job.checkpoint.entries.items()}
+    became = {
+        name: tuple(planned for planned, _, _ in job.outputs(entry)) for name, entry in job.checkpoint.entries.items()
+    }
     with Checkpoint.open(folder) as written:
         expected = {name for names in became.values() for name in names}
         if expected != set(written.entries):
             lost, extra = sorted(expected - set(written.entries)), sorted(set(written.entries) - expected)
-            msg = f"the output lacks {lost[:5]} ({len(lost)}) and adds {extra[:5]} ({len(extra)}); nothing was published"
+            msg = (
+                f"the output lacks {lost[:5]} ({len(lost)}) and adds {extra[:5]} ({len(extra)}); nothing was published"
+            )
             raise CheckpointError(msg)
     unowned = tuple(name for name, owner in job.owners.items() if owner is None)
     return Account(became, len(job.schemes), unowned, tuple(carried), tuple(left_behind))

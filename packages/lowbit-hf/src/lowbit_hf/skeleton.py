@@ -1,8 +1,8 @@
 """A model without weights: which module every tensor of a checkpoint belongs to, and of what kind that module is.
 
 The model is built on the meta device from `config.json` alone; no code from the checkpoint is ever run. Names in a
-checkpoint may differ from the model's (`experts.7.gate_proj.weight` is a slice of `experts.gate_up_proj`); transformers'
-own conversion tables say how.
+checkpoint may differ from the model's (`experts.7.gate_proj.weight` is a slice of `experts.gate_up_proj`);
+transformers' own conversion tables say how.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Skeleton:
         # transformers has much besides models, and a config must not choose what of it runs.
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             msg = (
-                f"{folder}: architecture {architecture!r} is not part of transformers {transformers.__version__}; a newer "
-                "transformers may have it (code that comes with a checkpoint is never run)"
+                f"{folder}: architecture {architecture!r} is not part of transformers {transformers.__version__}; a "
+                "newer transformers may have it (code that comes with a checkpoint is never run)"
             )
             raise CheckpointError(msg)
         raw.pop("quantization_config", None)
@@ -67,7 +67,7 @@ class Skeleton:
             config = AutoConfig.for_model(**raw)
             if not isinstance(config, model_class.config_class):  # pyright: ignore[reportArgumentType] - every model class has one
                 msg = f"it is for model_type {raw['model_type']!r}"
-                raise TypeError(msg)
+                raise TypeError(msg)  # noqa: TRY301 - told like whatever the constructors raise
             with torch.device("meta"):
                 model = model_class(config)
         except Exception as error:
@@ -111,7 +111,9 @@ class Skeleton:
 
     @cached_property
     def _names(self) -> set[str]:
-        return {n for n, _ in self.model.named_parameters(remove_duplicate=False)} | {n for n, _ in self.model.named_buffers()}
+        return {n for n, _ in self.model.named_parameters(remove_duplicate=False)} | {
+            n for n, _ in self.model.named_buffers()
+        }
 
     @cached_property
     def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
@@ -139,7 +141,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(msg)
         config = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        msg = f"{path} cannot be read: {error}; MODEL must be a Hugging Face folder with config.json and safetensors files"
+        msg = f"{path} cannot be read: {error}; MODEL must be a Hugging Face folder of config.json and safetensors"
         raise CheckpointError(msg) from error
     if not isinstance(config, dict):
         msg = f"{path} holds no JSON object; the folder is damaged"
