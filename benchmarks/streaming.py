@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -138,18 +137,26 @@ def quantize(model: Path, scheme_name: str) -> None:
     from lowbit_hf.quantize import prepare, run
     from lowbit_hf.schemes import scheme
 
-    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = resident("VmRSS")
+    # Starts the high-water mark anew; ru_maxrss would still hold what the parent had when it forked.
+    Path("/proc/self/clear_refs").write_text("5")
     out = model.parent / f"out-{scheme_name}"
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     job = prepare(model, scheme(scheme_name), mode="even")
     run(job, out)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
+    peak = resident("VmHWM") - base
     figures = {"seconds": seconds, "mb_per_s": size(model) / 1e6 / seconds, "peak_mib_above_import": peak / 1024}
     figures["output_gib"] = size(out) / 2**30
     shutil.rmtree(out)
     sys.stdout.write(json.dumps(figures) + "\n")
+
+
+def resident(field: str) -> int:
+    """KiB of resident memory now (VmRSS) or at most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def size(folder: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_a_preference_that_cannot_be_met_binds_nothing(packs):
         ):
             bind(model, prefer=("lines",))
         # The tied table would need a kernel for each of its uses.
-        with pytest.raises(NoKernelError, match="needs its weight packed" if packs else "tied between ops"):
+        with pytest.raises(NoKernelError, match="needs its weight packed" if packs else "cannot carry all.linear"):
             bind(model, prefer=("all",))
         assert dict(model.named_parameters(remove_duplicate=False)) == weights
     for found, y in zip(model(IDS), wanted, strict=True):
@@ -199,14 +200,27 @@ def test_refusals_name_every_other_kernel():
     assert "shy.embedding: needs K of 64; this is 32" in rows["table.weight"].refusals
 
 
-def test_experts_are_bound_as_grouped():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate_up_proj = parameter("MXFP4", shape=(3, 6, 32))
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = parameter("MXFP4", shape=(3, 6, 32))
 
-    row = bind(Experts()).rows[0]
-    assert (row.name, row.op, row.kernel) == ("gate_up_proj", "grouped_mm", "reference.grouped_mm")
+
+def test_experts_stay_canonical():
+    model, x = Experts(), sample((4, 32))
+    offs = torch.tensor([1, 3, 4], dtype=torch.int32)
+
+    class Packs(Loopback):
+        def kernels(self):
+            return tuple(replace(k, pack=lambda _: (), unpack=lambda *_: {}) for k in super().kernels())
+
+    wanted = functional.grouped_mm(x, model.gate_up_proj.mT, offs=offs)
+    with installed_backends(Packs("packs", priority=20), Loopback("modest", priority=1), Loopback("loud", priority=9)):
+        row = bind(model).rows[0]
+        assert (row.name, row.op, row.kernel, row.packed) == ("gate_up_proj", "grouped_mm", "loud.grouped_mm", False)
+        with pytest.raises(NoKernelError, match="'gate_up_proj' cannot carry modest.grouped_mm"):
+            bind(model, prefer=("modest",))
+        assert torch.equal(functional.grouped_mm(x, model.gate_up_proj.mT, offs=offs), wanted)
 
 
 def test_a_bound_model_learns_through_frozen_weights():

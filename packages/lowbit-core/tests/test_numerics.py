@@ -110,10 +110,11 @@ def oracle(x: Tensor, fmt: Format, mode: str, tensor: Tensor | None) -> tuple[np
 
 
 def kinds(shape: tuple[int, ...]) -> list[Tensor]:
-    """Ordinary values, outliers, zeros of both signs, subnormals, huge values, and whole numbers (ties)."""
+    """Ordinary and one-sided values, outliers, zeros of both signs, subnormals, huge values, whole numbers (ties)."""
     x = sample(shape, seed=5)
     outliers = torch.where(torch.rand(shape, generator=torch.Generator().manual_seed(6)) < 0.02, x * 1000, x)
-    return [x, outliers, x * -0.0, x * 2.0**-140, x * 2.0**118, (x * 4).round(), x.to(torch.bfloat16)]
+    sided = [x.abs() + 3, -x.abs() - 3]
+    return [x, *sided, outliers, x * -0.0, x * 2.0**-140, x * 2.0**118, (x * 4).round(), x.to(torch.bfloat16)]
 
 
 def assert_bits(found: Tensor, wanted: np.ndarray) -> None:

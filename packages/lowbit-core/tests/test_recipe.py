@@ -88,7 +88,7 @@ def test_a_rule_that_says_nothing_sensible_is_refused(arguments, message):
 
 
 def test_a_misspelt_format_is_refused():
-    with pytest.raises(FormatError, match="format 'INT9' is neither one of"):
+    with pytest.raises(FormatError, match="format 'INT9' is not one of"):
         Rule.of("*", "INT9")
 
 
@@ -157,7 +157,7 @@ def _one_rule(**changes):
         (_one_rule(k_axis=1.0), "rule 2: k_axis is 1.0; needed is a whole number"),
         (_one_rule(modules="Linear"), 'rule 2: modules is "Linear"; needed is an array or null'),
         (_one_rule(modules=["Linear", 1]), r"rule 2: modules holds \['Linear', 1\]; needed are class names"),
-        (_one_rule(weight="INT9"), "rule 2: format 'INT9' is neither one of"),
+        (_one_rule(weight="INT9"), "rule 2: format 'INT9' is not one of"),
         (_one_rule(activation="sometimes:INT8_ROW"), "rule 2: activation 'sometimes:INT8_ROW' must be"),
         (_one_rule(match="re:["), r"rule 2: rule 're:\[' holds a malformed regular expression"),
     ],

@@ -125,14 +125,15 @@ def _choose(uses: Sequence[_Use], prefer: Sequence[str]) -> tuple[list[Selection
     """A kernel for each use of one parameter, and whether the parameter carries it; the op finds it otherwise."""
     selections = [select(use.call, prefer=prefer) for use in uses]
     kernel = selections[0].kernel
-    if all(selection.kernel is kernel for selection in selections):
+    # Packed experts have no use yet: grouped_mm takes canonical ones.
+    if kernel.op != "grouped_mm" and all(selection.kernel is kernel for selection in selections):
         return selections, kernel.pack is not None or select(uses[0].call, bound=False).kernel is not kernel
     selections = [select(use.call, prefer=prefer, bound=False) for use in uses]
     for use, selection in zip(uses, selections, strict=True):
         if select(use.call, bound=False).kernel is not selection.kernel:
             raise NoKernelError(
-                f"{use.full!r} is tied between ops with a kernel each, so it cannot carry {selection.kernel.name}; "
-                f"put that backend first for all models by LOWBIT_BACKENDS, or untie the parameter"
+                f"{use.full!r} cannot carry {selection.kernel.name}: experts, and parameters tied between ops with a "
+                "kernel each, cannot; put that backend first for all models by LOWBIT_BACKENDS"
             )
     return selections, False
 
