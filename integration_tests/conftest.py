@@ -63,11 +63,15 @@ def llama():
         # As random as it must be for every row to have its own scale.
         noise = torch.randn(wide * hidden, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16) * 0.02
         attention = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-        shapes = attention | {"mlp.gate_proj": (wide, hidden), "mlp.up_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
+        shapes = attention | {
+            "mlp.gate_proj": (wide, hidden),
+            "mlp.up_proj": (wide, hidden),
+            "mlp.down_proj": (hidden, wide),
+        }
         shards = [{"model.embed_tokens.weight": (vocabulary, hidden), "lm_head.weight": (vocabulary, hidden)}]
         shards[0] |= {"model.norm.weight": (hidden,)}
         for layer in range(layers):
-            norms = {name: (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+            norms = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
             shards.append({f"model.layers.{layer}.{name}.weight": shape for name, shape in (shapes | norms).items()})
         index = {}
         for number, shard in enumerate(shards):

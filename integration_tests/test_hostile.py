@@ -75,7 +75,9 @@ def truncate(count):
 def overlap(path):
     header, data = split(path)
     names = [name for name in header if name != "__metadata__"]
-    header[Q]["data_offsets"] = next(header[n]["data_offsets"] for n in names if n != Q and header[n]["shape"] == [128, 128])
+    header[Q]["data_offsets"] = next(
+        header[n]["data_offsets"] for n in names if n != Q and header[n]["shape"] == [128, 128]
+    )
     join(path, header, data)
 
 
@@ -121,7 +123,10 @@ FILES = {
     "a link to itself": (lambda p: (p.unlink(), p.symlink_to(p)), "model.safetensors"),
     "a device": (lambda p: (p.unlink(), p.symlink_to("/dev/zero")), "is a link to /dev/zero, outside the folder"),
     "missing": (lambda p: p.unlink(), "holds no .safetensors file"),
-    "only a pickle": (lambda p: p.rename(p.with_name("pytorch_model.bin")), "pickles, which can run code and are never loaded"),
+    "only a pickle": (
+        lambda p: p.rename(p.with_name("pytorch_model.bin")),
+        "pickles, which can run code and are never loaded",
+    ),
     "several without an index": (
         lambda p: (shutil.copy(p, p.with_name("a.safetensors")), p.rename(p.with_name("b.safetensors"))),
         "add the index or name one file",
@@ -176,7 +181,9 @@ def outside(name):
 
     def change(folder):
         (folder / SECOND).rename(folder.parent / SECOND)
-        mapped(lambda names: names.update({k: name.format(folder.parent) for k, v in names.items() if v == SECOND}))(folder)
+        mapped(lambda names: names.update({k: name.format(folder.parent) for k, v in names.items() if v == SECOND}))(
+            folder
+        )
 
     return change
 
@@ -203,7 +210,10 @@ INDICES = {
     "a missing shard": (lambda f: (f / SECOND).unlink(), f"'{SECOND}' is missing; download it again"),
     "a null byte": (mapped(lambda names: names.update({Q: "a\0b"})), "is not a plain file name"),
     "dots": (mapped(lambda names: names.update({Q: ".."})), "is not a plain file name"),
-    "a tensor no shard has": (mapped(lambda names: names.update({"x": FIRST})), "names tensors that its shards lack: 'x'"),
+    "a tensor no shard has": (
+        mapped(lambda names: names.update({"x": FIRST})),
+        "names tensors that its shards lack: 'x'",
+    ),
     "a tensor it does not name": (mapped(lambda names: names.pop(Q)), f"does not name '{Q}' of its shards"),
     "a tensor in two shards": (copied, f"'{Q}' is both in"),
     "no names": (lambda f: (f / INDEX).write_text("{}"), "has no weight_map"),
@@ -286,7 +296,11 @@ def place(kind, tmp_path):
 
 
 # Why not, without and with --overwrite.
-EXISTS, NO_FOLDER, NO_PARENT = "exists; pass --overwrite", "exists and is not a folder", "does not exist; create it first"
+EXISTS, NO_FOLDER, NO_PARENT = (
+    "exists; pass --overwrite",
+    "exists and is not a folder",
+    "does not exist; create it first",
+)
 PLACES = {
     "a file": (EXISTS, NO_FOLDER),
     "a link": (EXISTS, NO_FOLDER),
@@ -320,7 +334,9 @@ def disk(tmp_path):
             pytest.skip("only root can mount a small disk")
         path = tmp_path / f"disk-{len(mounted)}"
         path.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", path], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", path], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             pytest.skip(f"no small disk can be mounted: {done.stderr.strip()}")
         mounted.append(path)

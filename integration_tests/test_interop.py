@@ -25,7 +25,18 @@ from lowbit_hf.schemes import SCHEMES
 WRITABLE = [name for name, entry in SCHEMES.items() if entry.refusal is None]
 MODELS = ["lm-tiny", "moe-tiny"]
 # One of each file format and strategy, on which all depends that experts and other readers do with it.
-FORMATS = ["W8A8", "W4A16", "W3A16", "W4A16_ASYM", "FP8_DYNAMIC", "FP8_BLOCK", "MXFP8A16", "MXFP6A16", "MXFP4A16", "NVFP4A16"]
+FORMATS = [
+    "W8A8",
+    "W4A16",
+    "W3A16",
+    "W4A16_ASYM",
+    "FP8_DYNAMIC",
+    "FP8_BLOCK",
+    "MXFP8A16",
+    "MXFP6A16",
+    "MXFP4A16",
+    "NVFP4A16",
+]
 FUSED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 
 # Rounding, independently.
@@ -273,7 +284,14 @@ def test_transformers_runs_it_compressed(quantized, twin, model, name):
 
 
 def test_mixed_schemes(models, tmp_path, lowbit):
-    rules = ["--rule", "*.down_proj=W8A8", "--rule", "*.0.self_attn.*=NVFP4A16", "--rule", "model.embed_tokens.weight=W8A16"]
+    rules = [
+        "--rule",
+        "*.down_proj=W8A8",
+        "--rule",
+        "*.0.self_attn.*=NVFP4A16",
+        "--rule",
+        "model.embed_tokens.weight=W8A16",
+    ]
     rules += ["--keep", "*.5.mlp.*"]
     out = tmp_path / "out"
     assert lowbit("quantize", models / "lm-tiny", "--to", "W4A16", *rules, "-o", out)[0] == 0
@@ -340,7 +358,10 @@ def layout(name, n, k):
         zeros = {} if args["symmetric"] else {"weight_zero_point": ("int32", (-(-n * bits // 32), k // group))}
         return packed | zeros | {"weight_scale": ("bfloat16", scales)}
     if file_format in ("int-quantized", "float-quantized"):
-        return {"weight": ("int8" if file_format[0] == "i" else "float8_e4m3fn", (n, k)), "weight_scale": ("bfloat16", scales)}
+        return {
+            "weight": ("int8" if file_format[0] == "i" else "float8_e4m3fn", (n, k)),
+            "weight_scale": ("bfloat16", scales),
+        }
     if file_format == "mxfp8-quantized":
         return {"weight": ("float8_e4m3fn", (n, k)), "weight_scale": ("uint8", scales)}
     packed = {"weight_packed": ("uint8", (n, k * bits // 8))}

@@ -31,7 +31,9 @@ SHOWN = ["W8A8", "W4A16", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16"]
 
 def perplexity(folder, count):
     """Of the first `count` tokens, by transformers alone: windows of 512, a token after each but a window's last."""
-    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT.read_text(encoding="utf-8"), verbose=False).input_ids)[:count]
+    ids = torch.tensor(
+        AutoTokenizer.from_pretrained(folder)(TEXT.read_text(encoding="utf-8"), verbose=False).input_ids
+    )[:count]
     windows = ids[: len(ids) // 512 * 512].view(-1, 512)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     loss = torch.zeros((), dtype=torch.float64)
@@ -79,7 +81,8 @@ def test_experts_too(models, quantized):
     ids = tokenize(models / "moe-tiny", TEXT)[:2048]
     base = load(models / "moe-tiny")
     cost = {
-        name: evaluate(load(quantized("moe-tiny", name)), ids, context=512, base=base).kl for name in ("W8A8", "W4A16", "W2A16")
+        name: evaluate(load(quantized("moe-tiny", name)), ids, context=512, base=base).kl
+        for name in ("W8A8", "W4A16", "W2A16")
     }
     assert 0 < cost["W8A8"] < cost["W4A16"] < 0.3 < cost["W2A16"]
 
@@ -98,7 +101,11 @@ def same_trees(a, b):
 
 def finished(partial):
     """Shards that a stopped run left whole, by the time of their last write."""
-    journal = [json.loads(line) for line in (partial / "journal.jsonl").read_text().splitlines(keepends=False) if line[-1:] == "}"]
+    journal = [
+        json.loads(line)
+        for line in (partial / "journal.jsonl").read_text().splitlines(keepends=False)
+        if line[-1:] == "}"
+    ]
     names = {record["finished"] for record in journal if "finished" in record}
     return {name: (partial / "files" / name).stat().st_mtime_ns for name in names}
 

@@ -298,3 +298,12 @@ UNSUPPORTED = {
 def test_an_operator_without_a_rule_says_so(op, mode):
     with mode(), pytest.raises(UnsupportedOpError, match=f"^{op} has no rule"):
         UNSUPPORTED[op](quantize(sample((6, 96)), "MXFP4"))
+
+
+@pytest.mark.parametrize(("spec", "rows", "cut"), [("NVFP4", 16, slice(7, 19, 2)), ("e2m1:16x16:e4m3fn:tensor", 64, slice(48, 80))])  # fmt: skip
+def test_unequal_tensor_scales_join_and_cut(spec, rows, cut):
+    small, large = quantize(torch.randn(rows, 64), spec), quantize(torch.randn(32, 64) * 100, spec)
+    joined = torch.cat([small, large])
+    values = torch.cat([small.dequantize(), large.dequantize()])
+    assert torch.equal(joined.dequantize(), values)
+    assert torch.equal(joined[cut].dequantize(), values[cut])

@@ -323,15 +323,15 @@ def through_blobs(folder, tmp_path):
     (folder / "model.safetensors").symlink_to("../../blobs/link")
 
 
-def below_blobs(folder, tmp_path):  # noqa: ARG001 - one signature for all tricks
+def below_blobs(folder, tmp_path):
     (folder / "model.safetensors").symlink_to("../../refs")
 
 
-def loop(folder, tmp_path):  # noqa: ARG001
+def loop(folder, tmp_path):
     (folder / "model.safetensors").symlink_to("model.safetensors")
 
 
-def dangling(folder, tmp_path):  # noqa: ARG001
+def dangling(folder, tmp_path):
     (folder / "model.safetensors").symlink_to("../../blobs/none")
 
 

@@ -135,7 +135,7 @@ def killed_before(change, job):
     """`job`, killed just before the change of this number to the disk."""
     left = change
 
-    def count(frame, event, function):  # noqa: ARG001 - the signature of a profile function
+    def count(frame, event, function):
         nonlocal left
         if event == "c_call" and function.__name__ in CHANGES:
             if not left:
@@ -323,7 +323,7 @@ def test_a_partial_folder_that_is_not_ours_is_kept(kind, tmp_path):
     assert (folder / "mine").exists() or kind != "folder"
 
 
-def interrupt(*arguments, **more):  # noqa: ARG001 - in place of any function
+def interrupt(*arguments, **more):
     raise KeyboardInterrupt
 
 
@@ -505,14 +505,14 @@ def test_space_already_held_counts(tmp_path, monkeypatch):
         held = (staging.files / "f").stat().st_blocks * 512
         assert held >= 8 << 20  # reserved, though nothing was written
         blocks = os.statvfs_result((*free[:4], (1 << 20) // free.f_frsize, *free[5:]))
-        monkeypatch.setattr(os, "statvfs", lambda path: blocks)  # noqa: ARG005
+        monkeypatch.setattr(os, "statvfs", lambda path: blocks)
         staging.require_space(9 << 20)
         with pytest.raises(CheckpointError, match=rf"needs {64 << 20} bytes and holds \d+ .* only {1 << 20} free"):
             staging.require_space(64 << 20)
 
 
 def test_a_file_system_without_reservation(tmp_path, monkeypatch, whole):
-    def refuse(*arguments):  # noqa: ARG001
+    def refuse(*arguments):
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", refuse)
@@ -590,7 +590,7 @@ def test_full_disk(mount, tmp_path, whole):
             staging.copy_file(tmp_path / "large", "large")
         staging.discard()
 
-    def fill(unit):  # noqa: ARG001 - as soon as one is done
+    def fill(unit):
         filler = os.open(disk / "filler", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         with suppress(OSError):
             while os.write(filler, bytes(4096)):

@@ -28,7 +28,10 @@ MODELS = {
     "llama": ("LlamaForCausalLM", SMALL),
     "qwen2": ("Qwen2ForCausalLM", SMALL),  # q, k and v have biases
     "mixtral": ("MixtralForCausalLM", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gpt2": ("GPT2LMHeadModel", {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 32} | SPECIAL),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 32} | SPECIAL,
+    ),
 }
 
 
@@ -68,7 +71,9 @@ def change(tmp_path):
         if tensors is not None:
             state = load_file(target / "model.safetensors")
             tensors(state)
-            save_file({name: t.contiguous() for name, t in state.items()}, target / "model.safetensors", {"format": "pt"})
+            save_file(
+                {name: t.contiguous() for name, t in state.items()}, target / "model.safetensors", {"format": "pt"}
+            )
         if config is not None:
             values = json.loads((target / "config.json").read_text())
             config(values)

@@ -72,7 +72,7 @@ def test_help_has_an_example_that_parses(lowbit, name):
     assert (program, given) == ("lowbit", name)
     options = re.findall(r"(?<!\S)(-\w|--[\w-]+)", out)
     assert all(argument in options for argument in arguments if argument.startswith("-"))
-    for wanted in ([] if name == "schemes" else ["MODEL"] if name != "diff" else ["A", "B"]):
+    for wanted in [] if name == "schemes" else ["MODEL"] if name != "diff" else ["A", "B"]:
         assert wanted in out
     assert "--json" in out
 
@@ -114,11 +114,17 @@ def test_wrong_use_leaves_with_2(lowbit, folder, case):
 
 PROBLEMS = {
     "no such model": (["plan", "./nothing", "--to", "W8A8"], "there is no folder ./nothing"),
-    "a rule that matches nothing": (["plan", "MODEL", "--to", "W8A8", "--rule", "nix=W8A8"], "'nix' matches no parameter"),
+    "a rule that matches nothing": (
+        ["plan", "MODEL", "--to", "W8A8", "--rule", "nix=W8A8"],
+        "'nix' matches no parameter",
+    ),
     "coverage": (["plan", "MODEL", "--to", "W8A8", "--min-coverage", "0.999"], "below the 99.90% asked for"),
     "a text that is none": (["eval", "MODEL", "--text", "nothing.txt"], "nothing.txt cannot be read"),
     "nothing to compare with": (["diff", "MODEL", "nothing"], "there is no folder nothing"),
-    "an output in the way": (["compare", "MODEL", "--to", "W8A8", "--tokens", "40", "-o", "/dev/null/x"], "cannot make the folder"),
+    "an output in the way": (
+        ["compare", "MODEL", "--to", "W8A8", "--tokens", "40", "-o", "/dev/null/x"],
+        "cannot make the folder",
+    ),
 }
 
 
@@ -324,7 +330,9 @@ def test_diff(lowbit, folder, tmp_path, change):
     assert shown == sorted(shown)
     code, said, _ = lowbit("diff", folder, out, "--json")
     found = json.loads(said, parse_constant=pytest.fail)
-    assert sorted(f"{row['sqnr']:.2f}" for row in found["tensors"] if row["sqnr"] is not None) == sorted(f"{x:.2f}" for x in shown)
+    assert sorted(f"{row['sqnr']:.2f}" for row in found["tensors"] if row["sqnr"] is not None) == sorted(
+        f"{x:.2f}" for x in shown
+    )
     assert (len(found["tensors"]), found["only_a"], found["only_b"]) == (20, [], [])
     assert lowbit("diff", folder, folder)[:2] == (0, "\n0 tensors differ, 20 are equal\n")
 

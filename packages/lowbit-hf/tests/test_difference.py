@@ -48,7 +48,9 @@ def test_sqnr_in_float64(make, quantize, kind, name):
 
 def test_square_weights_of_conv1d_are_not_compared_askew(make, quantize):
     folder = make("gpt2")  # c_proj is 128 x 128, and files of quantized models hold it the other way round
-    found = {d.name: d for d in compare(folder, quantize(folder, "W8A16_G64", rules=[("*.c_fc", "W4A16_G32")])).differences}
+    found = {
+        d.name: d for d in compare(folder, quantize(folder, "W8A16_G64", rules=[("*.c_fc", "W4A16_G32")])).differences
+    }
     assert found["transformer.h.0.attn.c_proj.weight"].sqnr > 40
     assert found["transformer.h.0.mlp.c_fc.weight"].shape == (128, 512)
 
@@ -111,11 +113,15 @@ def test_tells_how_far_it_is(make):
     assert seen == [d.name for d in found.differences]
 
 
-@pytest.mark.parametrize("name", ["W8A8", "W3A16_G40", "W5A16_G24", "W4A16_ASYM_G40", "MXFP4A16", "MXFP6A16", "NVFP4A16"])
+@pytest.mark.parametrize(
+    "name", ["W8A8", "W3A16_G40", "W5A16_G24", "W4A16_ASYM_G40", "MXFP4A16", "MXFP6A16", "NVFP4A16"]
+)
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_describe(make, quantize, kind, name):
     # 3 and 5 bits of 120 columns end inside a word, so that shapes cannot be told from the packed tensor's.
-    sizes = {"n_embd": 120} if kind == "gpt2" else {"hidden_size": 120, "intermediate_size": 120, "num_attention_heads": 2}
+    sizes = (
+        {"n_embd": 120} if kind == "gpt2" else {"hidden_size": 120, "intermediate_size": 120, "num_attention_heads": 2}
+    )
     if name.startswith(("MX", "NV")):
         sizes = {}
     folder = make(kind, **sizes)
@@ -124,7 +130,9 @@ def test_describe(make, quantize, kind, name):
     rows = {row["name"]: row for row in weights.describe()}
     weights.close()
     assert {n: row["shape"] for n, row in rows.items()} == {n: p.shape for n, p in by_name(folder).items()}
-    assert sum(row["bytes"] for row in rows.values()) == sum(t.nbytes for t in load_file(out / "model.safetensors").values())
+    assert sum(row["bytes"] for row in rows.values()) == sum(
+        t.nbytes for t in load_file(out / "model.safetensors").values()
+    )
     entry, low = scheme(name), {n for n, row in rows.items() if row["stored"] != "bfloat16"}
     assert len(low) == {"llama": 14, "gpt2": 8}[kind]
     stored = str(entry.weight) if entry.activation is None else f"{entry.weight} x {entry.activation}"
@@ -150,7 +158,9 @@ def test_incomplete_modules(make, quantize, change, local):
 
 
 def test_flat_codes(make, quantize, change):
-    flat = change(quantize(make("llama"), "W8A8"), tensors=lambda s: s.update({f"{Q}.weight": torch.ones(9, dtype=torch.int8)}))
+    flat = change(
+        quantize(make("llama"), "W8A8"), tensors=lambda s: s.update({f"{Q}.weight": torch.ones(9, dtype=torch.int8)})
+    )
     for look in (lambda: Weights(flat).describe(), lambda: compare(make("llama"), flat)):
         with pytest.raises(CheckpointError, match="only matrices are read"):
             look()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from math import exp, inf, isnan
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def oracle(model, base, ids, context):
     whole = max(len(ids) // context, 1)
     for start in range(0, whole * context, context):
         window = ids[start : start + context].tolist()
-        for now, after in zip(window, window[1:], strict=False):
+        for now, after in itertools.pairwise(window):
             p, q = (t[now].double().numpy() for t in (base, model))
             p, q = (x - x.max() - np.log(np.exp(x - x.max()).sum()) for x in (p, q))
             loss -= q[after]

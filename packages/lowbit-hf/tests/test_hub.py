@@ -38,7 +38,9 @@ def test_a_repository(downloads, tmp_path):
     assert not [p for p in patterns if p.endswith((".bin", ".pt", ".py"))]  # nothing that runs code
 
 
-@pytest.mark.parametrize("name", ["nothing", "./some/model", "../model", "/some/model", "a/b/c", "", "a b/c", "a/b@main", "https://x/y"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "./some/model", "../model", "/some/model", "a/b/c", "", "a b/c", "a/b@main", "https://x/y"]
+)
 def test_names_that_are_no_repository(downloads, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     if name == "":
@@ -50,7 +52,9 @@ def test_names_that_are_no_repository(downloads, name, monkeypatch, tmp_path):
 
 
 def test_a_repository_that_is_not_there():
-    with pytest.raises(CheckpointError, match="there is no folder no/such, and the hub gave no repository of that name: 404"):
+    with pytest.raises(
+        CheckpointError, match="there is no folder no/such, and the hub gave no repository of that name: 404"
+    ):
         find_model("no/such")
 
 

@@ -176,7 +176,9 @@ def test_sharded(make, quantize, tokens):
 
 
 def test_tensors_without_a_place_are_passed_over(make, change, quantize, tokens):
-    folder = change(make("llama"), tensors=lambda s: s.update({"mtp.fc.weight": torch.ones(8, 8), "mtp.step": torch.tensor(3)}))
+    folder = change(
+        make("llama"), tensors=lambda s: s.update({"mtp.fc.weight": torch.ones(8, 8), "mtp.step": torch.tensor(3)})
+    )
     assert torch.equal(
         logits(load(quantize(folder, "W4A16_G32")), tokens), logits(load(quantize(make("llama"), "W4A16_G32")), tokens)
     )
@@ -205,7 +207,10 @@ DAMAGE = {
     "codes missing": (drop(f"{Q}.weight_packed"), f"'{Q}': tensor 'weight_packed' is missing"),
     "all missing": (lambda s: [s.pop(n) for n in list(s) if n.startswith(f"{Q}.")], f"missing_keys .*{Q}.weight"),
     "scale of another shape": (put(f"{Q}.weight_scale", torch.ones(128, 3)), f"'{Q}': weight_scale is"),
-    "codes of another dtype": (put(f"{Q}.weight_packed", torch.ones(128, 16)), f"'{Q}': weight_packed is torch.float32"),
+    "codes of another dtype": (
+        put(f"{Q}.weight_packed", torch.ones(128, 16)),
+        f"'{Q}': weight_packed is torch.float32",
+    ),
     "lying shape": (put(f"{Q}.weight_shape", torch.tensor([128, 1 << 40])), f"'{Q}': "),
     "negative shape": (put(f"{Q}.weight_shape", torch.tensor([-128, 128])), f"'{Q}': "),
     "shape of floats": (put(f"{Q}.weight_shape", torch.ones(2)), f"'{Q}': weight_shape is torch.float32"),
@@ -266,7 +271,9 @@ def test_names_go_before_patterns_and_patterns_before_classes():
     targets = [["Linear"], ["re:.*q_proj"], ["model.0.q_proj"]]
     config = quantization_config(dict(zip(map(scheme, names), targets, strict=True)), [])
     groups = Groups.of({"quantization_config": config}, None)
-    found = {module: groups.find(module)["targets"] for module in ("model.0.q_proj", "model.1.q_proj", "model.1.k_proj")}
+    found = {
+        module: groups.find(module)["targets"] for module in ("model.0.q_proj", "model.1.q_proj", "model.1.k_proj")
+    }
     assert list(found.values()) == [targets[2], targets[1], targets[0]]
 
 

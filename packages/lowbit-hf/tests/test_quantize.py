@@ -100,7 +100,9 @@ def test_scale_mode(make, quantize, mode):
     weights = Weights(quantize(folder, "MXFP4A16", mode=mode))
     x, fmt = tensors(folder)[f"{Q}.weight"], scheme("MXFP4A16").weight
     scales = choose_scale(x, fmt, mode=mode)
-    assert torch.equal(weights.read(f"{Q}.weight").dequantize(), decode(encode(x, fmt, scales), fmt, scales, 128, x.dtype))
+    assert torch.equal(
+        weights.read(f"{Q}.weight").dequantize(), decode(encode(x, fmt, scales), fmt, scales, 128, x.dtype)
+    )
     weights.close()
 
 
@@ -177,8 +179,16 @@ PATTERNS = {
     "a glob on tensors": ("llama", "*.1.*.down_proj.weight", ["model.layers.1.mlp.down_proj"]),
     "a glob on modules": ("llama", "*.0.self_attn.[qk]_proj", [Q, Q.replace("q_proj", "k_proj")]),
     "a regular expression": ("llama", r"re:.*\.0\..*(k|v)_proj", [Q.replace("q_", "k_"), Q.replace("q_", "v_")]),
-    "a model's name": ("mixtral", "model.layers.1.mlp.experts.gate_up_proj", [f"{e}.{w}" for e in EXPERTS for w in ("w1", "w3")]),
-    "a glob on a model's names": ("mixtral", "*.1.mlp.experts.*", [f"{e}.{w}" for e in EXPERTS for w in ("w1", "w2", "w3")]),
+    "a model's name": (
+        "mixtral",
+        "model.layers.1.mlp.experts.gate_up_proj",
+        [f"{e}.{w}" for e in EXPERTS for w in ("w1", "w3")],
+    ),
+    "a glob on a model's names": (
+        "mixtral",
+        "*.1.mlp.experts.*",
+        [f"{e}.{w}" for e in EXPERTS for w in ("w1", "w2", "w3")],
+    ),
     "a Conv1D": ("gpt2", "*.1.attn.c_attn", ["transformer.h.1.attn.c_attn"]),
 }
 
@@ -295,7 +305,9 @@ def test_scales_need_a_dtype_that_holds_them(make, change):
 # NaN and infinity
 
 
-@pytest.mark.parametrize("name", ["W8A8", "W4A16_G32", "W4A16_ASYM_G32", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16"])
+@pytest.mark.parametrize(
+    "name", ["W8A8", "W4A16_G32", "W4A16_ASYM_G32", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16"]
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nonfinite_weights_are_named(make, change, tmp_path, name, value):
     def spoil(state):
@@ -356,7 +368,12 @@ def test_nothing_is_lost(make, change, tmp_path):
     extra = {"mtp.fc.weight": torch.ones(8, 8)}
     folder = change(make("llama"), tensors=lambda s: s.update(extra))
     others = {"tokenizer.json": b"{}", "LICENSE": b"mine", "a/b c.txt": b"\xff", "chat_template.jinja": "ü".encode()}
-    weights = {"pytorch_model.bin": b"pickle", "model.gguf": b"GGUF", "onnx/model.onnx": b"o", "pytorch_model.bin.index.json": b"{}"}
+    weights = {
+        "pytorch_model.bin": b"pickle",
+        "model.gguf": b"GGUF",
+        "onnx/model.onnx": b"o",
+        "pytorch_model.bin.index.json": b"{}",
+    }
     for name, content in (others | weights | {".git/config": b"[core]"}).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -385,7 +402,11 @@ def test_a_lost_tensor_is_noticed(make, tmp_path, monkeypatch):
         return {name: [t for t in planned if t[0] != "model.norm.weight"] for name, planned in files(self).items()}
 
     monkeypatch.setattr(module.Job, "files", property(forgetful))
-    monkeypatch.setattr(module.ShardWriter, "write", lambda self, name, *rest, w=module.ShardWriter.write: name in self.entries and w(self, name, *rest))
+    monkeypatch.setattr(
+        module.ShardWriter,
+        "write",
+        lambda self, name, *rest, w=module.ShardWriter.write: name in self.entries and w(self, name, *rest),
+    )
     with pytest.raises(CheckpointError, match=r"lacks \['model.norm.weight'\] \(1\)"):
         run(job, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -506,7 +527,11 @@ def test_a_stopped_run_continues(make, tmp_path, monkeypatch, kind, name):
         assert not out.exists()
     worked = []
     write = module._write_weight
-    monkeypatch.setattr(module, "_write_weight", lambda job, writer, entry, *rest: worked.append(entry) or write(job, writer, entry, *rest))
+    monkeypatch.setattr(
+        module,
+        "_write_weight",
+        lambda job, writer, entry, *rest: worked.append(entry) or write(job, writer, entry, *rest),
+    )
     told = []
     run(job_of(folder, name), out, advance=told.append)
     assert tree(out) == tree(tmp_path / "whole")

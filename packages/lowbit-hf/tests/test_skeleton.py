@@ -53,7 +53,11 @@ def test_every_tensor_of_a_saved_model_has_an_owner(make, stock, kind):
 
 def test_tensors_the_model_has_no_place_for(make):
     skeleton = Skeleton.build(make("llama"))
-    for name in ("model.layers.2.self_attn.q_proj.weight", "mtp.fc.weight", "model.layers.0.self_attn.q_proj.weight_scale"):
+    for name in (
+        "model.layers.2.self_attn.q_proj.weight",
+        "mtp.fc.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+    ):
         assert skeleton.owner(name) is None
 
 

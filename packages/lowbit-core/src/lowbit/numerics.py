@@ -282,7 +282,7 @@ def _split_float(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _store_scale(scale: Tensor, stored: Element) -> Tensor:
-    """Float32 scales rounded to `stored`: 1 for a block of zeros, never 0 otherwise, NaN if not finite."""
+    """Float32 scales rounded to `stored`: 1 for 0 (a block of zeros), no less than its smallest, NaN if not finite."""
     # A subnormal scale could round to 0, and a block divided by 0 is lost.
     kept = torch.where(scale == 0, 1.0, scale.clamp_min(stored.smallest))
     return stored.encode(torch.where(torch.isfinite(scale), kept, torch.nan))

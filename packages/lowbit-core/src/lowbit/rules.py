@@ -429,7 +429,9 @@ def _cut(tensor: QuantizedTensor, d: int, start: int, end: int, step: int) -> Qu
             blocks = slice(start // max(block, 1), -(-end // max(block, 1)), step)
             inner[name] = part[(slice(None),) * d + (blocks,)]
     if tensor.tensor_scale is not None and tensor.tensor_scale.shape[d] > 1:
-        inner["tensor_scale"] = tensor.tensor_scale[(slice(None),) * d + (slice(start, end, step),)]
+        inner["tensor_scale"] = tensor.tensor_scale[
+            (slice(None),) * d + (slice(start // block, -(-end // block), step),)
+        ]
     if last and tensor.pre_scale is not None:
         inner["pre_scale"] = tensor.pre_scale[start:end:step]
     if not (last and fmt.element.packed):
@@ -521,7 +523,7 @@ def _bytes(part: Tensor) -> Tensor:
 
 
 def _cat_tensor_scale(tensors: Sequence[QuantizedTensor], d: int, dim: int) -> Tensor | None:
-    """One tensor scale if all are equal, otherwise one a row (or a leading index) of the result."""
+    """One tensor scale if all are equal, otherwise one a row of blocks (or a leading index) of the result."""
     scales = [t.tensor_scale for t in tensors]
     if any(s is None for s in scales):
         return None
@@ -537,5 +539,5 @@ def _cat_tensor_scale(tensors: Sequence[QuantizedTensor], d: int, dim: int) -> T
     parts = []
     for tensor, scale in zip(tensors, scales, strict=True):
         assert scale is not None
-        parts.append(scale.expand(*widest[:d], tensor.canonical_shape[d], *widest[d + 1 :]))
+        parts.append(scale.expand(*widest[:d], tensor.scale.shape[d], *widest[d + 1 :]))
     return torch.cat(parts, d)
