@@ -116,8 +116,6 @@ def linear(fmt, activation):
     return module
 
 
-# torch 2.11's own compiler warns on import.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("fmt", "activation"),
     [(UINT4_G128, None), (NVFP4, "dynamic:NVFP4"), (INT8_ROW_ASYM, "dynamic:INT8_ROW_ASYM")],

@@ -108,6 +108,7 @@ def test_scale_mode(make, quantize, mode):
 
 SIBLINGS = {
     "llama": [("self_attn", ["q_proj", "k_proj", "v_proj"]), ("mlp", ["gate_proj", "up_proj"])],
+    "deepseek": [("self_attn", ["q_a_proj", "kv_a_proj_with_mqa"]), ("mlp", ["gate_proj", "up_proj"])],
     "mixtral": [(f"block_sparse_moe.experts.{expert}", ["w1", "w3"]) for expert in range(4)],
 }
 

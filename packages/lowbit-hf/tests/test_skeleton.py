@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 
@@ -73,6 +74,13 @@ def test_linears_and_the_head(make, stock, kind):
     classes = (torch.nn.Linear, Conv1D)
     assert set(skeleton.linears) == {name for name, module in model.named_modules() if isinstance(module, classes)}
     assert skeleton.output_embedding == "lm_head"
+
+
+def test_values_that_json_lacks(tmp_path):
+    config = transformers.Mamba2Config(hidden_size=64, num_heads=4, head_dim=32, num_hidden_layers=1, vocab_size=96)
+    config.architectures = ["Mamba2ForCausalLM"]
+    config.save_pretrained(tmp_path)  # writes the infinite time_step_limit in a way of its own
+    assert Skeleton.build(tmp_path).config.time_step_limit[1] == torch.inf
 
 
 def test_old_spelling_of_dtype(make, change):

@@ -40,7 +40,7 @@ _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpa
 # A router decides which expert sees a token; it is tiny, and rounding it changes the choice.
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight")
 # Projections that serving engines fuse into one, which then has one tensor scale.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True, slots=True)

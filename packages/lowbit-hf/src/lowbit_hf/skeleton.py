@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -62,9 +62,12 @@ class Skeleton:
                 "newer transformers may have it (code that comes with a checkpoint is never run)"
             )
             raise CheckpointError(msg)
-        raw.pop("quantization_config", None)
         try:
-            config = AutoConfig.for_model(**raw)
+            # As transformers reads it: JSON has no infinity, and it spells that in a way of its own.
+            values, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+            # Or transformers would load quantized weights its own way.
+            values = {key: values[key] for key in values if key not in ("quantization_config", "compression_config")}
+            config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
             if not isinstance(config, model_class.config_class):  # pyright: ignore[reportArgumentType] - every model class has one
                 msg = f"it is for model_type {raw['model_type']!r}"
                 raise TypeError(msg)  # noqa: TRY301 - told like whatever the constructors raise
