@@ -39,13 +39,10 @@ def test_a_repository(downloads, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing", "./some/model", "../model", "/some/model", "a/b/c", "", "a b/c", "a/b@main", "https://x/y"]
+    "name", ["nothing", "./some/model", "../model", "/some/model", "a/b/c", "a b/c", "a/b@main", "https://x/y"]
 )
 def test_names_that_are_no_repository(downloads, name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    if name == "":
-        assert find_model(name).resolve() == tmp_path
-        return
     with pytest.raises(CheckpointError, match="there is no folder .*; MODEL must be a Hugging Face folder"):
         find_model(name)
     assert not downloads
