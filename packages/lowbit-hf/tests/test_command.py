@@ -156,7 +156,8 @@ def test_quantize(lowbit, folder, tmp_path):
     stored = sum(t.nbytes for t in load_file(out / "model.safetensors").values())
     plain = sum(t.nbytes for t in load_file(folder / "model.safetensors").values())
     assert said.startswith(
-        f"{out}: 14 of 20 tensors are low-bit, {BITS:.4g} bits per weight; {kib(plain)} -> {kib(stored)}\n"
+        f"{out}: 14 of 20 tensors, {2 * 294912 / plain:.1%} of the bytes, are low-bit, {BITS:.4g} bits per weight; "
+        f"{kib(plain)} -> {kib(stored)}\n"
     )
     assert "nothing lost: 14 tensors quantized, 6 carried bit for bit, 3 other files carried" in said
     assert f"next: lowbit eval {out} --against {folder}" in said

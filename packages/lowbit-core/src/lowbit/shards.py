@@ -182,10 +182,18 @@ def row_slices(entry: TensorEntry, max_bytes: int, align: int = 1) -> Iterator[s
         yield slice(start, min(start + step, entry.rows))
 
 
-def contained_file(folder: Path, name: str) -> Path:
-    """Real path of the file `name` of `folder`, links followed, once it is known to lie inside.
+def lies_inside(root: Path, real: Path) -> bool:
+    """Whether the real path `real` belongs to the real folder `root`.
 
-    One kind of link may leave the folder: that of a hub cache, `models--*/snapshots/*/name` to `models--*/blobs/*`.
+    One kind of link may leave a folder: that of a hub cache, `models--*/snapshots/*/name` to `models--*/blobs/*`.
+    """
+    cache = root.parent.parent
+    hub = root.parent.name == "snapshots" and cache.name.startswith("models--")
+    return real.is_relative_to(root) or (hub and real.parent == cache / "blobs")
+
+
+def contained_file(folder: Path, name: str) -> Path:
+    """Real path of the file `name` of `folder`, links followed, once it is known to lie inside (see `lies_inside`).
 
     Raises:
         CheckpointError: `name` is not a plain file name, does not exist, or leads outside.
@@ -200,9 +208,7 @@ def contained_file(folder: Path, name: str) -> Path:
         raise CheckpointError(f"{shown} is missing; download it again") from error
     except OSError as error:
         raise CheckpointError(f"{shown} cannot be reached: {error.strerror}") from error
-    cache = root.parent.parent
-    hub = root.parent.name == "snapshots" and cache.name.startswith("models--")
-    if not real.is_relative_to(root) and not (hub and real.parent == cache / "blobs"):
+    if not lies_inside(root, real):
         raise CheckpointError(f"{shown} is a link to {real}, outside the folder; replace it by a copy if you trust it")
     return real
 

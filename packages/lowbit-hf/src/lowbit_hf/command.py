@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
+from torch import Tensor
 
 from lowbit.command import DONE, PROBLEM
 from lowbit.errors import CheckpointError, RecipeError
@@ -132,8 +133,9 @@ def _quantize(
         _print_json(_account_json(job, account, out))
         return DONE
     _print(
-        f"{out}: {account.quantized} of {len(account.tensors)} tensors are low-bit, "
-        f"{job.bits_per_weight:.4g} bits per weight; {size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}"
+        f"{out}: {account.quantized} of {len(account.tensors)} tensors, {job.plan.coverage:.1%} of the bytes, "
+        f"are low-bit, {job.bits_per_weight:.4g} bits per weight; "
+        f"{size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}"
     )
     _print(_nothing_lost(account))
     _print(f"next: lowbit eval {out} --against {model}\n      vllm serve {out}")
@@ -167,8 +169,9 @@ def _eval(
     from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), _device(device)
+    ids = _token_ids(folder, text, tokens)
     base = None if against is None else load(find_model(against), device=where)
-    result = _evaluate(folder, load(folder, device=where), base, text, tokens, model)
+    result = _evaluate(load(folder, device=where), base, ids, model)
     if as_json:
         _print_json({"model": model, "against": against, **asdict(result)})
     else:
@@ -196,8 +199,9 @@ def _compare(
     folder, where = find_model(model), _device(device)
     names = list(dict.fromkeys(name.upper() for name in to))
     jobs = [_job(model, name, [], [], where, "even", 0.0, allow_nonfinite=False) for name in names]
+    ids = _token_ids(folder, text, tokens)
     base = load(folder, device=where)
-    result = _evaluate(folder, base, None, text, tokens, "the original")
+    result = _evaluate(base, None, ids, "the original")
     dtype = str(base.dtype).removeprefix("torch.")
     rows: list[dict[str, Any]] = [_table_row(dtype, 8.0 * base.dtype.itemsize, jobs[0].checkpoint.nbytes, result)]
     with TemporaryDirectory(prefix="lowbit-") as scratch:
@@ -210,7 +214,7 @@ def _compare(
         for name, job in zip(names, jobs, strict=True):
             target = parent / name
             _carry_out(job, target, where, overwrite=overwrite)
-            result = _evaluate(folder, load(target, device=where), base, text, tokens, name)
+            result = _evaluate(load(target, device=where), base, ids, name)
             rows.append(_table_row(name, job.bits_per_weight, job.output_bytes, result))
     if as_json:
         _print_json({"model": model, "results": rows})
@@ -361,18 +365,16 @@ def _carry_out(job: Job, out: Path, device: str, *, overwrite: bool) -> Account:
         raise
 
 
-def _evaluate(
-    folder: Path,
-    model: PreTrainedModel,
-    base: PreTrainedModel | None,
-    text: Path | None,
-    tokens: int | None,
-    label: str,
-) -> Evaluation:
-    from lowbit_hf.evaluate import evaluate, tokenize  # noqa: PLC0415
+def _token_ids(folder: Path, text: Path | None, tokens: int | None) -> Tensor:
+    from lowbit_hf.evaluate import tokenize  # noqa: PLC0415
 
     with as_file(files("lowbit_hf") / "data" / "text.txt") as default:
-        ids = tokenize(folder, text or default)[:tokens]
+        return tokenize(folder, text or default)[:tokens]
+
+
+def _evaluate(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor, label: str) -> Evaluation:
+    from lowbit_hf.evaluate import evaluate  # noqa: PLC0415
+
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     with Meter(f"evaluate {label}", ids.numel()) as meter:
         return evaluate(model, ids, context=min(context, 2048), base=base, advance=meter.advance)

@@ -25,7 +25,7 @@ from lowbit.format import Format
 from lowbit.numerics import ScaleMode, choose_scale, encode, tensor_scale_for_amax
 from lowbit.plan import Parameter, Plan, Row, plan
 from lowbit.recipe import Recipe, Rule
-from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, row_slices
+from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, lies_inside, row_slices
 from lowbit.staging import ShardWriter, Staging
 from lowbit_hf.layout import row_alignment, tensors_of, to_compressed
 from lowbit_hf.schemes import Scheme, quantization_config
@@ -468,15 +468,11 @@ def _other_files(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[
 def _check_link(folder: Path, path: Path) -> None:
     """Refuse a link that would carry a file from elsewhere into a folder that is going to be shared, or that is lost.
 
-    A hub cache's links, `models--*/snapshots/*/...` to `models--*/blobs/*`, are what they should be.
-
     Raises:
         CheckpointError: the link leads outside the folder, to a folder, or nowhere.
     """
-    root, real = folder.resolve(), path.resolve()
-    cache = root.parent.parent
-    hub = root.parent.name == "snapshots" and cache.name.startswith("models--")
-    if not real.is_file() or not (real.is_relative_to(root) or (hub and real.parent == cache / "blobs")):
+    real = path.resolve()
+    if not real.is_file() or not lies_inside(folder.resolve(), real):
         msg = f"{path} is a link to {real}, which is no file inside the folder; replace it by a copy if you trust it"
         raise CheckpointError(msg)
 

@@ -84,11 +84,6 @@ class Skeleton:
         dtype = getattr(self.config, "dtype", None)
         return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
-    @property
-    def context(self) -> int | None:
-        """Longest sequence the model was made for, in tokens."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
-
     def owner(self, name: str) -> Owner | None:
         """Where the checkpoint's tensor `name` goes; None if the model has no place for it (an MTP layer, say)."""
         renamings, converters = self._conversions
