@@ -169,9 +169,9 @@ def _eval(
     from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), _device(device)
-    ids = _token_ids(folder, text, tokens)
     base = None if against is None else load(find_model(against), device=where)
-    result = _evaluate(load(folder, device=where), base, ids, model)
+    loaded = load(folder, device=where)
+    result = _evaluate(loaded, base, _token_ids(folder, text, tokens), model)
     if as_json:
         _print_json({"model": model, "against": against, **asdict(result)})
     else:
@@ -199,8 +199,8 @@ def _compare(
     folder, where = find_model(model), _device(device)
     names = list(dict.fromkeys(name.upper() for name in to))
     jobs = [_job(model, name, [], [], where, "even", 0.0, allow_nonfinite=False) for name in names]
-    ids = _token_ids(folder, text, tokens)
     base = load(folder, device=where)
+    ids = _token_ids(folder, text, tokens)
     result = _evaluate(base, None, ids, "the original")
     dtype = str(base.dtype).removeprefix("torch.")
     rows: list[dict[str, Any]] = [_table_row(dtype, 8.0 * base.dtype.itemsize, jobs[0].checkpoint.nbytes, result)]
