@@ -254,7 +254,10 @@ def test_views(fmt):
                 check(q.view(-1, group), d.view(-1, group))
             else:
                 with pytest.raises(FormatError, match=f"cuts through block {fmt.block_name.replace('*', '.')}"):
-                    q.flatten()
+                    q.view(-1, 1)
+                with pytest.raises(UnsupportedOpError, match="flattened QuantizedTensor"):
+                    q.flatten() + 1
+                check(q.flatten().view(shape), d)
         if free >= 1 and shape[0] % 2 == 0:
             check(q.unflatten(0, (2, -1)), d.unflatten(0, (2, -1)))
 
@@ -276,6 +279,13 @@ def test_views_of_cuts_and_wrong_views():
             q.permute(dims)
 
 
+def test_as_strided_gives_the_tensor_as_it_is_or_refuses():
+    q = quantize(sample((6, 96)), "MXFP4")
+    check(q.as_strided((6, 96), (96, 1)), q.dequantize())
+    with pytest.raises(UnsupportedOpError, match="gives it as it is"):
+        q.as_strided((2,), (1,))
+
+
 UNSUPPORTED = {
     "aten.add.Tensor": lambda q: q + 1,
     "aten.mul_.Tensor": lambda q: q.mul_(2),
@@ -288,7 +298,6 @@ UNSUPPORTED = {
     "aten.zero_.default": lambda q: q.zero_(),
     "aten.fill_.Scalar": lambda q: q.fill_(0),
     "aten.bmm.default": lambda q: torch.bmm(torch.zeros(1, 2, 96), q.unsqueeze(0).mT),
-    "aten.as_strided.default": lambda q: q.as_strided((2,), (1,)),
     "lowbit.quantize.default": lambda q: quantize(q, "MXFP8"),
 }
 

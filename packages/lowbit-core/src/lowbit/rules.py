@@ -103,15 +103,27 @@ def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for name, part in target.inner_tensors().items():
         # More of this part's memory than of the values: others read it too, or it is a copy that nobody else reads.
         more = part.numel() * part.element_size() * whole > part.untyped_storage().nbytes() * target.numel()
-        if more and not torch.equal(_bytes(part), _bytes(getattr(source, name))):
+        if more and not target.is_meta and not _may_become(target, source, name):
             msg = (
                 f"copy_ into a cut of a QuantizedTensor in {target.format} cannot change {name}, which it does not "
-                "have to itself; join the pieces with torch.cat instead"
+                "have to itself; join the pieces with torch.cat instead, or fill a tensor that is still empty "
+                "(module.to_empty)"
             )
             raise FormatError(msg)
     for name, part in target.inner_tensors().items():
         func(part, getattr(source, name), *args[2:], **kwargs)
     return target
+
+
+def _may_become(target: QuantizedTensor, source: QuantizedTensor, name: str) -> bool:
+    """Whether a part shared with other cuts is as in `source`, or still unset."""
+    return _is_unset(target, name) or torch.equal(raw_bytes(getattr(target, name)), raw_bytes(getattr(source, name)))
+
+
+def _is_unset(tensor: QuantizedTensor, name: str) -> bool:
+    """Whether a part was never filled: its scale is NaN, as `empty_like` leaves it."""
+    scale = getattr(tensor, {"zero": "scale", "act_zero": "act_scale"}.get(name, name))
+    return name != "qdata" and bool(scale.to(torch.float32).isnan().all())
 
 
 # Views: only the permutation, or a cut between blocks.
@@ -348,11 +360,15 @@ def _use(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 @_rule(aten.mm.default, aten.addmm.default)
 def _mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """`x @ w.t()`, which is what linear decomposes to outside inference mode."""
+    """`x @ w.t()`, which is what linear decomposes to outside inference mode, and its gradient `g @ w`."""
     if any(value != 1 for value in kwargs.values()):
         msg = f"{func} with {kwargs} has no rule for a QuantizedTensor; call .dequantize() first"
         raise UnsupportedOpError(msg)
     bias, x, w = args if func is aten.addmm.default else (None, *args)
+    backward = torch._C._current_autograd_node() is not None
+    if backward and func is aten.mm.default and isinstance(w, QuantizedTensor) and w.permutation == (0, 1):
+        plain = w.dequantize(x.dtype)
+        return func(x, plain if w.pre_scale is None else plain * w.pre_scale.to(x.dtype))
     return _linear(x, w.t() if isinstance(w, QuantizedTensor) else w, bias)
 
 
@@ -506,10 +522,13 @@ def _join(tensors: Sequence[QuantizedTensor], name: str, d: int) -> Tensor:
 
 def _shared(tensors: Sequence[QuantizedTensor], name: str, dim: int) -> Tensor | None:
     """A copy of the part all tensors have in common, which must be equal in all since one is kept."""
+    # A rank without rows may never have been given what belongs to the use of the whole.
+    if name.startswith(("act", "pre")) and getattr(tensors[0], name) is not None:
+        tensors = [tensor for tensor in tensors if not _is_unset(tensor, name)] or tensors
     first: Tensor | None = getattr(tensors[0], name)
     for tensor in tensors:
         part = getattr(tensor, name)
-        if first is not None and not torch.equal(_bytes(first), _bytes(part)):
+        if first is not None and not torch.equal(raw_bytes(first), raw_bytes(part)):
             msg = (
                 f"cat along dimension {dim} keeps one {name} for the result, but the {name} differ; "
                 f"quantize with one shared {name}, or a format with smaller blocks"
@@ -518,7 +537,8 @@ def _shared(tensors: Sequence[QuantizedTensor], name: str, dim: int) -> Tensor |
     return None if first is None else first.clone()
 
 
-def _bytes(part: Tensor) -> Tensor:
+def raw_bytes(part: Tensor) -> Tensor:
+    """The bytes of a part, contiguous, one dimension at least."""
     return part.contiguous().view(torch.uint8) if part.dim() else part.reshape(1).view(torch.uint8)
 
 

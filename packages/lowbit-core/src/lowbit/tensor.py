@@ -30,7 +30,7 @@ INNER = ("qdata", "scale", "zero", "tensor_scale", "act_scale", "act_zero", "pre
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
-"""Aten overload -> rule `(func, args, kwargs)`; filled by `lowbit.rules`."""
+"""Operator overload, or its name -> rule `(func, args, kwargs)`; filled by `lowbit.rules` and `lowbit.sharding`."""
 FUNCTIONS: dict[Any, Rule] = {}
 """Torch function -> handler with that function's own signature, for those that must be caught before they decompose."""
 
@@ -121,7 +121,7 @@ class QuantizedTensor(torch.Tensor):
             str(fmt),
             None if activation is None else str(activation),
             tuple(order.index(d) for d in range(len(shape))),
-            _tail(fmt, k),
+            tail_of(fmt, k),
             dtype,
         )
         inner = (qdata, scales.scale, scales.zero, scales.tensor_scale, act_scale, act_zero, pre_scale)
@@ -215,7 +215,7 @@ class QuantizedTensor(torch.Tensor):
         Raises:
             UnsupportedOpError: there is none.
         """
-        rule = RULES.get(func)
+        rule = RULES.get(func) or RULES.get(str(func))
         if rule is not None:
             return rule(func, args, dict(kwargs or {}))
         # Inference mode hands over composite operators (reshape, to, matmul) whole; their parts may have rules.
@@ -227,6 +227,29 @@ class QuantizedTensor(torch.Tensor):
             )
             raise UnsupportedOpError(msg)
         return result
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, outer_size: Sequence[int], outer_stride: Any, module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Bytes of this shard for FSDP2 to gather (its extension protocol)."""
+        del outer_stride, module, mp_policy
+        return lowbit.sharding.gather_inputs(self, mesh.size(), outer_size)
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: Any, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[QuantizedTensor, tuple[Tensor, ...]] | None:
+        """The whole parameter from the gathered bytes (FSDP2's extension protocol)."""
+        whole, owned = lowbit.sharding.join_gathered(self, outputs, metadata, param_dtype)
+        if out is None:
+            return whole, owned
+        # Without memory of its own, `out` is already a view of the outputs.
+        if owned:
+            filled: QuantizedTensor = getattr(out, "_local_tensor", out)  # pyright: ignore[reportAssignmentType] - of a DTensor, its shard
+            for name, part in whole.inner_tensors().items():
+                # The same values come back for the backward pass, which must not take them for a change.
+                with torch.autograd._unsafe_preserve_version_counter(kept := getattr(filled, name)):  # noqa: SLF001 - as FSDP2 does
+                    kept.copy_(part)
+        return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         """A copy that shares nothing, still a Parameter where this one is."""
@@ -360,7 +383,8 @@ def check_axis(axis: int, rank: int) -> int:
     return axis % rank
 
 
-def _tail(fmt: Format, k: int) -> int:
+def tail_of(fmt: Format, k: int) -> int:
+    """Codes of padding that a packed row of `k` values ends in."""
     return -k % unit(fmt.element.bits)[0] if fmt.element.packed else 0
 
 
@@ -371,4 +395,5 @@ def _as_parameter(tensor: QuantizedTensor, *, is_parameter: bool) -> QuantizedTe
 torch.serialization.add_safe_globals([rebuild])
 
 import lowbit.ops  # noqa: E402 # pyright: ignore[reportUnusedImport] - defines the operators called above
-import lowbit.rules  # noqa: E402, F401 # pyright: ignore[reportUnusedImport] - registers the aten rules, which need the class
+import lowbit.rules  # noqa: E402 # pyright: ignore[reportUnusedImport] - registers the aten rules, which need the class
+import lowbit.sharding  # noqa: E402 - registers more of them

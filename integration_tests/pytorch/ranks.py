@@ -1,0 +1,73 @@
+"""Processes that run a function together over gloo, kept for a whole test session: starting them takes seconds."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from contextlib import contextmanager
+
+import torch
+from torch import distributed, multiprocessing
+
+
+def _serve(rank, ranks, port, pipe):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    while (task := pipe.recv()) is not None:
+        function, args = task
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException as error:  # noqa: BLE001 - the test that asked raises it again
+            pipe.send((False, f"rank {rank}: {''.join(traceback.format_exception(error))}"))
+    distributed.destroy_process_group()
+
+
+class Ranks:
+    """`run(function, *args)` calls an importable function on every rank; what the ranks returned comes back in order."""
+
+    def __init__(self, ranks):
+        context = multiprocessing.get_context("spawn")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function, *args):
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        answers = []
+        for pipe in self.pipes:
+            if not pipe.poll(120):
+                self.close()
+                raise TimeoutError(f"{function.__name__}{args} hangs on {len(self.pipes)} ranks")
+            answers.append(pipe.recv())
+        for good, answer in answers:
+            if not good:
+                raise AssertionError(answer)
+        return [answer for _, answer in answers]
+
+    def close(self):
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+
+
+@contextmanager
+def ranks(n):
+    """n ranks, ended afterwards."""
+    started = Ranks(n)
+    try:
+        yield started
+    finally:
+        started.close()
