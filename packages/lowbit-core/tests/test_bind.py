@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import multiprocessing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowbit import NoKernelError, QuantizedTensor, bind, quantize, unbind
+from lowbit import NoKernelError, NotPortableError, QuantizedTensor, backends, bind, quantize, unbind
 from lowbit.backends import Kernel
 from lowbit.packed import PackedTensor
 from lowbit.testing import FORMAT_GRID, Loopback, installed_backends, sample, shapes
@@ -32,12 +36,18 @@ class Model(nn.Module):
         self.up, self.down = nn.Linear(32, 6), nn.Linear(6, 32, bias=False)
         self.up.weight, self.down.weight = parameter("INT8_ROW", ASYM, 1), parameter("MXFP4", None, 2, (32, 32))
 
+        self.up.bias = nn.Parameter(sample((6,), seed=3))
+
     def forward(self, ids):
         x = self.table(ids)
         return self.head(x), self.up(self.down(x))
 
 
 IDS = torch.tensor([[0, 3, 5]])
+
+
+def bind_state():
+    return importlib.import_module("lowbit.bind")._STATE
 
 
 def parts(model):
@@ -234,3 +244,130 @@ def test_a_bound_model_learns_through_frozen_weights():
         found.append(adapter.grad)
     assert torch.equal(*found)
     assert found[0].abs().max() > 0
+
+
+def test_the_state_dict_of_a_bound_model_is_the_portable_one():
+    model = Model()
+    wanted = {name: value.clone() for name, value in model.state_dict().items()}
+    bind(model)
+    for state, prefix in (
+        (model.state_dict(), ""),
+        (model.up.state_dict(), "up."),
+        (model.state_dict(keep_vars=True), ""),
+    ):
+        names = {name for name in wanted if name.startswith(prefix)}
+        assert {prefix + name for name in state} == names
+        for name in names:
+            value = state[name.removeprefix(prefix)]
+            if name == "up.bias":
+                assert torch.equal(value, wanted[name])
+            else:
+                check_same({name: value.inner_tensors()}, {name: wanted[name].inner_tensors()})
+    assert isinstance(model.up.weight, PackedTensor)
+    fresh = Model()
+    fresh.load_state_dict(model.state_dict())
+    for found, y in zip(fresh(IDS), model(IDS), strict=True):
+        assert torch.equal(found, y)
+    with pytest.raises(RuntimeError, match=r"unbind\(model\)"):
+        model.load_state_dict(wanted)
+    unbind(model)
+    assert not model.up._state_dict_hooks
+
+
+def test_threads_bind_and_run_together():
+    """Eight threads bind, run and unbind eight models of their own and one that they share."""
+    shared, wanted = Model(), [y.clone() for y in Model()(IDS)]
+    start = threading.Barrier(8)
+
+    def work(seed):
+        own = Model()
+        start.wait()
+        for turn in range(6):
+            for model in (own, shared):
+                bind(model)
+                for found, y in zip(model(IDS), wanted, strict=True):
+                    assert torch.equal(found, y)
+                if (turn + seed) % 3 == 0:
+                    unbind(model)
+        return bind(own)
+
+    backends.forget()
+    before = parts(shared)
+    with installed_backends(Loopback(packs=True, priority=1)), ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(work, range(8)))
+        assert all(table == tables[0] for table in tables)
+        unbind(shared)
+    check_same(parts(shared), before)
+
+
+class Reentrant(Loopback):
+    """Packing asks lowbit in turn: for another model's binding, and for what it would choose itself."""
+
+    def kernels(self):
+        def pack(row):
+            def packing(weight):
+                other = nn.Linear(32, 6)
+                other.weight = parameter("MXFP4")
+                assert bind(other, prefer=("reference",)).rows[0].kernel == "reference.linear"
+                return row.pack(weight)
+
+            return packing
+
+        return tuple(replace(k, pack=pack(k)) if k.pack else k for k in super().kernels())
+
+
+def test_packing_may_bind_in_turn():
+    model = Model()
+    wanted = model(IDS)
+    with installed_backends(Reentrant("reentrant", packs=True)):
+        assert {row.name: row.kernel for row in bind(model).rows}["up.weight"] == "reentrant.linear"
+        for found, y in zip(model(IDS), wanted, strict=True):
+            assert torch.equal(found, y)
+        unbind(model)
+
+
+def _child(model, wanted, pipe):
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        before = [torch.equal(found, y) for found, y in zip(model(IDS), wanted, strict=True)]
+        kernels = [row.kernel for row in bind(model).rows]
+        pipe.send((before, kernels, [torch.equal(found, y) for found, y in zip(model(IDS), wanted, strict=True)]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_process_binds_what_it_is_given(method):
+    model = Model()
+    with torch.no_grad():
+        wanted = [y.clone() for y in model(IDS)]
+    kernels = [row.kernel for row in bind(model).rows]
+    context = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe()
+    if method == "spawn":
+        with pytest.raises(NotPortableError, match=r"unbind\(model\)"):
+            context.Process(target=_child, args=(model, wanted, theirs)).start()
+        unbind(model)
+    # A fork takes the bound model along, and whatever lock another thread holds just then.
+    holds, done = threading.Event(), threading.Event()
+
+    def hold():
+        with bind_state().lock, backends._REGISTRY._lock:
+            holds.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait()
+    child = context.Process(target=_child, args=(model, wanted, theirs))
+    child.start()
+    try:
+        assert ours.poll(60)
+        before, found, after = ours.recv()
+    finally:
+        done.set()
+        thread.join()
+        child.join(5)
+        child.kill()
+    assert all(before)
+    assert all(after)
+    assert found == kernels

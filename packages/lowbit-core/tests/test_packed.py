@@ -68,6 +68,23 @@ def test_gradients_are_those_of_the_portable_weight(spec, lead):
         assert torch.equal(tensor, wanted)
 
 
+@pytest.mark.parametrize("spec", ["INT8_ROW", "INT8_ROW_ASYM"])
+def test_the_products_that_linear_decomposes_to(spec):
+    q = weight(spec)
+    q = q.with_inner({**q.inner_tensors(), "pre_scale": torch.linspace(0.5, 2, 32)})
+    packed, bias, x = PackedTensor.from_quantized(q, ROW_SUMS), sample((6,), seed=2), sample((5, 32), seed=1)
+    assert torch.equal(x @ packed.t(), functional.linear(x, q))
+    assert torch.equal(torch.addmm(bias, x, packed.t()), functional.linear(x, q, bias))
+    check_parts(packed.t().t().unpack(), q)
+    found = []
+    for w in (q, packed):
+        y = x.clone().requires_grad_()
+        (y @ w.t()).backward(sample((5, 6), seed=3))
+        found.append(y.grad)
+    assert torch.equal(found[0], sample((5, 6), seed=3) @ (q.dequantize() * q.pre_scale))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=6 * 2.0**-23 * float(found[0].abs().max()))
+
+
 def test_gradient_to_the_bias_alone():
     bias = sample((6,), seed=2).requires_grad_()
     functional.linear(sample((5, 32)), PackedTensor.from_quantized(weight(), ROW_SUMS), bias).sum().backward()
@@ -77,7 +94,8 @@ def test_gradient_to_the_bias_alone():
 REFUSED = {
     "slice": lambda w: w[0:2],
     "select": lambda w: w[0],
-    "t": lambda w: w.t(),
+    "the transpose used as a weight": lambda w: functional.linear(torch.zeros(2, 6), w.t()),
+    "the transpose cut": lambda w: w.t()[0:2],
     "clone": lambda w: w.clone(),
     "deepcopy": copy.deepcopy,
     "to": lambda w: w.to(torch.float16),

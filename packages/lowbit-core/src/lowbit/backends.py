@@ -136,10 +136,14 @@ class _Registry:
     """Installed backends, loaded at first use, and the choices made so far."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self.renew()
         self._loaded: dict[str, Loaded] | None = None
         self._kernels: dict[str, Kernel] = {}
         self._choices: dict[tuple[Any, ...], Selection] = {}
+
+    def renew(self) -> None:
+        """Start with a free lock, as a forked process must: the thread that held it is not there."""
+        self._lock = threading.RLock()
 
     def installed(self) -> dict[str, Loaded]:
         with self._lock:
@@ -167,6 +171,8 @@ class _Registry:
 
 
 _REGISTRY = _Registry()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_REGISTRY.renew)
 
 
 def installed() -> dict[str, Loaded]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowbit.backends import Call, Selection, select
 from lowbit.errors import NoKernelError
@@ -65,31 +71,56 @@ class _Use:
     module: nn.Module
     name: str
     call: Call
+    # Whether FSDP gathers and drops the parameter, so that it cannot be packed.
+    gathered: bool
+
+
+class _State:
+    """Which modules give portable state dicts, and who may bind now: one thread at a time, its own calls included."""
+
+    def __init__(self) -> None:
+        self.hooks: WeakKeyDictionary[nn.Module, RemovableHandle] = WeakKeyDictionary()
+        self.renew()
+
+    def renew(self) -> None:
+        """Start with a free lock, as a forked process must: the thread that held it is not there."""
+        self.lock = threading.RLock()
+
+
+_STATE = _State()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_STATE.renew)
 
 
 def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
     """Choose a kernel for every quantized parameter of `model` on the device it is on, and pack the weight for it.
 
     A parameter used by modules of different kinds (a tied table) is packed only if one kernel serves all its uses.
-    Call it last: after loading, moving and sharding. `unbind` undoes it bit for bit; binding again starts from there.
+    Call it last: after loading, moving and sharding. Tensor-parallel shards are packed on each rank; what FSDP gathers
+    stays canonical. `state_dict()` of a bound model is that of the canonical one. `unbind` undoes it bit for bit;
+    binding again starts from there.
 
     Raises:
         NoKernelError: `prefer` names backends none of which takes a call; nothing is bound then.
     """
-    unbind(model)
-    uses: dict[int, list[_Use]] = {}
-    for prefix, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if isinstance(parameter, QuantizedTensor):
-                full = f"{prefix}.{name}" if prefix else name
-                uses.setdefault(id(parameter), []).append(_Use(full, module, name, _call(module, parameter)))
-    # Every choice is made before the first weight is packed: one that cannot be made leaves the model alone.
-    chosen = [(group, *_choose(group, prefer)) for group in uses.values()]
-    for group, selections, carried in chosen:
-        if carried:
-            _bind_parameter(group, selections[0].kernel.name)
-    rows = (_row(use.full, s) for group, found, _ in chosen for use, s in zip(group, found, strict=True))
-    return Bindings(tuple(rows))
+    with _STATE.lock:
+        unbind(model)
+        uses: dict[int, list[_Use]] = {}
+        gathered = _gathered(model)
+        for prefix, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                weight = parameter if id(parameter) in gathered else _local(parameter)
+                if isinstance(_local(parameter), QuantizedTensor):
+                    full = f"{prefix}.{name}" if prefix else name
+                    use = _Use(full, module, name, _call(module, weight), id(parameter) in gathered)
+                    uses.setdefault(id(parameter), []).append(use)
+        # Every choice is made before the first weight is packed: one that cannot be made leaves the model alone.
+        chosen = [(group, *_choose(group, prefer)) for group in uses.values()]
+        for group, selections, carried in chosen:
+            if carried:
+                _bind_parameter(group, selections[0].kernel.name)
+        rows = (_row(use.full, s) for group, found, _ in chosen for use, s in zip(group, found, strict=True))
+        return Bindings(tuple(rows))
 
 
 def unbind(model: nn.Module) -> None:
@@ -99,12 +130,15 @@ def unbind(model: nn.Module) -> None:
         NotPortableError: a kernel cannot restore what it packed.
     """
     restored: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
-            if isinstance(parameter, PackedTensor):
-                if id(parameter) not in restored:
-                    restored[id(parameter)] = nn.Parameter(parameter.unpack(), requires_grad=False)
-                setattr(module, name, restored[id(parameter)])
+    with _STATE.lock:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                if isinstance(_local(parameter), PackedTensor):
+                    if id(parameter) not in restored:
+                        restored[id(parameter)] = nn.Parameter(_unpacked(parameter), requires_grad=False)
+                    setattr(module, name, restored[id(parameter)])
+            if (hook := _STATE.hooks.pop(module, None)) is not None:
+                hook.remove()
 
 
 def use_of(module: nn.Module, rank: int) -> str:
@@ -114,11 +148,53 @@ def use_of(module: nn.Module, rank: int) -> str:
     return "grouped_mm" if rank == 3 else "linear"
 
 
-def _call(module: nn.Module, weight: QuantizedTensor) -> Call:
+def _local(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter; there are no DTensors before their module is imported."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not isinstance(parameter, tensors.DTensor):
+        return parameter
+    with torch.no_grad():
+        return parameter.to_local()
+
+
+def _like(parameter: Tensor, local: Tensor) -> Tensor:
+    """`local` in the place of what this rank holds of `parameter`."""
+    tensors: Any = sys.modules.get("torch.distributed.tensor")
+    if tensors is None or not isinstance(parameter, tensors.DTensor):
+        return local
+    placed: Any = parameter
+    return tensors.DTensor.from_local(
+        local, placed.device_mesh, placed.placements, run_check=False, shape=placed.shape, stride=placed.stride()
+    )
+
+
+def _gathered(model: nn.Module) -> set[int]:
+    """Identities of the parameters that FSDP2 gathers: those of its modules that are DTensors."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    roots = [] if fsdp is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+    return {id(p) for root in roots for p in root.parameters() if _local(p) is not p}
+
+
+def _unpacked(parameter: Tensor) -> Tensor:
+    packed = _local(parameter)
+    assert isinstance(packed, PackedTensor)
+    return _like(parameter, packed.unpack())
+
+
+def _make_portable(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Put canonical tensors into a state dict where the module has packed ones."""
+    for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        if isinstance(_local(parameter), PackedTensor) and prefix + name in state:
+            state[prefix + name] = _unpacked(parameter)
+
+
+def _call(module: nn.Module, weight: Tensor) -> Call:
     op = use_of(module, weight.dim())
-    *_, n, k = (1, *weight.canonical_shape)
-    activation = None if op == "embedding" else weight.activation
-    return Call(op, weight.format, activation, weight.device.type, weight.dtype, n, k)
+    local = _local(weight)
+    assert isinstance(local, QuantizedTensor)
+    *_, n, k = (1, *(weight.shape[local.permutation.index(d)] for d in range(weight.dim())))
+    activation = None if op == "embedding" else local.activation
+    return Call(op, local.format, activation, local.device.type, local.dtype, n, k)
 
 
 def _choose(uses: Sequence[_Use], prefer: Sequence[str]) -> tuple[list[Selection], bool]:
@@ -126,24 +202,33 @@ def _choose(uses: Sequence[_Use], prefer: Sequence[str]) -> tuple[list[Selection
     selections = [select(use.call, prefer=prefer) for use in uses]
     kernel = selections[0].kernel
     # Packed experts have no use yet: grouped_mm takes canonical ones.
-    if kernel.op != "grouped_mm" and all(selection.kernel is kernel for selection in selections):
+    if (
+        not uses[0].gathered
+        and kernel.op != "grouped_mm"
+        and all(selection.kernel is kernel for selection in selections)
+    ):
         return selections, kernel.pack is not None or select(uses[0].call, bound=False).kernel is not kernel
     selections = [select(use.call, prefer=prefer, bound=False) for use in uses]
     for use, selection in zip(uses, selections, strict=True):
         if select(use.call, bound=False).kernel is not selection.kernel:
             raise NoKernelError(
-                f"{use.full!r} cannot carry {selection.kernel.name}: experts, and parameters tied between ops with a "
-                "kernel each, cannot; put that backend first for all models by LOWBIT_BACKENDS"
+                f"{use.full!r} cannot carry {selection.kernel.name}: experts, parameters that FSDP gathers, and those "
+                "tied between ops with a kernel each, cannot; put that backend first for all models by LOWBIT_BACKENDS"
             )
     return selections, False
 
 
 def _bind_parameter(uses: Sequence[_Use], kernel: str) -> None:
+    canonical = getattr(uses[0].module, uses[0].name)
+    weight = _local(canonical)
+    assert isinstance(weight, QuantizedTensor)
     with torch.no_grad():
-        packed = PackedTensor.from_quantized(getattr(uses[0].module, uses[0].name), kernel)
+        packed = _like(canonical, PackedTensor.from_quantized(weight, kernel))
     parameter = nn.Parameter(packed, requires_grad=False)
     for use in uses:
         setattr(use.module, use.name, parameter)
+        if use.module not in _STATE.hooks:
+            _STATE.hooks[use.module] = use.module.register_state_dict_post_hook(_make_portable)
 
 
 def _row(full: str, selection: Selection) -> Binding:

@@ -11,12 +11,11 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from lowbit.backends import Description, kernel, run, under_autocast
 from lowbit.errors import FormatError, NotPortableError
-from lowbit.tensor import INNER, QuantizedTensor
+from lowbit.tensor import INNER, QuantizedTensor, in_backward
 
-_FUNCTIONAL = torch.nn.functional
 # These would look for values in the wrapper, which has none.
 _STORAGE = {torch.Tensor.share_memory_, torch.Tensor.data.__set__}  # pyright: ignore[reportAttributeAccessIssue]
-_KEPT = {torch.ops.aten.detach.default, torch.ops.aten.alias.default}
+aten = torch.ops.aten
 
 
 class PackedTensor(torch.Tensor):
@@ -28,13 +27,21 @@ class PackedTensor(torch.Tensor):
     parts: tuple[Tensor, ...]
     kernel_name: str
     description: Description
+    # Whether it reads as the transpose, which is only good for `x @ w.t()`.
+    transposed: bool
 
-    def __new__(cls, parts: Sequence[Tensor], kernel_name: str, description: Description) -> Self:
+    def __new__(
+        cls, parts: Sequence[Tensor], kernel_name: str, description: Description, *, transposed: bool = False
+    ) -> Self:
         """Wrap what the kernel's `pack` returned."""
         self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's documented constructor for subclasses
-            cls, description.shape, dtype=description.layout.dtype, device=parts[0].device
+            cls,
+            description.shape[::-1] if transposed else description.shape,
+            dtype=description.layout.dtype,
+            device=parts[0].device,
         )
         self.parts, self.kernel_name, self.description = tuple(parts), kernel_name, description
+        self.transposed = transposed
         for i, part in enumerate(parts):
             setattr(self, f"part{i}", part)
         return self
@@ -61,21 +68,27 @@ class PackedTensor(torch.Tensor):
             raise NotPortableError(msg)
         return QuantizedTensor(row.unpack(self.parts, self.description), self.description.layout)
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, Description]]:
-        """Names of the parts, and kernel and description (torch's subclass protocol)."""
-        return [f"part{i}" for i in range(len(self.parts))], (self.kernel_name, self.description)
+    def seen(self, *, transposed: bool) -> PackedTensor:
+        """The same weight, or its transpose."""
+        return PackedTensor(self.parts, self.kernel_name, self.description, transposed=transposed)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[str, Description, bool]]:
+        """Names of the parts, and kernel, description and direction (torch's subclass protocol)."""
+        return [f"part{i}" for i in range(len(self.parts))], (self.kernel_name, self.description, self.transposed)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: Mapping[str, Tensor], context: tuple[str, Description], outer_size: object, outer_stride: object
+        inner: Mapping[str, Tensor], context: tuple[str, Description, bool], outer_size: object, outer_stride: object
     ) -> PackedTensor:
         """Undo `__tensor_flatten__`."""
         del outer_size, outer_stride
-        return PackedTensor([inner[f"part{i}"] for i in range(len(inner))], *context)
+        kernel_name, description, transposed = context
+        parts = [inner[f"part{i}"] for i in range(len(inner))]
+        return PackedTensor(parts, kernel_name, description, transposed=transposed)
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled code depends on; lets torch.compile cache it across processes."""
-        return repr((self.kernel_name, self.description))
+        return repr((self.kernel_name, self.description, self.transposed))
 
     @classmethod
     def __torch_function__(
@@ -93,15 +106,23 @@ class PackedTensor(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Detach, and nothing else.
+        """Detach, transpose and be used; tensor parallelism calls the parts that linear decomposes to.
 
         Raises:
             NotPortableError: any other operator.
         """
-        if func in _KEPT:
+        keywords = dict(kwargs or {})
+        if func in _ALIASES and _is_alias(func, *args):
             tensor: PackedTensor = args[0]
-            out = PackedTensor([func(part) for part in tensor.parts], tensor.kernel_name, tensor.description)
-            return return_and_correct_aliasing(func, args, dict(kwargs or {}), out)
+            return return_and_correct_aliasing(
+                func, args, keywords, tensor.seen(transposed=tensor.transposed != (func is aten.t.default))
+            )
+        if func in {aten.mm.default, aten.addmm.default} and not keywords:
+            return _mm(*args)
+        if func is aten.linear.default:
+            return _linear(*args, **keywords)
+        if func is aten.embedding.default:
+            return _embedding(args[1], args[0])
         raise NotPortableError(_refusal(func))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -130,6 +151,16 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return _Linear.apply(*arguments) if torch.is_grad_enabled() and input.requires_grad else _run(*arguments)
 
 
+def _mm(*operands: Tensor) -> Tensor:
+    """`x @ w.t()` with or without a bias before it, and in a backward pass `g @ w`."""
+    *bias, x, weight = operands
+    if not bias and isinstance(weight, PackedTensor) and not weight.transposed and in_backward():
+        return _decoded(x, weight)
+    if not isinstance(weight, PackedTensor) or not weight.transposed:
+        raise NotPortableError(_refusal("x @ w"))
+    return _linear(x, weight.seen(transposed=False), *bias)
+
+
 def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:  # noqa: A002
     """F.embedding with a packed table; padding_idx and gradients concern training only."""
     del padding_idx
@@ -149,11 +180,14 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares *any
-        weight = ctx.weight.unpack()
-        to_x = grad @ weight.dequantize(grad.dtype)
-        if weight.pre_scale is not None:
-            to_x = to_x * weight.pre_scale.to(to_x.dtype)
-        return to_x, None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
+        return _decoded(grad, ctx.weight), None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
+
+
+def _decoded(grad: Tensor, weight: PackedTensor) -> Tensor:
+    """`grad @ w` with the values of the canonical weight, smoothed as the forward pass smooths its input."""
+    canonical = weight.unpack()
+    to_x = grad @ canonical.dequantize(grad.dtype)
+    return to_x if canonical.pre_scale is None else to_x * canonical.pre_scale.to(to_x.dtype)
 
 
 def _run(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
@@ -173,7 +207,7 @@ def _named(weight: PackedTensor) -> dict[str, Tensor]:
 
 
 def _operand(weight: Tensor, op: str) -> PackedTensor:
-    if isinstance(weight, PackedTensor) and kernel(weight.kernel_name).op == op:
+    if isinstance(weight, PackedTensor) and kernel(weight.kernel_name).op == op and not weight.transposed:
         return weight
     msg = f"{op} has no way to use {weight!r} beside a packed tensor; call lowbit.unbind(model) first"
     raise NotPortableError(msg)
@@ -183,4 +217,9 @@ def _refusal(func: Any) -> str:
     return f"{func} has no meaning for a weight packed for one kernel; call lowbit.unbind(model) or .unpack() first"
 
 
-_USES = {_FUNCTIONAL.linear: _linear, _FUNCTIONAL.embedding: _embedding}
+def _is_alias(func: Any, tensor: Tensor, *shape: Any) -> bool:
+    return func is not aten.view.default or tuple(*shape) == tuple(tensor.shape)
+
+
+_ALIASES = {aten.detach.default, aten.alias.default, aten.t.default, aten.view.default}
+_USES = {torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding}

@@ -19,7 +19,7 @@ from lowbit.backends import under_autocast
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import WHOLE
 from lowbit.packing import pack, unit, unpack
-from lowbit.tensor import FUNCTIONS, RULES, QuantizedTensor, Rule, check_axis
+from lowbit.tensor import FUNCTIONS, RULES, QuantizedTensor, Rule, check_axis, in_backward
 
 aten = torch.ops.aten
 Values = dict[str, Tensor | None]
@@ -365,8 +365,7 @@ def _mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         msg = f"{func} with {kwargs} has no rule for a QuantizedTensor; call .dequantize() first"
         raise UnsupportedOpError(msg)
     bias, x, w = args if func is aten.addmm.default else (None, *args)
-    backward = torch._C._current_autograd_node() is not None
-    if backward and func is aten.mm.default and isinstance(w, QuantizedTensor) and w.permutation == (0, 1):
+    if in_backward() and func is aten.mm.default and isinstance(w, QuantizedTensor) and w.permutation == (0, 1):
         plain = w.dequantize(x.dtype)
         return func(x, plain if w.pre_scale is None else plain * w.pre_scale.to(x.dtype))
     return _linear(x, w.t() if isinstance(w, QuantizedTensor) else w, bias)

@@ -383,6 +383,11 @@ def check_axis(axis: int, rank: int) -> int:
     return axis % rank
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, where `g @ w` is a gradient and not the user's product."""
+    return torch._C._current_autograd_node() is not None  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public name
+
+
 def tail_of(fmt: Format, k: int) -> int:
     """Codes of padding that a packed row of `k` values ends in."""
     return -k % unit(fmt.element.bits)[0] if fmt.element.packed else 0
