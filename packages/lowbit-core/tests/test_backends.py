@@ -119,6 +119,7 @@ def test_explain_tells_the_choice_and_every_refusal(monkeypatch):
         assert "runs on reference.linear (priority 0)" in story
         assert "refused by picky.linear: needs n up to 8; this is 64" in story
         monkeypatch.setenv("LOWBIT_BACKENDS", "picky")
+        backends.forget()
         assert "needs n up to 8" in explain(CALL)
         assert "runs on" not in explain(CALL)
 
@@ -139,12 +140,15 @@ def test_the_variable_is_an_allow_list_and_an_order(monkeypatch):
             ("three,one", "one"),
         ):
             monkeypatch.setenv("LOWBIT_BACKENDS", value)
+            backends.forget()
             assert select(CALL).kernel.name == f"{winner}.linear", value
         assert "two: LOWBIT_BACKENDS=three,one leaves it out" in told(select(CALL))
         assert "three.linear: needs n up to 8; this is 64" in told(select(CALL))
         monkeypatch.setenv("LOWBIT_BACKENDS", "one,two")
+        backends.forget()
         assert "two.linear: LOWBIT_BACKENDS puts one.linear first" in told(select(CALL))
         monkeypatch.setenv("LOWBIT_BACKENDS", "three")
+        backends.forget()
         with pytest.raises(NoKernelError, match="no kernel of three takes"):
             select(CALL)
 
@@ -155,6 +159,7 @@ def test_an_unknown_name_is_an_error(monkeypatch):
     ):
         select(CALL, prefer=("nope",))
     monkeypatch.setenv("LOWBIT_BACKENDS", "reference,nope")
+    backends.forget()
     with pytest.raises(BackendError, match="LOWBIT_BACKENDS names the backend 'nope'"):
         select(CALL)
 
@@ -174,6 +179,7 @@ def test_prefer_decides_or_lists_every_refusal(monkeypatch):
         assert "c: needs a moon" in message
         assert "lowbit doctor" in message
         monkeypatch.setenv("LOWBIT_BACKENDS", "reference,b")
+        backends.forget()
         with pytest.raises(NoKernelError, match="a: LOWBIT_BACKENDS=reference,b leaves it out"):
             select(CALL, prefer=("a",))
 
@@ -289,6 +295,6 @@ def test_autocast_ends_where_a_kernel_begins():
         "moon.linear", "linear", "any", 1, lambda: seen.append(torch.is_autocast_enabled("cpu")), lambda _: None
     )
     with torch.autocast("cpu", torch.bfloat16):
-        backends.run(row, "cpu")
+        backends.without_autocast(row.run, "cpu")
         assert torch.is_autocast_enabled("cpu")
     assert seen == [False]

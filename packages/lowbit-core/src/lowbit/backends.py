@@ -2,8 +2,8 @@
 
 A backend is an object named by the entry-point group `lowbit.backends`; it lists `Kernel` rows. `select` asks each row
 whether it takes a `Call` and picks the willing one of highest priority; `explain` tells the whole story. The variable
-`LOWBIT_BACKENDS=x86,reference` is an allow-list and an order: the first backend with a willing kernel wins. A backend
-that cannot be loaded is a refusal that carries its exception, warned about once.
+`LOWBIT_BACKENDS=x86,reference`, read when backends are first needed, is an allow-list and an order: the first backend
+with a willing kernel wins. A backend that cannot be loaded is a refusal that carries its exception, warned about once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -137,9 +138,11 @@ class _Registry:
 
     def __init__(self) -> None:
         self.renew()
+        self.generation = 0
         self._loaded: dict[str, Loaded] | None = None
         self._kernels: dict[str, Kernel] = {}
         self._choices: dict[tuple[Any, ...], Selection] = {}
+        self._listed: str = ""
 
     def renew(self) -> None:
         """Start with a free lock, as a forked process must: the thread that held it is not there."""
@@ -150,6 +153,7 @@ class _Registry:
             if self._loaded is None:
                 loaded = {point.name: _load(point) for point in _discover()}
                 self._kernels = _kernels_by_name(loaded)
+                self._listed = os.environ.get(VARIABLE, "")
                 self._loaded = loaded
             return self._loaded
 
@@ -158,14 +162,16 @@ class _Registry:
         return self._kernels.get(name)
 
     def choose(self, call: Call, prefer: tuple[str, ...], *, bound: bool) -> Selection:
-        key = (call, prefer, bound, os.environ.get(VARIABLE))
+        key = (call, prefer, bound)
         choice = self._choices.get(key)
         if choice is None:
-            choice = self._choices[key] = _choose(self.installed(), call, prefer, bound=bound)
+            installed = self.installed()
+            choice = self._choices[key] = _choose(installed, call, prefer, self._listed, bound=bound)
         return choice
 
     def forget(self) -> None:
         with self._lock:
+            self.generation += 1
             self._loaded = None
             self._choices.clear()
 
@@ -197,12 +203,12 @@ def kernel(name: str) -> Kernel:
     return found
 
 
-def run(chosen: Kernel, device: str, *args: Any) -> Any:
+def without_autocast(run: Callable[..., Any], device: str, *args: Any) -> Any:
     """Run a kernel on its arguments, outside autocast: that would round inside what the kernel computes exactly."""
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
-            return chosen.run(*args)
-    return chosen.run(*args)
+            return run(*args)
+    return run(*args)
 
 
 def under_autocast(x: Tensor) -> Tensor:
@@ -211,9 +217,28 @@ def under_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
+@cache
+def kernel_for(
+    op: str, fmt: str, activation: str, device: torch.device, dtype: torch.dtype, n: int | None, k: int
+) -> Kernel:
+    """The kernel that runs an op on canonical weights; formats and activations by their spec strings ("": none).
+
+    Raises:
+        NoKernelError: none takes it.
+    """
+    parsed = Activation.parse(activation) if activation else None
+    return select(Call(op, Format.parse(fmt), parsed, device.type, dtype, n, k), bound=False).kernel
+
+
+def generation() -> int:
+    """How often backends were forgotten: what was chosen under another number may no longer hold."""
+    return _REGISTRY.generation
+
+
 def forget() -> None:
-    """Discover backends anew at the next use; for tests that install some."""
+    """Find backends and read LOWBIT_BACKENDS anew at the next use; for tests that install some."""
     _REGISTRY.forget()
+    kernel_for.cache_clear()
 
 
 def select(call: Call, *, prefer: Sequence[str] = (), bound: bool = True) -> Selection:
@@ -283,9 +308,9 @@ def _kernels_by_name(loaded: dict[str, Loaded]) -> dict[str, Kernel]:
     return kernels
 
 
-def _allowed(loaded: dict[str, Loaded], prefer: tuple[str, ...]) -> tuple[list[str], bool]:
+def _allowed(loaded: dict[str, Loaded], prefer: tuple[str, ...], variable: str) -> tuple[list[str], bool]:
     """Names of the backends to ask, and whether their order decides."""
-    listed = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
+    listed = [name.strip() for name in variable.split(",") if name.strip()]
     for source, names in ((VARIABLE, listed), ("prefer", prefer)):
         for name in names:
             if name not in loaded:
@@ -295,10 +320,10 @@ def _allowed(loaded: dict[str, Loaded], prefer: tuple[str, ...]) -> tuple[list[s
     return names, bool(listed)
 
 
-def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], *, bound: bool) -> Selection:
-    names, ordered = _allowed(loaded, prefer)
+def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], variable: str, *, bound: bool) -> Selection:
+    names, ordered = _allowed(loaded, prefer, variable)
     refusals = [
-        Refusal(name, f"{VARIABLE}={os.environ[VARIABLE]} leaves it out")
+        Refusal(name, f"{VARIABLE}={variable} leaves it out")
         for name in (prefer or loaded)
         if ordered and name not in names
     ]

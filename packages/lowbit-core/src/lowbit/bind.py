@@ -153,8 +153,9 @@ def _local(parameter: Tensor) -> Tensor:
     tensors: Any = sys.modules.get("torch.distributed.tensor")
     if tensors is None or not isinstance(parameter, tensors.DTensor):
         return parameter
+    placed: Any = parameter
     with torch.no_grad():
-        return parameter.to_local()
+        return placed.to_local()
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
-from lowbit.backends import Call, run, select
+from lowbit.backends import Kernel, kernel_for, without_autocast
 from lowbit.format import Format
 from lowbit.numerics import data_shape
 
@@ -42,44 +43,63 @@ _SCHEMAS = {
 }
 
 
+def unwatched(x: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a kernel may run on these without torch's dispatcher, which costs 10 us: nothing else takes part.
+
+    That could be a compiler, a dispatch mode, a transform, a tensor subclass, autocast, or autograd.
+    """
+    if (
+        is_compiling()
+        or _dispatch_modes()
+        or _transform() is not None
+        or _is_any_autocast_enabled()
+        or _is_tracing()
+        or type(x) is not Tensor
+        or (bias is not None and type(bias) not in _PLAIN)
+    ):
+        return False
+    return not ((x.requires_grad or (bias is not None and bias.requires_grad)) and torch.is_grad_enabled())
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_torch: Any = torch._C  # pyright: ignore[reportPrivateUsage] - what takes part in a call has no public name
+_dispatch_modes, _transform = _torch._len_torch_dispatch_stack, _torch._functorch.peek_interpreter_stack
+_is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch._is_tracing
+
+
 def _quantize(x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, *options: Any) -> list[Tensor]:
-    call = Call("quantize", Format.parse(fmt), None, x.device.type, x.dtype, k=x.shape[-1])
-    return _run(call, x, scale, zero, tensor_scale, fmt, *options)
+    chosen = kernel_for("quantize", fmt, "", x.device, x.dtype, None, x.shape[-1])
+    return without_autocast(chosen.run, x.device.type, x, scale, zero, tensor_scale, fmt, *options)
 
 
 def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
-    call = Call("dequantize", Format.parse(fmt), None, qdata.device.type, dtype, k=k)
-    return _run(call, qdata, scale, zero, tensor_scale, fmt, k, dtype)
+    chosen = kernel_for("dequantize", fmt, "", qdata.device, dtype, None, k)
+    return without_autocast(chosen.run, qdata.device.type, qdata, scale, zero, tensor_scale, fmt, k, dtype)
 
 
 def _linear(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
-    return _run(_use_call("linear", x, qdata, *rest[-2:]), x, qdata, *rest)
+    return without_autocast(_use_kernel("linear", x, qdata, *rest[-2:]).run, x.device.type, x, qdata, *rest)
 
 
 def _grouped_mm(x: Tensor, offs: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
-    return _run(_use_call("grouped_mm", x, qdata, *rest[-2:]), x, offs, qdata, *rest)
+    return without_autocast(_use_kernel("grouped_mm", x, qdata, *rest[-2:]).run, x.device.type, x, offs, qdata, *rest)
 
 
 def _scaled_mm(a_qdata: Tensor, *rest: Any) -> Tensor:
     b_qdata, (a_format, b_format, k, dtype) = rest[3], rest[-4:]
-    activation = Activation(Format.parse(a_format))
-    call = Call("scaled_mm", Format.parse(b_format), activation, a_qdata.device.type, dtype, b_qdata.shape[0], k)
-    return _run(call, a_qdata, *rest)
+    activation = str(Activation(Format.parse(a_format)))
+    chosen = kernel_for("scaled_mm", b_format, activation, a_qdata.device, dtype, b_qdata.shape[0], k)
+    return without_autocast(chosen.run, a_qdata.device.type, a_qdata, *rest)
 
 
 def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     fmt, k, dtype = rest[-3:]
-    call = Call("embedding", Format.parse(fmt), None, qdata.device.type, dtype, qdata.shape[0], k)
-    return _run(call, ids, qdata, *rest)
+    chosen = kernel_for("embedding", fmt, "", qdata.device, dtype, qdata.shape[0], k)
+    return without_autocast(chosen.run, qdata.device.type, ids, qdata, *rest)
 
 
-def _run(call: Call, *args: Any) -> Any:
-    return run(select(call, bound=False).kernel, call.device, *args)
-
-
-def _use_call(op: str, x: Tensor, qdata: Tensor, fmt: str, activation: str) -> Call:
-    parsed = Activation.parse(activation) if activation else None
-    return Call(op, Format.parse(fmt), parsed, x.device.type, x.dtype, qdata.shape[-2], x.shape[-1])
+def _use_kernel(op: str, x: Tensor, qdata: Tensor, fmt: str, activation: str) -> Kernel:
+    return kernel_for(op, fmt, activation, x.device, x.dtype, qdata.shape[-2], x.shape[-1])
 
 
 def _quantize_fake(

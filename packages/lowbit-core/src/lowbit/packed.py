@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from lowbit.backends import Description, kernel, run, under_autocast
+from lowbit.backends import Description, generation, kernel, under_autocast, without_autocast
 from lowbit.errors import FormatError, NotPortableError
+from lowbit.ops import unwatched
 from lowbit.tensor import INNER, QuantizedTensor, in_backward
 
 # These would look for values in the wrapper, which has none.
@@ -29,9 +31,15 @@ class PackedTensor(torch.Tensor):
     description: Description
     # Whether it reads as the transpose, which is only good for `x @ w.t()`.
     transposed: bool
+    # How the kernel ran last: the op, the generation of backends, and the kernel as a function of (x, bias).
+    way: tuple[str, int, Callable[..., Tensor]] | None
 
     def __new__(
-        cls, parts: Sequence[Tensor], kernel_name: str, description: Description, *, transposed: bool = False
+        cls,
+        parts: Sequence[Tensor],
+        kernel_name: str,
+        description: Description,
+        transposed: bool = False,  # noqa: FBT001, FBT002 - a field
     ) -> Self:
         """Wrap what the kernel's `pack` returned."""
         self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's documented constructor for subclasses
@@ -41,7 +49,7 @@ class PackedTensor(torch.Tensor):
             device=parts[0].device,
         )
         self.parts, self.kernel_name, self.description = tuple(parts), kernel_name, description
-        self.transposed = transposed
+        self.transposed, self.way = transposed, None
         for i, part in enumerate(parts):
             setattr(self, f"part{i}", part)
         return self
@@ -70,7 +78,7 @@ class PackedTensor(torch.Tensor):
 
     def seen(self, *, transposed: bool) -> PackedTensor:
         """The same weight, or its transpose."""
-        return PackedTensor(self.parts, self.kernel_name, self.description, transposed=transposed)
+        return PackedTensor(self.parts, self.kernel_name, self.description, transposed)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[str, Description, bool]]:
         """Names of the parts, and kernel, description and direction (torch's subclass protocol)."""
@@ -84,7 +92,7 @@ class PackedTensor(torch.Tensor):
         del outer_size, outer_stride
         kernel_name, description, transposed = context
         parts = [inner[f"part{i}"] for i in range(len(inner))]
-        return PackedTensor(parts, kernel_name, description, transposed=transposed)
+        return PackedTensor(parts, kernel_name, description, transposed)
 
     def _stable_hash_for_caching(self) -> str:
         """What compiled code depends on; lets torch.compile cache it across processes."""
@@ -143,6 +151,8 @@ class PackedTensor(torch.Tensor):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's own name
     """F.linear with a packed weight (N, K)."""
+    if (way := _way("linear", input, weight, bias)) is not None:
+        return way(input, bias)
     packed = _operand(weight, "linear")
     if input.shape[-1] != packed.shape[-1]:
         msg = f"the input has {input.shape[-1]} columns, but {packed!r} contracts {packed.shape[-1]}"
@@ -167,6 +177,8 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm:
     if max_norm is not None:
         msg = "embedding with max_norm rewrites its table, which packed codes cannot take"
         raise NotPortableError(msg)
+    if (way := _way("embedding", input, weight)) is not None:
+        return way(input, None)
     return _run(input, _operand(weight, "embedding"), None)
 
 
@@ -190,15 +202,32 @@ def _decoded(grad: Tensor, weight: PackedTensor) -> Tensor:
     return to_x if canonical.pre_scale is None else to_x * canonical.pre_scale.to(to_x.dtype)
 
 
-def _run(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
-    row, layout = kernel(weight.kernel_name), weight.description.layout
+def _way(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor] | None:
+    """The kernel as a function of (x, bias), where nothing but it takes part; see `lowbit.uses`."""
+    if is_compiling() or type(weight) is not PackedTensor or weight.transposed or not unwatched(x, bias):
+        return None
+    if op == "linear" and x.shape[-1] != weight.description.shape[-1]:
+        return None
+    if weight.way is None or weight.way[:2] != (op, generation()):
+        if kernel(weight.kernel_name).op != op:
+            return None
+        weight.way = op, generation(), _bound(weight)
+    return weight.way[2]
+
+
+def _bound(weight: PackedTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+    row, description, layout = kernel(weight.kernel_name), weight.description, weight.description.layout
     if row.pack is not None:
-        return run(row, x.device.type, x, weight.parts, weight.description, bias)
+        return lambda x, bias: row.run(x, weight.parts, description, bias)
     named = _named(weight)
-    parts = [named.get(name) for name in INNER]
+    parts = tuple(named.get(name) for name in INNER)
     if row.op == "embedding":
-        return run(row, x.device.type, x, *parts[:4], layout.format, weight.shape[-1], layout.dtype)
-    return run(row, x.device.type, x, *parts, bias, layout.format, layout.activation or "")
+        return lambda x, _: row.run(x, *parts[:4], layout.format, description.shape[-1], layout.dtype)
+    return lambda x, bias: row.run(x, *parts, bias, layout.format, layout.activation or "")
+
+
+def _run(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+    return without_autocast(_bound(weight), x.device.type, x, bias)
 
 
 def _named(weight: PackedTensor) -> dict[str, Tensor]:

