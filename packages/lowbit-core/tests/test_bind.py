@@ -11,39 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from to_bind import ASYM, IDS, Model, bind_and_tell, parameter
 from torch import nn
 from torch.nn import functional
 
-from lowbit import NoKernelError, NotPortableError, QuantizedTensor, backends, bind, quantize, unbind
+from lowbit import NoKernelError, NotPortableError, QuantizedTensor, backends, bind, unbind
 from lowbit.backends import Kernel
 from lowbit.packed import PackedTensor
 from lowbit.testing import FORMAT_GRID, Loopback, installed_backends, sample, shapes
-
-ASYM = "dynamic:INT8_ROW_ASYM"
-
-
-def parameter(spec, activation=None, seed=0, shape=(6, 32)):
-    return nn.Parameter(quantize(sample(shape, seed=seed), spec, activation=activation), requires_grad=False)
-
-
-class Model(nn.Module):
-    """A tied table and head, and two linear layers of which one has asymmetric activations."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.head = nn.Embedding(6, 32), nn.Linear(32, 6, bias=False)
-        self.table.weight = self.head.weight = parameter("INT8_ROW", ASYM)
-        self.up, self.down = nn.Linear(32, 6), nn.Linear(6, 32, bias=False)
-        self.up.weight, self.down.weight = parameter("INT8_ROW", ASYM, 1), parameter("MXFP4", None, 2, (32, 32))
-
-        self.up.bias = nn.Parameter(sample((6,), seed=3))
-
-    def forward(self, ids):
-        x = self.table(ids)
-        return self.head(x), self.up(self.down(x))
-
-
-IDS = torch.tensor([[0, 3, 5]])
 
 
 def bind_state():
@@ -326,14 +301,6 @@ def test_packing_may_bind_in_turn():
         unbind(model)
 
 
-def _child(model, wanted, pipe):
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        before = [torch.equal(found, y) for found, y in zip(model(IDS), wanted, strict=True)]
-        kernels = [row.kernel for row in bind(model).rows]
-        pipe.send((before, kernels, [torch.equal(found, y) for found, y in zip(model(IDS), wanted, strict=True)]))
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_process_binds_what_it_is_given(method):
@@ -345,7 +312,7 @@ def test_a_child_process_binds_what_it_is_given(method):
     ours, theirs = context.Pipe()
     if method == "spawn":
         with pytest.raises(NotPortableError, match=r"unbind\(model\)"):
-            context.Process(target=_child, args=(model, wanted, theirs)).start()
+            context.Process(target=bind_and_tell, args=(model, wanted, theirs)).start()
         unbind(model)
     # A fork takes the bound model along, and whatever lock another thread holds just then.
     holds, done = threading.Event(), threading.Event()
@@ -358,7 +325,7 @@ def test_a_child_process_binds_what_it_is_given(method):
     thread = threading.Thread(target=hold)
     thread.start()
     holds.wait()
-    child = context.Process(target=_child, args=(model, wanted, theirs))
+    child = context.Process(target=bind_and_tell, args=(model, wanted, theirs))
     child.start()
     try:
         assert ours.poll(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from math import inf
 
 SCRIPT = """
 import json, sys, torch
@@ -43,8 +44,26 @@ def test_import_is_light_and_changes_no_global_flag():
     assert told["import"] == told["before"]
     assert told["use"] == told["before"]
     packages = {name.partition(".")[0] for name in told["modules"]} - set(sys.stdlib_module_names)
-    assert packages <= {"lowbit", "numpy", "safetensors", "torch"}
+    assert packages == {"lowbit", "safetensors"}
     # Backends are found when one is first needed, the reference among them.
     assert "lowbit.reference" not in told["modules"]
     assert "lowbit.reference" in told["used"]
     assert {"lowbit.testing", "lowbit.doctor", "lowbit.command"}.isdisjoint(told["used"])
+
+
+CLOCK = """
+import sys, time, torch
+sys.pycache_prefix, sys.dont_write_bytecode = sys.argv[1], False
+start = time.perf_counter()
+import lowbit
+print(time.perf_counter() - start)
+"""
+
+
+def test_import_takes_at_most_three_tenths_of_a_second_above_that_of_torch(tmp_path):
+    """In the best of five processes: what a busy machine adds to one of them is not lowbit's."""
+    best, runs = inf, 0
+    while best > 0.3 and runs < 5:
+        done = subprocess.run([sys.executable, "-c", CLOCK, tmp_path], capture_output=True, check=True, text=True)
+        best, runs = min(best, float(done.stdout)), runs + 1
+    assert best <= 0.3

@@ -8,13 +8,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowbit import INT8_ROW_ASYM, MXFP4, MXFP8, NVFP4, UINT4_G128, bind, quantize
+from lowbit import INT8_ROW_ASYM, MXFP4, MXFP8, NVFP4, UINT4_G128, bind, quantize, reference
 from lowbit.format import Format
 from lowbit.numerics import DEFAULT_MODE
 from lowbit.ops import _SCHEMAS
 from lowbit.testing import FORMAT_GRID, sample, shapes
 
+pytestmark = pytest.mark.usefixtures("through")
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
+RUN = {kernel.op: kernel.run for kernel in reference.backend.kernels() if kernel.pack is None}
 FEW = [Format.parse(spec) for spec in ("INT8_ROW_ASYM", "NVFP4", "int4:4x16:bfloat16")]
 
 
@@ -68,7 +70,22 @@ def test_every_operator_is_called():
     assert {op for op, _ in calls(MXFP4)} == set(_SCHEMAS)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fmt", FORMAT_GRID, ids=str)
+def test_operators_give_what_kernels_give(fmt):
+    for op, arguments in calls(fmt):
+        found = getattr(torch.ops.lowbit, op)(*arguments)
+        wanted = RUN[op](*arguments)
+        pairs = zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]
+        for tensor, right in pairs:
+            assert tensor.dtype == right.dtype, op
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, right))), op
+
+
+@pytest.mark.parametrize(
+    ("through", "dtype"),
+    [("reference", torch.float32), ("reference", torch.bfloat16), ("loopback", torch.bfloat16)],
+    indirect=["through"],
+)
 @pytest.mark.parametrize("fmt", FORMAT_GRID, ids=str)
 def test_fakes_tell_what_the_operators_return(fmt, dtype):
     for op, arguments in calls(fmt, dtype):
@@ -133,6 +150,7 @@ def test_a_compiled_linear_serves_every_number_of_tokens(fmt, activation):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("through", ["reference", "packed loopback"], indirect=True)
 def test_a_bound_linear_compiles():
     torch._dynamo.reset()
     module = linear(INT8_ROW_ASYM, "dynamic:INT8_ROW_ASYM")

@@ -13,6 +13,8 @@ from lowbit.numerics import choose_scale, encode
 from lowbit.packing import unpack
 from lowbit.testing import product_bound, sample
 
+pytestmark = pytest.mark.usefixtures("through")
+through_modules = pytest.mark.parametrize("through", ["reference", "loopback", "packed loopback"], indirect=True)
 K = 4096
 OFFSETS = [0.0, 4.0, 20.0]
 ACTIVATIONS = {
@@ -52,11 +54,19 @@ def integers(data, fmt, scales, k):
     return codes - zero, scales.scale.to(torch.float64)
 
 
+def layer(weight, bias):
+    """A linear layer with this very weight and bias."""
+    module = nn.Linear(*weight.shape[::-1])
+    module.weight, module.bias = nn.Parameter(weight, requires_grad=False), nn.Parameter(bias)
+    return module
+
+
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_integer_products_round_once(offset, weight, activation, dtype):
+@through_modules
+def test_integer_products_round_once(offset, weight, activation, dtype, through):
     x = (sample((5, K), seed=1) + offset).to(dtype)
     bias = sample((12,), seed=2, dtype=dtype)
     q, fmt, scales = prepare(weight, ACTIVATIONS[activation], x)
@@ -65,7 +75,7 @@ def test_integer_products_round_once(offset, weight, activation, dtype):
     # Exact in int64; float64 then holds integer and scales to 2^-52, far below the result's own rounding.
     exact = (a @ b.T).to(torch.float64) * a_scale * b_scale.T + bias.to(torch.float64)
     half = torch.finfo(dtype).eps / 2
-    found = functional.linear(x, q, bias)
+    found = through(layer(q, bias))(x)
     assert found.dtype == dtype
     slack = 2.0**-50 * ((a @ b.T).abs() * a_scale * b_scale.T + bias.abs())
     assert ((found.to(torch.float64) - exact).abs() <= half * (1 + 2.0**-10) * exact.abs() + slack).all()
@@ -89,15 +99,10 @@ def test_the_largest_sums_are_exact():
     assert reference.multiply(a, a, None, torch.float64).item() == 255 * 255 * k
 
 
-def linear(weight, activation, bias=True):
-    module = nn.Linear(K, 12, bias=bias)
-    module.weight = nn.Parameter(quantize(sample((12, K), seed=3), weight, activation=activation), requires_grad=False)
-    return module
-
-
 @pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("through", ["reference"], indirect=True)
 def test_row_sums_are_computed_once_and_change_nothing(weight, monkeypatch):
-    module = linear(weight, "dynamic:INT8_ROW_ASYM")
+    module = layer(quantize(sample((12, K), seed=3), weight, activation="dynamic:INT8_ROW_ASYM"), sample((12,), seed=2))
     before = module.weight.clone()
     counted = []
     summing = reference.Matrix.row_sum
@@ -148,7 +153,8 @@ FLOATS = [
 @pytest.mark.parametrize(("weight", "activation"), FLOATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("smooth", [False, True])
-def test_other_products_err_by_float32_accumulation_alone(weight, activation, dtype, smooth):
+@through_modules
+def test_other_products_err_by_float32_accumulation_alone(weight, activation, dtype, smooth, through):
     k, parsed = 256, Activation.parse(activation)
     x, bias = sample((5, k), seed=1, dtype=dtype), sample((12,), seed=2, dtype=dtype)
     q = quantize(sample((12, k), seed=3), weight, activation=activation)
@@ -168,7 +174,7 @@ def test_other_products_err_by_float32_accumulation_alone(weight, activation, dt
     q = q.with_inner({**q.inner_tensors(), **extra})
     a, b = tokens.dequantize(torch.float32), q.dequantize(torch.float32)
     exact = a.to(torch.float64) @ b.to(torch.float64).T + bias.to(torch.float64)
-    found = functional.linear(x, q, bias)
+    found = through(layer(q, bias))(x)
     eps = torch.finfo(dtype).eps
     # One float32 rounding more for the bias, and the last one.
     bound = product_bound(a, b) + (eps + 2.0**-23) * (exact.abs() + product_bound(a, b))

@@ -12,6 +12,8 @@ from torch.nn import functional
 from lowbit import FormatError, UnsupportedOpError, quantize
 from lowbit.testing import FORMAT_GRID, product_bound, sample, shapes
 
+pytestmark = pytest.mark.usefixtures("through")
+through_modules = pytest.mark.parametrize("through", ["reference", "loopback", "packed loopback"], indirect=True)
 each_format = pytest.mark.parametrize("fmt", FORMAT_GRID, ids=str)
 modes = pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 
@@ -35,17 +37,19 @@ def linear(weight, bias=None):
 @each_format
 @modes
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear(fmt, mode, dtype):
+@through_modules
+def test_linear(fmt, mode, dtype, through):
     with mode():
         for q in weights(fmt, dtype):
             d = q.dequantize()
             n, k = q.shape
             bias = sample((n,), seed=1, dtype=dtype)
+            module = through(linear(q, bias))
             for lead in ((), (1,), (5,), (0,), (2, 3)):
                 x = sample((*lead, k), seed=2, dtype=dtype)
                 assert torch.equal(functional.linear(x, q), functional.linear(x, d))
                 assert torch.equal(functional.linear(x, q, bias), functional.linear(x, d, bias))
-                assert torch.equal(linear(q, bias)(x), functional.linear(x, d, bias))
+                assert torch.equal(module(x), functional.linear(x, d, bias))
             x = sample((5, k), seed=2, dtype=dtype)
             assert torch.equal(x @ q.t(), x @ d.t())
             assert torch.equal(sample((2, 3, k), dtype=dtype) @ q.mT, sample((2, 3, k), dtype=dtype) @ d.mT)
@@ -81,12 +85,14 @@ def test_gradient_passes_rounding_and_smoothing():
 
 @each_format
 @modes
-def test_embedding(fmt, mode):
+@through_modules
+def test_embedding(fmt, mode, through):
     with mode():
         for q in weights(fmt, torch.bfloat16):
             d = q.dequantize()
             table = nn.Embedding(*q.shape, padding_idx=1)
             table.weight = nn.Parameter(q, requires_grad=False)
+            table = through(table)
             for ids in (torch.tensor(3), torch.tensor([[0, 5], [1, 1]]), torch.zeros(0, 2, dtype=torch.int32)):
                 assert torch.equal(functional.embedding(ids, q), functional.embedding(ids, d))
                 assert torch.equal(table(ids), functional.embedding(ids, d))

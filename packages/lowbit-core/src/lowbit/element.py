@@ -9,7 +9,7 @@ Source: OCP Microscaling Formats (MX) v1.0, section 5 (element types); OCP 8-bit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -50,6 +50,11 @@ class Element:
         return self.min < 0
 
     @property
+    def powers_of_two(self) -> bool:
+        """Whether a code is an exponent and nothing else."""
+        return self.kind == "float" and self.mantissa == 0
+
+    @property
     def code_dtype(self) -> torch.dtype:
         """dtype of unpacked codes: int8 for int1..8, otherwise the storage dtype."""
         return torch.int8 if self.kind == "int" and self.signed else self.storage
@@ -76,23 +81,34 @@ class Element:
             FormatError: noise for an element of more than 8 bits, or for e8m0.
         """
         x = x.to(torch.float32)
-        if noise is not None and (self.bits > 8 or self is E8M0):
+        if noise is not None and (self.bits > 8 or self.powers_of_two):
             msg = f"stochastic rounding to {self.name} is not defined; round to an element that can hold codes"
             raise FormatError(msg)
         if self.kind == "int":
             return self.round(x, noise).nan_to_num_(nan=0.0).clamp_(self.min, self.max).to(self.code_dtype)
-        if self.mantissa == 0:
-            return _encode_e8m0(x)
-        if noise is None and not self.packed:
+        if self.powers_of_two:
+            return self.store(_encode_e8m0(x))
+        if noise is None and self.storage.is_floating_point and self.storage.itemsize * 8 == self.bits:
             return x.clamp(self.min, self.max).to(self.storage)
-        codes = self._encode_bits(x, noise)
-        return codes if self.packed else codes.view(self.storage)
+        return self.store(self._encode_bits(x, noise))
 
     def decode(self, codes: Tensor) -> Tensor:
         """Exact float32 values of unpacked `codes` (any shape)."""
-        if self.kind == "int" or not self.packed:
+        if self.kind == "int" or self.storage != torch.uint8:
             return codes.to(torch.float32)
         return self._decode_bits(codes)
+
+    def store(self, bits: Tensor) -> Tensor:
+        """Float codes given as uint8, in the dtype that keeps them."""
+        return self._decode_bits(bits) if self.storage == torch.float32 else bits.view(self.storage)
+
+    def as_bits(self) -> Element:
+        """This 8-bit float with its codes kept as uint8, for compilers that lack the dtype."""
+        return replace(self, storage=torch.uint8)
+
+    def as_values(self) -> Element:
+        """This 8-bit float with the values of its codes kept in their place, in float32."""
+        return replace(self, storage=torch.float32)
 
     def round(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Float32 `x` rounded to integers, to nearest even or by `noise`; only for integer elements."""
@@ -117,10 +133,17 @@ class Element:
 
     def _decode_bits(self, codes: Tensor) -> Tensor:
         wide = codes.to(torch.int32)
+        if self.powers_of_two:
+            # 2^-127 is a float32 subnormal, which no exponent field alone can say.
+            bits = torch.where(wide == 0, 1 << (_FLOAT32_MANTISSA - 1), wide << _FLOAT32_MANTISSA)
+            return torch.where(wide == (1 << self.bits) - 1, torch.nan, bits.view(torch.float32))
         field = (wide >> self.mantissa) & ((1 << self.exponent) - 1)
         fraction = wide & ((1 << self.mantissa) - 1)
         significand = fraction + ((field > 0).to(torch.int32) << self.mantissa)
         value = significand.to(torch.float32) * power_of_two(field.clamp_min(1) - (self.bias + self.mantissa))
+        if self.has_nan:
+            beyond = value > self.max
+            value = torch.where(beyond & (fraction == 0), torch.inf, torch.where(beyond, torch.nan, value))
         return torch.where((wide >> (self.bits - 1)) > 0, -value, value)
 
     @property
@@ -140,14 +163,14 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _encode_e8m0(x: Tensor) -> Tensor:
-    """The power of two nearest to float32 x, ties up, saturating; NaN for negative, NaN and infinite x."""
+    """Code of the power of two nearest to float32 x, ties up, saturating; NaN for negative, NaN and infinite x."""
     bits = x.view(torch.int32)
     half = 1 << (_FLOAT32_MANTISSA - 1)
     # A float32 subnormal is at least 2^-127 * 1.5 only when its top two mantissa bits are set; its field is then 1.
     subnormal = (bits < (1 << _FLOAT32_MANTISSA)) & (bits < half + (half >> 1))
     code = torch.where(subnormal, 0, ((bits + half) >> _FLOAT32_MANTISSA).clamp(1, 254))
     code = torch.where(torch.isfinite(x) & (x >= 0), code, 255)
-    return code.to(torch.uint8).view(torch.float8_e8m0fnu)
+    return code.to(torch.uint8)
 
 
 def _integer(bits: int, *, signed: bool) -> Element:

@@ -81,7 +81,7 @@ class Format:
                 "use float16, bfloat16 or float32 scales"
             )
             raise FormatError(msg)
-        if self.tensor_scale and self.scale is not E4M3FN:
+        if self.tensor_scale and self.scale.name != E4M3FN.name:
             msg = f"a tensor scale extends the range of e4m3fn block scales; {self.scale.name} does not need one"
             raise FormatError(msg)
         object.__setattr__(self, "block", _normalise(self.block))

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lowbit.element import E8M0, Element, exponent_and_mantissa, power_of_two
+from lowbit.element import Element, exponent_and_mantissa, power_of_two
 from lowbit.errors import FormatError
 from lowbit.format import Format
 from lowbit.packing import pack, packed_bytes, unpack
@@ -97,8 +97,8 @@ def scale_for_amax(
         FormatError: the mode is unknown.
     """
     _check_choice("scale mode", mode, ScaleMode)
-    if fmt.scale is E8M0:
-        return Scales(_power_of_two_scale(amax, fmt.element, mode))
+    if fmt.scale.powers_of_two:
+        return Scales(_power_of_two_scale(amax, fmt, mode))
     largest = (2**fmt.element.bits - 1) / 2 if fmt.element.kind == "int" and fmt.element.signed else fmt.element.max
     scale = _divide(amax, largest)
     if fmt.tensor_scale:
@@ -258,8 +258,9 @@ def _draw(x: Tensor, rounding: Rounding, seed: int, offset: int) -> Tensor | Non
     return uniform(x.numel(), seed, offset=offset, device=x.device).view(x.shape)
 
 
-def _power_of_two_scale(amax: Tensor, element: Element, mode: ScaleMode) -> Tensor:
+def _power_of_two_scale(amax: Tensor, fmt: Format, mode: ScaleMode) -> Tensor:
     """E8m0 scales: the exponent of amax over the element's, plus one where amax's mantissa passes the mode's bound."""
+    element = fmt.element
     top, top_mantissa = exponent_and_mantissa(element.max)
     full = 1 << 23
     mantissa_bits = element.mantissa if element.kind == "float" else element.bits - 1 - element.signed
@@ -271,8 +272,8 @@ def _power_of_two_scale(amax: Tensor, element: Element, mode: ScaleMode) -> Tens
     }
     exponent, mantissa = _split_float(amax)
     exponent = exponent - top + (mantissa > thresholds[mode]).to(torch.int32)
-    code = torch.where(torch.isfinite(amax), (exponent + E8M0.bias).clamp(0, 254), 255)
-    return code.to(torch.uint8).view(torch.float8_e8m0fnu)
+    code = torch.where(torch.isfinite(amax), (exponent + fmt.scale.bias).clamp(0, 254), 255)
+    return fmt.scale.store(code.to(torch.uint8))
 
 
 def _split_float(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,10 @@
 """The neutral operators `lowbit::*`: schemas, shapes for tracing, and the way to a kernel.
 
-Formats cross these schemas as spec strings. Each op runs the kernel that `lowbit.backends` selects for canonical
-(unpacked) weights; the plain-PyTorch reference takes every call that is legal, so an op never lacks a kernel.
-torch.library lets one owner register an op on a device, so backends do not override these: they add `Kernel` rows.
+Formats cross these schemas as spec strings, and e8m0 scales as that dtype or, in traced graphs, as their bytes: torch
+2.11 can neither save nor compile a program that holds the dtype. Each op runs the kernel that `lowbit.backends` selects
+for canonical (unpacked) weights; the plain-PyTorch reference takes every call that is legal, so an op never lacks a
+kernel. torch.library lets one owner register an op on a device, so backends do not override these: they add `Kernel`
+rows.
 """
 
 from __future__ import annotations
@@ -11,10 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
 from lowbit.backends import Kernel, kernel_for, without_autocast
+from lowbit.decompose import decompose
+from lowbit.element import E8M0
+from lowbit.experts import by_expert
 from lowbit.format import Format
 from lowbit.numerics import data_shape
 
@@ -74,32 +80,40 @@ def _quantize(x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, *op
 
 def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
     chosen = kernel_for("dequantize", fmt, "", qdata.device, dtype, None, k)
-    return without_autocast(chosen.run, qdata.device.type, qdata, scale, zero, tensor_scale, fmt, k, dtype)
+    return without_autocast(chosen.run, qdata.device.type, qdata, _typed(scale), zero, tensor_scale, fmt, k, dtype)
 
 
-def _linear(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
-    return without_autocast(_use_kernel("linear", x, qdata, *rest[-2:]).run, x.device.type, x, qdata, *rest)
+def _linear(x: Tensor, qdata: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    chosen = _use_kernel("linear", x, qdata, *rest[-2:])
+    return without_autocast(chosen.run, x.device.type, x, qdata, _typed(scale), *rest)
 
 
-def _grouped_mm(x: Tensor, offs: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
-    return without_autocast(_use_kernel("grouped_mm", x, qdata, *rest[-2:]).run, x.device.type, x, offs, qdata, *rest)
+def _grouped_mm(x: Tensor, offs: Tensor, qdata: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    chosen = _use_kernel("grouped_mm", x, qdata, *rest[-2:])
+    return without_autocast(chosen.run, x.device.type, x, offs, qdata, _typed(scale), *rest)
 
 
-def _scaled_mm(a_qdata: Tensor, *rest: Any) -> Tensor:
-    b_qdata, (a_format, b_format, k, dtype) = rest[3], rest[-4:]
+def _scaled_mm(a: Tensor, a_scale: Tensor, a_zero: Any, a_whole: Any, b: Tensor, b_scale: Tensor, *rest: Any) -> Tensor:
+    a_format, b_format, k, dtype = rest[-4:]
     activation = str(Activation(Format.parse(a_format)))
-    chosen = kernel_for("scaled_mm", b_format, activation, a_qdata.device, dtype, b_qdata.shape[0], k)
-    return without_autocast(chosen.run, a_qdata.device.type, a_qdata, *rest)
+    chosen = kernel_for("scaled_mm", b_format, activation, a.device, dtype, b.shape[0], k)
+    a_parts, b_parts = (a, _typed(a_scale), a_zero, a_whole), (b, _typed(b_scale))
+    return without_autocast(chosen.run, a.device.type, *a_parts, *b_parts, *rest)
 
 
-def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+def _embedding(ids: Tensor, qdata: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     fmt, k, dtype = rest[-3:]
     chosen = kernel_for("embedding", fmt, "", qdata.device, dtype, qdata.shape[0], k)
-    return without_autocast(chosen.run, qdata.device.type, ids, qdata, *rest)
+    return without_autocast(chosen.run, qdata.device.type, ids, qdata, _typed(scale), *rest)
 
 
 def _use_kernel(op: str, x: Tensor, qdata: Tensor, fmt: str, activation: str) -> Kernel:
     return kernel_for(op, fmt, activation, x.device, x.dtype, qdata.shape[-2], x.shape[-1])
+
+
+def _typed(scale: Tensor) -> Tensor:
+    """The scale in its own dtype, where it came as bytes."""
+    return scale.view(E8M0.storage) if scale.dtype == torch.uint8 else scale
 
 
 def _quantize_fake(
@@ -174,10 +188,7 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """As for linear, expert by expert."""
     offs, qdata, scale, zero, tensor_scale, pre_scale = ctx.saved_tensors
     weight = torch.ops.lowbit.dequantize(qdata, scale, zero, tensor_scale, ctx.format, ctx.k, grad.dtype)
-    to_x, start = grad.new_zeros(grad.shape[0], ctx.k), 0
-    for expert, end in zip(weight, offs.tolist(), strict=True):
-        to_x[start:end] = grad[start:end] @ expert
-        start = end
+    to_x = by_expert(grad, offs, ctx.k, lambda e, rows: rows @ weight[e])
     if pre_scale is not None:
         to_x = to_x * pre_scale.to(to_x.dtype)
     return (to_x, *(None,) * 10)
@@ -195,6 +206,7 @@ for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
     _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)
 _GRADIENTS = {"linear": (_linear_backward, _linear_context), "grouped_mm": (_grouped_mm_backward, _grouped_mm_context)}
 for _name, (_backward, _context) in _GRADIENTS.items():
     torch.library.register_autograd(f"lowbit::{_name}", _backward, setup_context=_context, lib=_LIBRARY)

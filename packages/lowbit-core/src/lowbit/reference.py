@@ -15,6 +15,7 @@ from lowbit.activation import Activation
 from lowbit.backends import Call, Description, Kernel
 from lowbit.element import Element
 from lowbit.errors import FormatError
+from lowbit.experts import by_expert
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import Scales, choose_scale, data_shape, decode, encode, total_scale
 from lowbit.packing import unpack
@@ -118,9 +119,9 @@ def _largest(element: Element) -> int:
 
 
 def _quantize(
-    x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, mode: Any, rounding: Any, seed: int
+    x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str | Format, mode: Any, rounding: Any, seed: int
 ) -> list[Tensor]:
-    parsed = Format.parse(fmt)
+    parsed = _format(fmt)
     if scale is None:
         scales = choose_scale(x, parsed, mode=mode, tensor_scale=tensor_scale)
     else:
@@ -134,9 +135,11 @@ def _quantize(
     return parts
 
 
-def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
+def _dequantize(
+    qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str | Format, k: int, dtype: Any
+) -> Tensor:
     # Partial blocks leave the values inside a wider tensor.
-    return decode(qdata, Format.parse(fmt), Scales(scale, zero, tensor_scale), k, dtype).contiguous()
+    return decode(qdata, _format(fmt), Scales(scale, zero, tensor_scale), k, dtype).contiguous()
 
 
 def _linear(
@@ -149,10 +152,10 @@ def _linear(
     act_zero: Tensor | None,
     pre_scale: Tensor | None,
     bias: Tensor | None,
-    fmt: str,
-    activation: str,
+    fmt: str | Format,
+    activation: str | Activation,
 ) -> Tensor:
-    weight = Matrix(qdata, Scales(scale, zero, tensor_scale), Format.parse(fmt), x.shape[-1])
+    weight = Matrix(qdata, Scales(scale, zero, tensor_scale), _format(fmt), x.shape[-1])
     return _apply(x, weight, act_scale, act_zero, pre_scale, bias, activation)
 
 
@@ -163,7 +166,7 @@ def _apply(
     act_zero: Tensor | None,
     pre_scale: Tensor | None,
     bias: Tensor | None,
-    activation: str,
+    activation: str | Activation,
 ) -> Tensor:
     if pre_scale is not None:
         x = x * pre_scale.to(x.dtype)
@@ -173,7 +176,7 @@ def _apply(
     out = (*x.shape[:-1], weight.qdata.shape[0])
     if 0 in out:
         return x.new_empty(out)
-    tokens = quantize_input(x.reshape(-1, x.shape[-1]), Activation.parse(activation), act_scale, act_zero)
+    tokens = quantize_input(x.reshape(-1, x.shape[-1]), _activation(activation), act_scale, act_zero)
     return multiply(tokens, weight, bias, x.dtype).view(out)
 
 
@@ -187,13 +190,13 @@ def _scaled_mm(
     b_zero: Tensor | None,
     b_tensor_scale: Tensor | None,
     bias: Tensor | None,
-    a_format: str,
-    b_format: str,
+    a_format: str | Format,
+    b_format: str | Format,
     k: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    a = Matrix(a_qdata, Scales(a_scale, a_zero, a_tensor_scale), Format.parse(a_format), k)
-    b = Matrix(b_qdata, Scales(b_scale, b_zero, b_tensor_scale), Format.parse(b_format), k)
+    a = Matrix(a_qdata, Scales(a_scale, a_zero, a_tensor_scale), _format(a_format), k)
+    b = Matrix(b_qdata, Scales(b_scale, b_zero, b_tensor_scale), _format(b_format), k)
     return multiply(a, b, bias, dtype)
 
 
@@ -207,32 +210,31 @@ def _grouped_mm(
     act_scale: Tensor | None,
     act_zero: Tensor | None,
     pre_scale: Tensor | None,
-    fmt: str,
-    activation: str,
+    fmt: str | Format,
+    activation: str | Activation,
 ) -> Tensor:
-    out = x.new_zeros(x.shape[0], qdata.shape[1])
-    parsed = Format.parse(fmt)
+    parsed = _format(fmt)
     per_scale, *block = parsed.block_for(3)
     parsed = parsed.with_block(*block)
-    start = 0
-    for e, end in enumerate(offs.tolist()):
-        if end > start:
-            at = e // per_scale if per_scale else 0
-            whole = None if tensor_scale is None else tensor_scale[e if tensor_scale.shape[0] > 1 else 0]
-            scales = Scales(scale[at], None if zero is None else zero[at], whole)
-            expert = Matrix(qdata[e], scales, parsed, x.shape[-1])
-            out[start:end] = _apply(x[start:end], expert, act_scale, act_zero, pre_scale, None, activation)
-        start = end
-    return out
+
+    def product(e: int, rows: Tensor) -> Tensor:
+        at = e // per_scale if per_scale else 0
+        whole = None if tensor_scale is None else tensor_scale[e if tensor_scale.shape[0] > 1 else 0]
+        scales = Scales(scale[at], None if zero is None else zero[at], whole)
+        expert = Matrix(qdata[e], scales, parsed, x.shape[-1])
+        return _apply(rows, expert, act_scale, act_zero, pre_scale, None, activation)
+
+    mixes_rows = bool(activation) and _activation(activation).format.block_for(2)[0] > 1
+    return by_expert(x, offs, qdata.shape[1], product, mixes_rows=mixes_rows)
 
 
 def _embedding(
-    ids: Tensor, qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any
+    ids: Tensor, qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str | Format, k: int, dtype: Any
 ) -> Tensor:
     if ids.numel() == 0:
         return scale.new_empty((*ids.shape, k), dtype=dtype)
     rows = ids.reshape(-1)
-    parsed = Format.parse(fmt)
+    parsed = _format(fmt)
     block, group = parsed.block_for(2)
     if block > 1:
         # Each picked row has its block's scale to itself, and the last block of a row may be partial.
@@ -252,6 +254,15 @@ def _pick(part: Tensor | None, rows: Tensor) -> Any:
         return None
     # Unlike indexing, index_select refuses negative rows, as F.embedding does.
     return (part.view(torch.uint8) if part.dtype.itemsize == 1 else part).index_select(0, rows).view(part.dtype)
+
+
+def _format(spec: str | Format) -> Format:
+    """What a spec stands for; `lowbit.decompose` hands over formats that no spec names."""
+    return spec if isinstance(spec, Format) else Format.parse(spec)
+
+
+def _activation(spec: str | Activation) -> Activation:
+    return spec if isinstance(spec, Activation) else Activation.parse(spec)
 
 
 def _refuses_nothing(call: Call) -> str | None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import WHOLE
+from lowbit.numerics import data_shape
 from lowbit.packing import pack, unit, unpack
 from lowbit.tensor import FUNCTIONS, RULES, QuantizedTensor, Rule, check_axis
 
@@ -235,18 +236,19 @@ def _reshape(tensor: QuantizedTensor, shape: Sequence[int]) -> QuantizedTensor:
         raise FormatError(msg)
     lead = shape[: len(shape) - kept]
 
-    def resize(part: Tensor) -> Tensor:
-        if regroups:
-            return part.reshape(*shape[:-1], part.numel() // max(_product(shape[:-1]), 1))
-        return part.reshape(*lead, *part.shape[len(old) - kept :])
+    fmt = fmt.with_block(*(1,) * len(lead), *vector[len(vector) - kept :])
 
-    inner: Values = {**tensor.inner_tensors(), "qdata": resize(tensor.qdata), "scale": resize(tensor.scale)}
+    def resize(part: Tensor, regrouped: tuple[int, ...]) -> Tensor:
+        return part.reshape(regrouped if regroups else (*lead, *part.shape[len(old) - kept :]))
+
+    inner: Values = dict(tensor.inner_tensors())
+    inner["qdata"] = resize(tensor.qdata, data_shape(shape, fmt))
+    inner["scale"] = resize(tensor.scale, fmt.scale_shape(shape))
     if tensor.zero is not None:
-        inner["zero"] = resize(tensor.zero)
+        inner["zero"] = resize(tensor.zero, fmt.scale_shape(shape))
     if tensor.tensor_scale is not None:
         inner["tensor_scale"] = _reshape_tensor_scale(tensor.tensor_scale, old, shape, kept)
     permutation = tuple(range(len(shape)))
-    fmt = fmt.with_block(*(1,) * len(lead), *vector[len(vector) - kept :])
     return tensor.with_inner(inner, replace(tensor.storage_layout, format=str(fmt), permutation=permutation))
 
 
@@ -439,14 +441,15 @@ def raw_bytes(part: Tensor) -> Tensor:
 
 
 def _cat_tensor_scale(tensors: Sequence[QuantizedTensor], d: int, dim: int) -> Tensor | None:
-    """One tensor scale if all are equal, otherwise one a row of blocks (or a leading index) of the result."""
+    """One tensor scale where all share an equal one, otherwise one a row of blocks (or leading index) of the result."""
     scales = [t.tensor_scale for t in tensors]
     if any(s is None for s in scales):
         return None
     first = scales[0]
     assert first is not None
     uniform = all(s is not None and s.shape == first.shape and torch.equal(s, first) for s in scales)
-    if uniform and first.shape[d] == 1:
+    each = d < tensors[0].dim() - 2 and all(t.shape[dim] == 1 for t in tensors)
+    if len(tensors) == 1 or (uniform and first.shape[d] == 1 and not each):
         return first.clone()
     if d == tensors[0].dim() - 1:
         return _shared(tensors, "tensor_scale", dim)

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
 from lowbit.element import E8M0
@@ -64,6 +65,8 @@ class QuantizedTensor(torch.Tensor):
     act_scale: Tensor | None
     act_zero: Tensor | None
     pre_scale: Tensor | None
+    # An e8m0 scale as bytes, which is how torch's compilers get it: AOTInductor of torch 2.11 lacks the dtype.
+    scale_bits: Tensor | None
     storage_layout: Layout
     # Shape with the blocked axis last, as stored.
     canonical_shape: tuple[int, ...]
@@ -87,6 +90,10 @@ class QuantizedTensor(torch.Tensor):
         )
         for name in INNER:
             setattr(self, name, inner.get(name))
+        # Made now, because what asks for parts by name may forbid operators meanwhile, and handed on, because what
+        # traces them knows this view only.
+        bits = inner.get("scale_bits")
+        self.scale_bits = self.scale.view(torch.uint8) if bits is None and self.scale.dtype == E8M0.storage else bits
         self.storage_layout, self.canonical_shape, self.ways = layout, canonical, {}
         return self
 
@@ -163,24 +170,29 @@ class QuantizedTensor(torch.Tensor):
 
     def with_inner(self, inner: Mapping[str, Tensor | None], layout: Layout | None = None) -> QuantizedTensor:
         """The same kind of tensor around other parts."""
+        if inner["scale"] is self.scale:
+            inner = {**inner, "scale_bits": self.scale_bits}
         return QuantizedTensor(inner, layout or self.storage_layout)
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Codes, scale, zero and tensor scale, as operators take them: an e8m0 scale as bytes in a traced graph."""
+        scale = self.scale if self.scale_bits is None or not is_compiling() else self.scale_bits
+        return self.qdata, scale, self.zero, self.tensor_scale
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The plain logical tensor, rounded once to `dtype` (by default the dtype it reads as)."""
         values = torch.ops.lowbit.dequantize(
-            self.qdata,
-            self.scale,
-            self.zero,
-            self.tensor_scale,
-            self.storage_layout.format,
-            self.canonical_shape[-1],
-            dtype or self.dtype,
+            *self.stored, self.storage_layout.format, self.canonical_shape[-1], dtype or self.dtype
         )
         return values.permute(self.permutation)
 
     def __tensor_flatten__(self) -> tuple[list[str], Layout]:
         """Names of the inner tensors and the layout (torch's subclass protocol)."""
-        return list(self.inner_tensors()), self.storage_layout
+        names = list(self.inner_tensors())
+        if self.scale_bits is not None:
+            names[names.index("scale")] = "scale_bits"
+        return names, self.storage_layout
 
     @staticmethod
     def __tensor_unflatten__(
@@ -188,6 +200,8 @@ class QuantizedTensor(torch.Tensor):
     ) -> QuantizedTensor:
         """Undo `__tensor_flatten__`; sizes follow from the inner tensors."""
         del outer_size, outer_stride
+        if "scale_bits" in inner:
+            inner = {**inner, "scale": inner["scale_bits"].view(E8M0.storage)}
         return QuantizedTensor(inner, layout)
 
     def _stable_hash_for_caching(self) -> str:

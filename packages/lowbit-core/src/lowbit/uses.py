@@ -103,7 +103,7 @@ def _embedding(
         w.ways["embedding"] = way = Way("embedding", w, input)
         return way.run(input, *way.weight[:4], *way.tail)
     layout = w.storage_layout
-    return torch.ops.lowbit.embedding(input, *_parts(w)[:4], layout.format, w.canonical_shape[1], layout.dtype)
+    return torch.ops.lowbit.embedding(input, *w.stored, layout.format, w.canonical_shape[1], layout.dtype)
 
 
 @rule_of(aten.linear.default, aten.embedding.default, aten._grouped_mm.default)
@@ -133,7 +133,7 @@ FUNCTIONS.update({torch.nn.functional.grouped_mm: _grouped_mm, vars(torch)["_gro
 
 
 def _parts(w: QuantizedTensor) -> tuple[Tensor | None, ...]:
-    return w.qdata, w.scale, w.zero, w.tensor_scale, w.act_scale, w.act_zero, w.pre_scale
+    return *w.stored, w.act_scale, w.act_zero, w.pre_scale
 
 
 def _operand(

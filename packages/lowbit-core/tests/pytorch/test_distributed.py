@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cells import H, ROWS, K, assert_same, column, inputs, model
+from cells import ROWS, H, K, assert_same, column, inputs, model
 from ranks import ranks
 from torch import distributed, nn
 from torch.distributed import checkpoint

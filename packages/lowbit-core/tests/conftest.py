@@ -1,0 +1,31 @@
+"""Tests of operators run once more through a backend that hands every call on to the reference."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowbit import bind
+from lowbit.testing import Loopback, installed_backends
+
+THROUGH = ["reference", "loopback", "packed loopback"]
+
+
+@pytest.fixture(params=THROUGH[:2])
+def through(request):
+    """`through(module)`: a module as it runs on the backend of this run, which is bound only if that packs weights.
+
+    A test that asks for this must call an operator, and one parametrized with the packed loopback a bound module.
+    """
+    if request.param == "reference":
+        yield lambda module: module
+        return
+    packs = request.param == "packed loopback"
+    loopback = Loopback(packs=packs)
+
+    def bound(module):
+        assert all(row.kernel.startswith("loopback") and row.packed for row in bind(module).rows)
+        return module
+
+    with installed_backends(loopback):
+        yield bound if packs else lambda module: module
+    assert loopback.calls["linear"] + loopback.calls["embedding"] if packs else loopback.calls.total()
