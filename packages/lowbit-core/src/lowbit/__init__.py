@@ -43,6 +43,7 @@ from lowbit.format import (
     FP8_1x128,
     FP8_128x128,
 )
+from lowbit.lower import Lowered, lower
 from lowbit.numerics import Scales, choose_scale
 from lowbit.plan import Plan, plan
 from lowbit.recipe import Recipe, Rule
@@ -79,6 +80,7 @@ __all__ = [
     "Format",
     "FormatError",
     "LowbitError",
+    "Lowered",
     "NoKernelError",
     "NotPortableError",
     "Plan",
@@ -95,6 +97,7 @@ __all__ = [
     "explain",
     "load",
     "load_into",
+    "lower",
     "plan",
     "quantize",
     "quantize_",

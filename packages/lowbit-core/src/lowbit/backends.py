@@ -48,6 +48,14 @@ class Call:
     n: int | None = None
     k: int | None = None
 
+    @staticmethod
+    def of(
+        op: str, fmt: str, activation: str, device: torch.device, dtype: torch.dtype, n: int | None, k: int | None
+    ) -> Call:
+        """The call that spec strings stand for; no activation is an empty one."""
+        parsed = Activation.parse(activation) if activation else None
+        return Call(op, Format.parse(fmt), parsed, device.type, dtype, n, k)
+
     def __str__(self) -> str:
         """The call in a line."""
         shape = "" if self.n is None else f" n={self.n} k={self.k}"
@@ -226,8 +234,7 @@ def kernel_for(
     Raises:
         NoKernelError: none takes it.
     """
-    parsed = Activation.parse(activation) if activation else None
-    return select(Call(op, Format.parse(fmt), parsed, device.type, dtype, n, k), bound=False).kernel
+    return select(Call.of(op, fmt, activation, device, dtype, n, k), bound=False).kernel
 
 
 def generation() -> int:

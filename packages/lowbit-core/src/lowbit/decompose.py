@@ -29,11 +29,16 @@ def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dic
     """
     if not is_exporting() or mode.pre_dispatch:
         return mode.__torch_dispatch__(op, types, args, kwargs)
-    names = [argument.name for argument in op._schema.arguments]  # noqa: SLF001 - what names the arguments
     with mode:
-        given = {name: _as_traced(name, value) for name, value in [*zip(names, args, strict=False), *kwargs.items()]}
+        named = [*zip(argument_names(op), args, strict=False), *kwargs.items()]
+        given = {name: _as_traced(name, value) for name, value in named}
         results = kernel(f"reference.{op.name().removeprefix('lowbit::')}").run(*given.values())
         return results if isinstance(results, Tensor) else _stored(results, Format.parse(args[4]))
+
+
+def argument_names(op: Any) -> list[str]:
+    """Names of an operator's arguments, in order."""
+    return [argument.name for argument in op._schema.arguments]  # noqa: SLF001 - the only place that has them
 
 
 def traced_format(fmt: Format) -> Format:

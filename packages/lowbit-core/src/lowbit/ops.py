@@ -9,6 +9,7 @@ rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +18,15 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
-from lowbit.backends import Kernel, kernel_for, without_autocast
-from lowbit.decompose import decompose
+from lowbit.backends import kernel_for, without_autocast
+from lowbit.decompose import argument_names, decompose
 from lowbit.element import E8M0
 from lowbit.experts import by_expert
 from lowbit.format import Format
 from lowbit.numerics import data_shape
+
+SCALES = {"scale", "a_scale", "b_scale"}
+"""Names of arguments that may come as the bytes of an e8m0 scale."""
 
 _LIBRARY = torch.library.Library("lowbit", "DEF")
 _WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale"
@@ -73,47 +77,38 @@ _dispatch_modes, _transform = _torch._len_torch_dispatch_stack, _torch._functorc
 _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch._is_tracing
 
 
-def _quantize(x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, *options: Any) -> list[Tensor]:
-    chosen = kernel_for("quantize", fmt, "", x.device, x.dtype, None, x.shape[-1])
-    return without_autocast(chosen.run, x.device.type, x, scale, zero, tensor_scale, fmt, *options)
+def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch.dtype, int | None, int]:
+    """What decides on the kernel for these arguments of an op, as `kernel_for` takes it after the op's name."""
+    first = args[0]
+    if op == "quantize":
+        return args[4], "", first.device, first.dtype, None, first.shape[-1]
+    if op == "dequantize":
+        return args[4], "", first.device, args[-1], None, args[-2]
+    if op == "embedding":
+        return args[5], "", args[1].device, args[-1], args[1].shape[0], args[-2]
+    if op == "scaled_mm":
+        a_format, b_format, k, dtype = args[-4:]
+        return b_format, str(Activation(Format.parse(a_format))), first.device, dtype, args[4].shape[0], k
+    weight = args[2] if op == "grouped_mm" else args[1]
+    return args[-2], args[-1], first.device, first.dtype, weight.shape[-2], first.shape[-1]
 
 
-def _dequantize(qdata: Tensor, scale: Tensor, zero: Any, tensor_scale: Any, fmt: str, k: int, dtype: Any) -> Tensor:
-    chosen = kernel_for("dequantize", fmt, "", qdata.device, dtype, None, k)
-    return without_autocast(chosen.run, qdata.device.type, qdata, _typed(scale), zero, tensor_scale, fmt, k, dtype)
-
-
-def _linear(x: Tensor, qdata: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    chosen = _use_kernel("linear", x, qdata, *rest[-2:])
-    return without_autocast(chosen.run, x.device.type, x, qdata, _typed(scale), *rest)
-
-
-def _grouped_mm(x: Tensor, offs: Tensor, qdata: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    chosen = _use_kernel("grouped_mm", x, qdata, *rest[-2:])
-    return without_autocast(chosen.run, x.device.type, x, offs, qdata, _typed(scale), *rest)
-
-
-def _scaled_mm(a: Tensor, a_scale: Tensor, a_zero: Any, a_whole: Any, b: Tensor, b_scale: Tensor, *rest: Any) -> Tensor:
-    a_format, b_format, k, dtype = rest[-4:]
-    activation = str(Activation(Format.parse(a_format)))
-    chosen = kernel_for("scaled_mm", b_format, activation, a.device, dtype, b.shape[0], k)
-    a_parts, b_parts = (a, _typed(a_scale), a_zero, a_whole), (b, _typed(b_scale))
-    return without_autocast(chosen.run, a.device.type, *a_parts, *b_parts, *rest)
-
-
-def _embedding(ids: Tensor, qdata: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    fmt, k, dtype = rest[-3:]
-    chosen = kernel_for("embedding", fmt, "", qdata.device, dtype, qdata.shape[0], k)
-    return without_autocast(chosen.run, qdata.device.type, ids, qdata, _typed(scale), *rest)
-
-
-def _use_kernel(op: str, x: Tensor, qdata: Tensor, fmt: str, activation: str) -> Kernel:
-    return kernel_for(op, fmt, activation, x.device, x.dtype, qdata.shape[-2], x.shape[-1])
-
-
-def _typed(scale: Tensor) -> Tensor:
-    """The scale in its own dtype, where it came as bytes."""
+def typed(scale: Tensor) -> Tensor:
+    """A scale in its own dtype, where it came as bytes."""
     return scale.view(E8M0.storage) if scale.dtype == torch.uint8 else scale
+
+
+def _implementation(op: str) -> Callable[..., Any]:
+    names = argument_names(getattr(torch.ops.lowbit, op).default)
+    scales = [i for i, name in enumerate(names) if name in SCALES]
+
+    def implementation(*args: Any) -> Any:
+        chosen, given = kernel_for(op, *call_of(op, args)), list(args)
+        for i in scales:
+            given[i] = None if args[i] is None else typed(args[i])
+        return without_autocast(chosen.run, args[0].device.type, *given)
+
+    return implementation
 
 
 def _quantize_fake(
@@ -194,17 +189,17 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (to_x, *(None,) * 10)
 
 
-_IMPLEMENTATIONS = {
-    "quantize": (_quantize, _quantize_fake),
-    "dequantize": (_dequantize, _dequantize_fake),
-    "linear": (_linear, _linear_fake),
-    "scaled_mm": (_scaled_mm, _scaled_mm_fake),
-    "grouped_mm": (_grouped_mm, _grouped_mm_fake),
-    "embedding": (_embedding, _embedding_fake),
+_FAKES: dict[str, Callable[..., Any]] = {
+    "quantize": _quantize_fake,
+    "dequantize": _dequantize_fake,
+    "linear": _linear_fake,
+    "scaled_mm": _scaled_mm_fake,
+    "grouped_mm": _grouped_mm_fake,
+    "embedding": _embedding_fake,
 }
-for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
+for _name, _fake in _FAKES.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
-    _LIBRARY.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)
 _GRADIENTS = {"linear": (_linear_backward, _linear_context), "grouped_mm": (_grouped_mm_backward, _grouped_mm_context)}
