@@ -13,7 +13,8 @@ def assert_computed(row, made, found, x):
     """`found` is what `made` gives for `x` but for the order of sums.
 
     Every token is within the rounding of H float32 terms. Where inputs are rounded to codes, that rounding may bring a
-    few hidden values to a neighbouring code: a fifth of the tokens may be off by one such step times the largest weight.
+    few hidden values to a neighbouring code: a fifth of the tokens, or one, may be off by one such step times the largest
+    weight.
     """
     with torch.no_grad():
         wanted = made(*x)
@@ -26,7 +27,7 @@ def assert_computed(row, made, found, x):
     if row.activation is None:
         assert float(error.max()) <= sums
     else:
-        assert float(error.quantile(0.8)) <= sums
+        assert int((error > sums).sum()) <= max(1, len(error) // 5)
         assert float(error.max()) <= sums + step(made, x)
 
 
