@@ -63,6 +63,16 @@ def torch(session: nox.Session, version: str) -> None:
 
 
 @nox.session
+@nox.parametrize("version", list(TORCHES))
+def cells(session: nox.Session, version: str) -> None:
+    """Run every cell of the table in docs/pytorch.md on the oldest and the newest torch, and write it."""
+    session.install("-e", MEMBERS["lowbit-core"], "--group", "test-lowbit-core", *TORCHES[version])
+    folder, env = MEMBERS["lowbit-core"] / "tests" / "pytorch", {"LOWBIT_CELLS": f"docs/cells/cpu-{version}.json"}
+    session.run("pytest", folder, "-m", "not gpu", "-k", "not cells_table", *session.posargs, env=env)
+    session.run("python", folder / "cells_table.py")
+
+
+@nox.session
 def integration(session: nox.Session) -> None:
     """Run the tests that span members, the slow ones too."""
     sync(session)
@@ -96,4 +106,4 @@ def cuda(session: nox.Session) -> None:
     if shutil.which("nvidia-smi") is None:
         session.skip("needs an NVIDIA GPU and its driver; there is no nvidia-smi on this machine")
     sync(session)
-    session.run("pytest", "-m", "gpu", "-n", "0", *session.posargs)
+    session.run("pytest", "-m", "gpu", "-n", "0", *session.posargs, env={"LOWBIT_CELLS": "docs/cells/cuda.json"})

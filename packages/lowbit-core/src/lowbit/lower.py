@@ -108,6 +108,9 @@ class _Graphs:
         self.exported = exported
         self.module: GraphModule = copy.deepcopy(exported.graph_module)
         self.graph = self.module.graph
+        # A copy renames nodes that are called like a builtin, `input` for one, and the signature goes by names.
+        for node, original in zip(self.graph.nodes, exported.graph.nodes, strict=True):
+            node.name = original.name
         self.signature = copy.deepcopy(exported.graph_signature)
         self.state: dict[str, Any] = dict(exported.state_dict)
         placeholders = list(self.graph.find_nodes(op="placeholder"))

@@ -177,7 +177,9 @@ def _apply(
     if 0 in out:
         return x.new_empty(out)
     tokens = quantize_input(x.reshape(-1, x.shape[-1]), _activation(activation), act_scale, act_zero)
-    return multiply(tokens, weight, bias, x.dtype).view(out)
+    product = multiply(tokens, weight, bias, x.dtype)
+    # An operator's result is new: what autograd takes for a view of something hidden draws warnings.
+    return torch.ops.aten._unsafe_view(product, out)  # noqa: SLF001 - no public name
 
 
 def _scaled_mm(

@@ -11,13 +11,15 @@ import torch
 from cells import REFUSED
 
 _outcomes: dict[str, dict[str, str]] = {}
+_on_gpu: set[bool] = set()
 
 
 @pytest.fixture(autouse=True)
 def _cell(request, record_property):
     mark = request.node.get_closest_marker("cell")
     if mark is not None:
-        record_property("cell", (*mark.args, str(request.node.callspec.params["row"])))
+        on_gpu = request.node.get_closest_marker("gpu") is not None
+        record_property("cell", (*mark.args, str(request.node.callspec.params["row"]), on_gpu))
 
 
 def pytest_runtest_logreport(report):
@@ -25,7 +27,8 @@ def pytest_runtest_logreport(report):
     cell = dict(report.user_properties).get("cell")
     if cell is None or (report.when != "call" and report.outcome == "passed"):
         return
-    name, row = cell
+    name, row, on_gpu = cell
+    _on_gpu.add(on_gpu)
     outcome = "refused" if (name, row) in REFUSED and report.passed else report.outcome
     _outcomes.setdefault(name, {})[row] = outcome
 
@@ -35,6 +38,6 @@ def pytest_sessionfinish(session):
     path = os.environ.get("LOWBIT_CELLS")
     if path is None or hasattr(session.config, "workerinput"):
         return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = " and ".join(torch.cuda.get_device_name() if on_gpu else "cpu" for on_gpu in sorted(_on_gpu))
     told = {"torch": torch.__version__.partition("+")[0], "device": device, "cells": _outcomes}
     Path(path).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", encoding="utf-8")
