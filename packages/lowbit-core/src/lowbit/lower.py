@@ -228,7 +228,10 @@ class _Graphs:
             def run(*tensors: Tensor) -> Any:
                 left = iter(tensors)
                 given = {name: next(left) if isinstance(a, Node) else a for name, a in arguments.items()}
-                return kernel.run(*(typed(a) if name in SCALES and a is not None else a for name, a in given.items()))
+                for scale, fmt in SCALES.items():
+                    if given.get(scale) is not None:
+                        given[scale] = typed(given[scale], given[fmt])
+                return kernel.run(*given.values())
         else:
             (x, *_), bias = arguments.values(), arguments.get("bias")
             parts, description = self._pack(node, kernel)
@@ -256,7 +259,7 @@ class _Graphs:
             fmt, activation, _, dtype, _, k = _call_of(node, op)
             weight = QuantizedTensor.from_parts(
                 inner["qdata"],
-                Scales(typed(inner["scale"]), inner["zero"], inner["tensor_scale"]),
+                Scales(typed(inner["scale"], fmt), inner["zero"], inner["tensor_scale"]),
                 Format.parse(fmt),
                 k=k,
                 dtype=dtype,

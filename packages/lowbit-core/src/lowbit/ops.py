@@ -25,8 +25,8 @@ from lowbit.experts import by_expert
 from lowbit.format import Format
 from lowbit.numerics import data_shape
 
-SCALES = {"scale", "a_scale", "b_scale"}
-"""Names of arguments that may come as the bytes of an e8m0 scale."""
+SCALES = {"scale": "format", "a_scale": "a_format", "b_scale": "b_format"}
+"""Names of arguments that may come as the bytes of an e8m0 scale, and of the format each belongs to."""
 
 _LIBRARY = torch.library.Library("lowbit", "DEF")
 _WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale"
@@ -93,19 +93,19 @@ def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch
     return args[-2], args[-1], first.device, first.dtype, weight.shape[-2], first.shape[-1]
 
 
-def typed(scale: Tensor) -> Tensor:
-    """A scale in its own dtype, where it came as bytes."""
-    return scale.view(E8M0.storage) if scale.dtype == torch.uint8 else scale
+def typed(scale: Tensor, fmt: str) -> Tensor:
+    """A scale of a format in its own dtype, where an e8m0 scale came as bytes."""
+    return scale.view(E8M0.storage) if scale.dtype == torch.uint8 and Format.parse(fmt).scale is E8M0 else scale
 
 
 def _implementation(op: str) -> Callable[..., Any]:
     names = argument_names(getattr(torch.ops.lowbit, op).default)
-    scales = [i for i, name in enumerate(names) if name in SCALES]
+    scales = [(names.index(scale), names.index(fmt)) for scale, fmt in SCALES.items() if scale in names]
 
     def implementation(*args: Any) -> Any:
         chosen, given = kernel_for(op, *call_of(op, args)), list(args)
-        for i in scales:
-            given[i] = None if args[i] is None else typed(args[i])
+        for i, fmt in scales:
+            given[i] = None if args[i] is None else typed(args[i], args[fmt])
         return without_autocast(chosen.run, args[0].device.type, *given)
 
     return implementation
