@@ -227,7 +227,7 @@ class _Graphs:
 
             def run(*tensors: Tensor) -> Any:
                 left = iter(tensors)
-                given = {name: next(left) if isinstance(a, Node) else a for name, a in arguments.items()}
+                given: dict[str, Any] = {n: next(left) if isinstance(a, Node) else a for n, a in arguments.items()}
                 for scale, fmt in SCALES.items():
                     if given.get(scale) is not None:
                         given[scale] = typed(given[scale], given[fmt])
