@@ -11,7 +11,15 @@ nox.options.default_venv_backend = "uv"
 nox.options.error_on_missing_interpreters = True
 
 # Each member with the command that proves an installed wheel of it works.
-SMOKE = {"lowbit-core": ("lowbit", "doctor"), "lowbit-hf": ("lowbit", "schemes")}
+SMOKE = {
+    "lowbit-algos": (
+        "python",
+        "-c",
+        "import lowbit_algos, torch; lowbit_algos.gptq(torch.ones(4, 32), torch.eye(32), 'MXFP4')",
+    ),
+    "lowbit-core": ("lowbit", "doctor"),
+    "lowbit-hf": ("lowbit", "schemes"),
+}
 MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
 # The oldest torch supported, with the triton of its day, and the newest of both.
 TORCHES = {"2.11": ("torch==2.11.*", "triton==3.6.*; sys_platform == 'linux'"), "newest": ("torch", "--upgrade")}

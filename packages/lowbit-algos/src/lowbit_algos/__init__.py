@@ -1,0 +1,7 @@
+"""Algorithms that quantize better than rounding to nearest, for every format of lowbit."""
+
+from __future__ import annotations
+
+from lowbit_algos.gptq import Solution, gptq
+
+__all__ = ["Solution", "gptq"]

@@ -1,0 +1,252 @@
+"""GPTQ for every format: columns are rounded one after the other, and those to come make up for each one's error.
+
+A group's scale is chosen when its turn comes, from the weights as they are by then, and stays. Groups with larger
+inputs go first, and so do the columns of a group; the result is stored in the original order.
+
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit import Format, FormatError, QuantizedTensor, Scales, choose_scale
+from lowbit.numerics import DEFAULT_MODE, ScaleMode, encode
+from lowbit_algos.columns import Rounded, round_columns, rows_a_scale
+from lowbit_algos.factor import inverse_factor
+
+# Of a group's values, those that the candidates of a search fit; beyond, all saturates.
+_SHARES = tuple(1 - i / 32 for i in range(-1, 15))
+# For scales that are powers of two.
+_POWERS = (1.0, 0.5, 2.0)
+_BLOCK = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """A weight that GPTQ quantized, and how that went."""
+
+    weight: QuantizedTensor
+    # Of the mean of each Hessian's diagonal, added to it: more than asked for where that was too little.
+    damping: tuple[float, ...]
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    fmt: str | Format,
+    *,
+    k_axis: int = -1,
+    damping: float = 0.01,
+    block: int | None = None,
+    act_order: bool = True,
+    scale_search: bool = True,
+    mode: ScaleMode = DEFAULT_MODE,
+    tensor_scale: Tensor | None = None,
+) -> Solution:
+    """Quantize a weight so that its products with inputs like those seen change least.
+
+    It lowers `tr((W - Wq) H (W - Wq)^T)` greedily, in float32 whatever the weight's dtype; what is given stays as it
+    is. A column whose inputs were all zero is rounded to nearest, and no other makes up for it.
+
+    Args:
+        weight: a matrix (N, K), or experts (E, N, K), with the contraction axis at `k_axis`.
+        hessian: `sum x x^T` over inputs x (K,), any multiple of it: (K, K), or (E, K, K) for experts.
+        fmt: a format or its spec; for experts, one without scales that several share.
+        k_axis: the axis of the weight that products sum over.
+        damping: added to the diagonal of the Hessian, as a share of its mean.
+        block: columns that are rounded before the rest of the weight is brought up to date, a multiple of the group; by
+            default 128 or a little more.
+        act_order: round columns with larger inputs first; otherwise in the order they have.
+        scale_search: try several scales a group (a row, for formats with one a row) and keep the one of least loss.
+        mode: how e8m0 scales are rounded.
+        tensor_scale: that of NVFP4, where siblings share one; (1, 1), or (E, 1, 1) for experts.
+
+    Raises:
+        FormatError: shapes do not fit, the weight is not finite, or `block` is no multiple of the group.
+        LowbitError: a Hessian is not positive definite, however it is damped.
+    """
+    parsed = Format.parse(fmt) if isinstance(fmt, str) else fmt
+    _check(weight, hessian, k_axis)
+    canonical = weight.detach().movedim(k_axis, -1).to(torch.float32)
+    one = canonical.dim() == 2
+    matrices, hessians = (canonical[None], hessian[None]) if one else (canonical, hessian)
+    wholes = [None] * len(matrices) if tensor_scale is None else list(tensor_scale[None] if one else tensor_scale)
+    solver = _Solver(parsed.with_block(*parsed.block_for(2)), damping, block, act_order, scale_search, mode)
+    solved = [solver.solve(*given) for given in zip(matrices, hessians, wholes, strict=True)]
+    data, scales, dampings = zip(*solved, strict=True)
+    if one:
+        joined, codes = scales[0], data[0]
+    else:
+        joined, codes = _map(_stack, scales), _stack(data)
+    q = QuantizedTensor.from_parts(codes, joined, parsed, k=canonical.shape[-1], dtype=weight.dtype, axis=k_axis)
+    return Solution(q, dampings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Solver:
+    """How matrices are to be solved; the format's block has two entries."""
+
+    fmt: Format
+    damping: float
+    block: int | None
+    act_order: bool
+    scale_search: bool
+    mode: ScaleMode
+
+    def solve(self, weight: Tensor, hessian: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, Scales, float]:
+        """Codes and scales of one float32 matrix (N, K), and the damping it took."""
+        (_, k), group = weight.shape, self.fmt.block_of(tuple(weight.shape))[1]
+        block = self._block(group) if group < k else self.block or _BLOCK
+        h = hessian.to(torch.float32)
+        h = h + torch.diag((h.diagonal() == 0).to(h.dtype))
+        order = self._order(h.diagonal(), group)
+        u, damping = inverse_factor(h[order][:, order], self.damping)
+        w, scales = weight[:, order], self._choose(weight, tensor_scale)
+        if group >= k:
+            scales = self._search_rows(w, u, scales, block)
+        rounded = torch.empty_like(w)
+        for spans in _blocks(order, group, block):
+            start, end = spans[0][0], spans[-1][1]
+            errors = w.new_empty(len(w), end - start)
+            for a, b in spans:
+                if group < k:
+                    chosen, columns = self._group(w[:, a:b], u[a:b, a:b], scales.tensor_scale)
+                    at = int(order[a]) // group
+                    scales.scale[:, at] = chosen.scale[:, 0]
+                    if scales.zero is not None and chosen.zero is not None:
+                        scales.zero[:, at] = chosen.zero[:, 0]
+                else:
+                    columns = round_columns(w[:, a:b], u[a:b, a:b], [scales], self.fmt)
+                rounded[:, order[a:b]], errors[:, a - start : b - start] = columns.weights, columns.errors
+                w[:, b:end] -= columns.errors @ u[a:b, b:end]
+            w[:, end:] -= errors @ u[start:end, end:]
+        return encode(rounded, self.fmt, scales), scales, damping
+
+    def _order(self, diagonal: Tensor, group: int) -> Tensor:
+        """Columns in the order they are rounded; those of a group stay together."""
+        k = len(diagonal)
+        if not self.act_order:
+            return torch.arange(k, device=diagonal.device)
+        means = torch.stack([part.mean() for part in diagonal.split(group)])
+        groups = means.argsort(descending=True, stable=True).tolist()
+        starts = [g * group for g in groups]
+        inside = [diagonal[a : a + group].argsort(descending=True, stable=True) + a for a in starts]
+        return torch.cat(inside)
+
+    def _block(self, group: int) -> int:
+        """Columns of a block: whole groups.
+
+        Raises:
+            FormatError: those asked for are not.
+        """
+        if self.block is not None and self.block % group:
+            raise FormatError(
+                f"block={self.block} is not a multiple of the {group} columns that share a scale in {self.fmt}; "
+                f"use block={-(-self.block // group) * group}"
+            )
+        return self.block or -(-_BLOCK // group) * group
+
+    def _choose(self, w: Tensor, tensor_scale: Tensor | None) -> Scales:
+        return choose_scale(w, self.fmt, mode=self.mode, tensor_scale=tensor_scale)
+
+    def _candidates(self, w: Tensor, tensor_scale: Tensor | None) -> list[Scales]:
+        shares = _POWERS if self.fmt.scale.powers_of_two else _SHARES
+        return [self._choose(w * share, tensor_scale) for share in (shares if self.scale_search else (1.0,))]
+
+    def _group(self, w: Tensor, u: Tensor, tensor_scale: Tensor | None) -> tuple[Scales, Rounded]:
+        """A group's scales, chosen from what its weights are now, and its columns rounded under them."""
+        candidates = self._candidates(w, tensor_scale)
+        rounded = round_columns(w, u, candidates, self.fmt)
+        chosen = self._best(candidates, rounded.losses)
+        # Rows that share a scale agree on one, which need not be the best of each.
+        if len(candidates) > 1 and self.fmt.block[0] != 1:
+            rounded = round_columns(w, u, [chosen], self.fmt)
+        return chosen, rounded
+
+    def _search_rows(self, w: Tensor, u: Tensor, scales: Scales, block: int) -> Scales:
+        """Scales that hold for whole rows: those of least loss when blocks of columns are rounded each on its own."""
+        candidates = self._candidates(w, scales.tensor_scale)
+        if len(candidates) == 1:
+            return scales
+        losses = w.new_zeros(len(candidates), len(w))
+        for a in range(0, w.shape[1], block):
+            part = slice(a, a + block)
+            losses += round_columns(w[:, part], u[part, part], candidates, self.fmt).losses
+        return self._best(candidates, losses)
+
+    def _best(self, candidates: Sequence[Scales], losses: Tensor) -> Scales:
+        """Of the candidates, for each block of rows, the one of least loss (C, N)."""
+        rows = rows_a_scale(self.fmt, losses.shape[1])
+        blocks = torch.nn.functional.pad(losses, (0, -losses.shape[1] % rows)).unflatten(1, (-1, rows)).sum(-1)
+        best = blocks.argmin(0)
+
+        def pick(parts: Sequence[Tensor]) -> Tensor:
+            return _stack(parts, lambda raw: raw[best, torch.arange(len(best), device=best.device)])
+
+        chosen = _map(pick, [replace(candidate, tensor_scale=None) for candidate in candidates])
+        return replace(chosen, tensor_scale=candidates[0].tensor_scale)
+
+
+def _blocks(order: Tensor, group: int, block: int) -> list[list[tuple[int, int]]]:
+    """Columns, in the order they are rounded, as blocks of groups: (first, end). A row is cut anywhere."""
+    k = len(order)
+    if group < k:
+        of = order // group
+        cuts = [0, *((of[1:] != of[:-1]).nonzero().flatten() + 1).tolist(), k]
+    else:
+        cuts = [*range(0, k, block), k]
+    blocks: list[list[tuple[int, int]]] = [[]]
+    for a, b in pairwise(cuts):
+        if blocks[-1] and b - blocks[-1][0][0] > block:
+            blocks.append([])
+        blocks[-1].append((a, b))
+    return blocks
+
+
+def _stack(parts: Sequence[Tensor], then: Callable[[Tensor], Tensor] = lambda raw: raw) -> Tensor:
+    """`torch.stack`, and something done to it, as bytes where torch lacks that for 8-bit floats."""
+    raw = [part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part in parts]
+    return then(torch.stack(raw)).view(parts[0].dtype)
+
+
+def _map(function: Callable[[Sequence[Tensor]], Tensor], several: Sequence[Scales]) -> Scales:
+    """One `Scales` of several, part by part."""
+    return Scales(*(_joined(function, [getattr(s, part.name) for s in several]) for part in fields(Scales)))
+
+
+def _joined(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Tensor | None]) -> Any:
+    given = [part for part in parts if part is not None]
+    return function(given) if given else None
+
+
+def _check(weight: Tensor, hessian: Tensor, k_axis: int) -> None:
+    """Refuse what does not fit together.
+
+    Raises:
+        FormatError: it does not.
+    """
+    if weight.dim() not in {2, 3} or not weight.is_floating_point():
+        raise FormatError(f"GPTQ takes a float matrix (N, K) or experts (E, N, K), not {weight.dtype} {_shape(weight)}")
+    if not -weight.dim() <= k_axis < weight.dim() or (weight.dim() == 3 and k_axis % 3 == 0):
+        raise FormatError(f"k_axis={k_axis} is no axis that products of a weight {_shape(weight)} sum over")
+    k = weight.shape[k_axis]
+    needed = (*weight.shape[:-2], k, k)
+    if tuple(hessian.shape) != needed or not hessian.is_floating_point() or hessian.device != weight.device:
+        raise FormatError(
+            f"the Hessian is {hessian.dtype} {_shape(hessian)} on {hessian.device}; for a weight {_shape(weight)} on "
+            f"{weight.device} with k_axis={k_axis} needed is a float one of shape {needed} there"
+        )
+    for name, tensor in (("weight", weight), ("Hessian", hessian)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise FormatError(f"the {name} holds a NaN or an infinity, which would spread to every column")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
