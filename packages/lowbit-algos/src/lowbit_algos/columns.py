@@ -1,13 +1,13 @@
 """GPTQ's loop over the columns of a group: compiled for CPUs, column by column in torch elsewhere.
 
-Rows are independent. Each goes through the columns j in order, in float32:
+Rows are independent. With `H = M D M^T`, each goes through the columns j in order, in float32:
 
-    q_j = value of the code nearest to w_j,   e_j = (w_j - q_j) / U_jj,   w_k -= e_j U_jk   for k > j
+    q_j = value of the code nearest to x_j,   x_k += (w_j - q_j) M_jk   for k > j     (x is w at first)
 
-and takes, of several candidates for its scale, the one with the least sum of e_j^2: what the group adds to
-`(w - q) H (w - q)^T` once the columns behind it have made up for it.
+and takes, of several candidates for its scale, the one with the least `sum_j D_j (x_j - q_j)^2`: what the group adds to
+`(w - q) H (w - q)^T`, since that is the sum over all columns. It is GPTQ without an inverse of the Hessian.
 
-Source: Frantar et al., "GPTQ", section 3; Frantar and Alistarh, "Optimal Brain Compression", section 4.
+Source: Frantar et al., "GPTQ", section 3; Chee et al., "QuIP", theorem 6, for the equality of the two forms.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ _LANES = 64
 class Rounded(NamedTuple):
     """Columns of a group, rounded under each row's best candidate."""
 
-    # (N, g): the weights as they were when each was rounded, and e_j.
-    weights: Tensor
+    # (N, g): what was rounded, x_j, and w_j - q_j.
+    targets: Tensor
     errors: Tensor
-    # (C, N): the sum of e_j^2 under each candidate.
+    # (C, N): what the group adds under each candidate.
     losses: Tensor
 
 
-def round_columns(w: Tensor, u: Tensor, candidates: Sequence[Scales], fmt: Format) -> Rounded:
-    """Round `w` (N, g), one group of float32 columns, by `u` (g, g), upper triangular.
+def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Sequence[Scales], fmt: Format) -> Rounded:
+    """Round one group of float32 columns `w` (N, g), which earlier ones made `x`, by M (g, g) and D (g,).
 
     Each candidate has scales (and zero points) for blocks of `fmt`'s rows: (N / rows, 1).
     """
     scales = torch.stack([_of_rows(total_scale(c), w, fmt) for c in candidates])
     zeros = torch.stack([_of_rows(c.zero, w, fmt) for c in candidates])
     if w.device.type != "cpu":
-        return _round_in_torch(w, u, scales, zeros, fmt.element)
+        return _round_in_torch(w, x, m, d, scales, zeros, fmt.element)
     w, element = w.contiguous(), fmt.element
     rounded = Rounded(torch.empty_like(w), torch.empty_like(w), torch.empty(scales.shape))
     integer = element.kind == "int"
     grid = (element.min, element.max, -1 if integer else element.mantissa, 0 if integer else 1 - element.bias)
-    arrays = (w, u.contiguous(), scales, zeros)
+    arrays = (w, x.contiguous(), m.contiguous(), d.contiguous(), scales, zeros)
     compiled: Any = _compiled
     compiled(*(a.numpy() for a in arrays), np.array(grid, np.float32), *(part.numpy() for part in rounded))
     return rounded
@@ -76,11 +76,13 @@ def rows_a_scale(fmt: Format, n: int) -> int:
 @numba.njit(parallel=True, cache=True, fastmath=False, error_model="numpy", nogil=True)
 def _compiled(  # noqa: C901 - one loop, whose inner ones become vector instructions
     w: Floats,
-    u: Floats,
+    given: Floats,
+    m: Floats,
+    d: Floats,
     scales: Floats,
     zeros: Floats,
     grid: Floats,
-    weights: Floats,
+    targets: Floats,
     errors: Floats,
     losses: Floats,
 ) -> None:
@@ -96,47 +98,49 @@ def _compiled(  # noqa: C901 - one loop, whose inner ones become vector instruct
         for c in range(scales.shape[0]):
             loss = np.zeros(_LANES, np.float32)
             s[:rows], z[:rows] = scales[c, first : first + rows], zeros[c, first : first + rows]
-            x[:, :rows] = w[first : first + rows].T
+            x[:, :rows], e[:, :rows] = given[first : first + rows].T, w[first : first + rows].T
             for j in range(g):
-                ujj = u[j, j]
+                weight = d[j]
                 if mantissa < 0:
                     for r in range(_LANES):
                         v = min(max(np.rint(x[j, r] / s[r]) + z[r], low), high) - z[r]
-                        e[j, r] = (x[j, r] - v * s[r]) / ujj
+                        e[j, r] -= v * s[r]
+                        loss[r] += weight * (x[j, r] - v * s[r]) ** 2
                 else:
                     for r in range(_LANES):
                         v = min(max(x[j, r] / s[r], low), high)
                         field = (np.float32(v).view(np.int32) >> np.int32(23)) & np.int32(255)
                         field = max(field - np.int32(127), least) - mantissa + np.int32(127)
                         step = np.int32(field << np.int32(23)).view(np.float32)
-                        e[j, r] = (x[j, r] - np.rint(v / step) * step * s[r]) / ujj
-                for r in range(_LANES):
-                    loss[r] += e[j, r] * e[j, r]
+                        v = np.rint(v / step) * step
+                        e[j, r] -= v * s[r]
+                        loss[r] += weight * (x[j, r] - v * s[r]) ** 2
                 for k in range(j + 1, g):
-                    f = u[j, k]
+                    f = m[j, k]
                     for r in range(_LANES):
-                        x[k, r] -= e[j, r] * f
+                        x[k, r] += e[j, r] * f
             for r in range(rows):
                 losses[c, first + r] = loss[r]
                 if c == 0 or loss[r] < best[r]:
                     best[r] = loss[r]
-                    weights[first + r] = x[:, r]
+                    targets[first + r] = x[:, r]
                     errors[first + r] = e[:, r]
 
 
-def _round_in_torch(w: Tensor, u: Tensor, scales: Tensor, zeros: Tensor, element: Element) -> Rounded:
+def _round_in_torch(
+    w: Tensor, x: Tensor, m: Tensor, d: Tensor, scales: Tensor, zeros: Tensor, element: Element
+) -> Rounded:
     """The same loop, all rows and candidates at a time."""
-    x = w.expand(len(scales), *w.shape).clone()
-    errors = torch.empty_like(x)
+    x = x.expand(len(scales), *x.shape).clone()
+    errors, losses = torch.empty_like(x), torch.zeros_like(scales)
     for j in range(w.shape[1]):
         scaled = x[..., j] / scales
         if element.kind == "int":
             value = (torch.round(scaled) + zeros).clamp(element.min, element.max) - zeros
         else:
             value = element.decode(element.encode(scaled))
-        error = (x[..., j] - value * scales) / u[j, j]
-        x[..., j + 1 :] -= error.unsqueeze(-1) * u[j, j + 1 :]
-        errors[..., j] = error
-    losses = errors.square().sum(-1)
+        errors[..., j] = w[:, j] - value * scales
+        losses += d[j] * (x[..., j] - value * scales).square()
+        x[..., j + 1 :] += errors[..., j : j + 1] * m[j, j + 1 :]
     best = losses.argmin(0), torch.arange(len(w), device=w.device)
     return Rounded(x[best], errors[best], losses)

@@ -1,4 +1,4 @@
-"""The factor U of an inverse Hessian, `U^T U = H^-1`."""
+"""How errors travel: the factors of a Hessian, `H = M D M^T`, M upper triangular with ones on its diagonal."""
 
 from __future__ import annotations
 
@@ -11,20 +11,25 @@ from lowbit import LowbitError
 _STEPS = (1.0, 10.0, 100.0)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """U (K, K), upper triangular, of `H + d mean(diag H) I`, and d: `damping`, or if need be 10 or 100 times that.
+def factors(hessian: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
+    """M (K, K), the diagonal of D (K,), and what was added to the diagonal of H, as a share of its mean.
 
-    With J that reverses the order and `J H J = L L^T`, `U = J L^-1 J`: one factorization and one triangular inverse.
+    That is `damping`, or 10 or 100 times as much where rounding left the matrix indefinite.
+
+    With J that reverses the order and `J H J = L L^T`, `J L J = M D^(1/2)`.
 
     Raises:
         LowbitError: the matrix is not positive definite even so.
     """
     mean = hessian.diagonal().mean()
-    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
     for step in _STEPS:
-        lower, failed = torch.linalg.cholesky_ex((hessian + identity * (damping * step * mean)).flip(0, 1))
+        damped = hessian.flip(0, 1)
+        damped.diagonal().add_(damping * step * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1), damping * step
+            upper = lower.flip(0, 1)
+            roots = upper.diagonal()
+            return upper / roots, roots.square(), damping * step
     raise LowbitError(
         f"the Hessian is not positive definite, not even with {damping * _STEPS[-1]:g} of the mean of its diagonal "
         "added to it; it must be a sum of x x^T over inputs x"

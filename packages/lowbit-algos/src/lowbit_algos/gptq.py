@@ -3,7 +3,8 @@
 A group's scale is chosen when its turn comes, from the weights as they are by then, and stays. Groups with larger
 inputs go first, and so do the columns of a group; the result is stored in the original order.
 
-Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers".
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", in the form
+that `lowbit_algos.columns` gives.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from lowbit import Format, FormatError, QuantizedTensor, Scales, choose_scale
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, encode
 from lowbit_algos.columns import Rounded, round_columns, rows_a_scale
-from lowbit_algos.factor import inverse_factor
+from lowbit_algos.factor import factors
 
 # Of a group's values, those that the candidates of a search fit; beyond, all saturates.
 _SHARES = tuple(1 - i / 32 for i in range(-1, 15))
@@ -105,29 +106,32 @@ class _Solver:
         (_, k), group = weight.shape, self.fmt.block_of(tuple(weight.shape))[1]
         block = self._block(group) if group < k else self.block or _BLOCK
         h = hessian.to(torch.float32)
-        h = h + torch.diag((h.diagonal() == 0).to(h.dtype))
         order = self._order(h.diagonal(), group)
-        u, damping = inverse_factor(h[order][:, order], self.damping)
+        h = h[order][:, order]
+        # A column without inputs matters to no other.
+        h.diagonal().add_((h.diagonal() == 0).to(h.dtype))
+        m, d, damping = factors(h, self.damping)
         w, scales = weight[:, order], self._choose(weight, tensor_scale)
         if group >= k:
-            scales = self._search_rows(w, u, scales, block)
-        rounded = torch.empty_like(w)
+            scales = self._search_rows(w, m, d, scales, block)
+        targets, errors = torch.empty_like(w), torch.empty_like(w)
         for spans in _blocks(order, group, block):
             start, end = spans[0][0], spans[-1][1]
-            errors = w.new_empty(len(w), end - start)
+            x = torch.addmm(w[:, start:end], errors[:, :start], m[:start, start:end])
             for a, b in spans:
+                one = slice(a, b)
+                given = w[:, one], x[:, a - start : b - start], m[one, one], d[one]
                 if group < k:
-                    chosen, columns = self._group(w[:, a:b], u[a:b, a:b], scales.tensor_scale)
+                    chosen, rounded = self._group(*given, scales.tensor_scale)
                     at = int(order[a]) // group
                     scales.scale[:, at] = chosen.scale[:, 0]
                     if scales.zero is not None and chosen.zero is not None:
                         scales.zero[:, at] = chosen.zero[:, 0]
                 else:
-                    columns = round_columns(w[:, a:b], u[a:b, a:b], [scales], self.fmt)
-                rounded[:, order[a:b]], errors[:, a - start : b - start] = columns.weights, columns.errors
-                w[:, b:end] -= columns.errors @ u[a:b, b:end]
-            w[:, end:] -= errors @ u[start:end, end:]
-        return encode(rounded, self.fmt, scales), scales, damping
+                    rounded = round_columns(*given, [scales], self.fmt)
+                targets[:, order[one]], errors[:, one] = rounded.targets, rounded.errors
+                x[:, b - start :].addmm_(rounded.errors, m[one, b:end])
+        return encode(targets, self.fmt, scales), scales, damping
 
     def _order(self, diagonal: Tensor, group: int) -> Tensor:
         """Columns in the order they are rounded; those of a group stay together."""
@@ -160,17 +164,19 @@ class _Solver:
         shares = _POWERS if self.fmt.scale.powers_of_two else _SHARES
         return [self._choose(w * share, tensor_scale) for share in (shares if self.scale_search else (1.0,))]
 
-    def _group(self, w: Tensor, u: Tensor, tensor_scale: Tensor | None) -> tuple[Scales, Rounded]:
-        """A group's scales, chosen from what its weights are now, and its columns rounded under them."""
-        candidates = self._candidates(w, tensor_scale)
-        rounded = round_columns(w, u, candidates, self.fmt)
+    def _group(self, w: Tensor, x: Tensor, m: Tensor, d: Tensor, tensor_scale: Tensor | None) -> tuple[Scales, Rounded]:
+        """A group's scales, chosen from what its weights are by now, and its columns rounded under them."""
+        # Where they would go if none of them were rounded: `x_j - w_j` solved for their own part in it.
+        free = w + torch.linalg.solve_triangular(m, x - w, upper=True, left=False, unitriangular=True)
+        candidates = self._candidates(free, tensor_scale)
+        rounded = round_columns(w, x, m, d, candidates, self.fmt)
         chosen = self._best(candidates, rounded.losses)
         # Rows that share a scale agree on one, which need not be the best of each.
         if len(candidates) > 1 and self.fmt.block[0] != 1:
-            rounded = round_columns(w, u, [chosen], self.fmt)
+            rounded = round_columns(w, x, m, d, [chosen], self.fmt)
         return chosen, rounded
 
-    def _search_rows(self, w: Tensor, u: Tensor, scales: Scales, block: int) -> Scales:
+    def _search_rows(self, w: Tensor, m: Tensor, d: Tensor, scales: Scales, block: int) -> Scales:
         """Scales that hold for whole rows: those of least loss when blocks of columns are rounded each on its own."""
         candidates = self._candidates(w, scales.tensor_scale)
         if len(candidates) == 1:
@@ -178,7 +184,7 @@ class _Solver:
         losses = w.new_zeros(len(candidates), len(w))
         for a in range(0, w.shape[1], block):
             part = slice(a, a + block)
-            losses += round_columns(w[:, part], u[part, part], candidates, self.fmt).losses
+            losses += round_columns(w[:, part], w[:, part], m[part, part], d[part], candidates, self.fmt).losses
         return self._best(candidates, losses)
 
     def _best(self, candidates: Sequence[Scales], losses: Tensor) -> Scales:
