@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def relative(weight: Tensor, values: Tensor, hessian: Tensor) -> float:
     return float(((error @ hessian * error).sum() / (weight @ hessian * weight).sum()).sqrt())
 
 
+@cache
 def of_torchao(group: int) -> Callable[[Tensor, Tensor], Any] | None:
     """torchao's loop on int4 groups, or None where torchao is not installed."""
     try:

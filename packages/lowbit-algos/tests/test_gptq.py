@@ -193,3 +193,19 @@ def test_what_does_not_fit_is_refused(message):
     given = {"weight": torch.ones(4, 64), "hessian": torch.eye(64), "fmt": "INT4_G32", **WRONG[message]}
     with pytest.raises(lb.FormatError, match=message):
         gptq(**given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", ["INT4_G32", "UINT4_G128", "INT8_ROW", "FP8_128x128", "MXFP4", "NVFP4"])
+def test_on_a_gpu(fmt):
+    weight, seen, unseen = problem(64, 512)
+    nearest = loss(lb.quantize(weight, fmt), weight, unseen)
+    found = gptq(weight.cuda(), seen.cuda(), fmt).weight
+    assert found.device.type == "cuda"
+    assert loss(found.to("cpu"), weight, unseen) <= nearest
+    # A diagonal Hessian moves no error, so there is no sum whose order could differ.
+    diagonal = torch.diag(torch.rand(512, generator=torch.Generator().manual_seed(0)) + 1)
+    alike = gptq(weight, diagonal, fmt, scale_search=False).weight
+    assert torch.equal(
+        gptq(weight.cuda(), diagonal.cuda(), fmt, scale_search=False).weight.dequantize().cpu(), alike.dequantize()
+    )
