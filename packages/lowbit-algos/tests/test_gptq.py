@@ -184,6 +184,9 @@ WRONG = {
     r"not torch.int64 \(4, 64\)": {"weight": torch.ones(4, 64, dtype=torch.int64)},
     r"not torch.float32 \(64,\)": {"weight": torch.ones(64)},
     r"k_axis=2 is no axis": {"k_axis": 2},
+    r"damping=0 and block=None must be positive": {"damping": 0},
+    r"damping=0.01 and block=0 must be positive": {"block": 0},
+    r"tensor scale is \(3, 1, 1\); needed is \(1, 1\)": {"fmt": "NVFP4", "tensor_scale": torch.ones(3, 1, 1)},
     r"64 .* is not a multiple of block 128": {"fmt": "INT4_G128"},
 }
 

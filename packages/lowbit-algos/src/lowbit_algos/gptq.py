@@ -70,11 +70,14 @@ def gptq(
         tensor_scale: that of NVFP4, where siblings share one; (1, 1), or (E, 1, 1) for experts.
 
     Raises:
-        FormatError: shapes do not fit, the weight is not finite, or `block` is no multiple of the group.
+        FormatError: shapes do not fit, the weight or a Hessian is not finite, `block` is no multiple of the group, or
+            `damping` is not positive.
         LowbitError: a Hessian is not positive definite, however it is damped.
     """
     parsed = Format.parse(fmt) if isinstance(fmt, str) else fmt
-    _check(weight, hessian, k_axis)
+    _check(weight, hessian, k_axis, tensor_scale)
+    if damping <= 0 or (block is not None and block < 1):
+        raise FormatError(f"damping={damping} and block={block} must be positive")
     canonical = weight.detach().movedim(k_axis, -1).to(torch.float32)
     one = canonical.dim() == 2
     matrices, hessians = (canonical[None], hessian[None]) if one else (canonical, hessian)
@@ -232,7 +235,7 @@ def _joined(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Tens
     return function(given) if given else None
 
 
-def _check(weight: Tensor, hessian: Tensor, k_axis: int) -> None:
+def _check(weight: Tensor, hessian: Tensor, k_axis: int, tensor_scale: Tensor | None) -> None:
     """Refuse what does not fit together.
 
     Raises:
@@ -249,6 +252,8 @@ def _check(weight: Tensor, hessian: Tensor, k_axis: int) -> None:
             f"the Hessian is {hessian.dtype} {_shape(hessian)} on {hessian.device}; for a weight {_shape(weight)} on "
             f"{weight.device} with k_axis={k_axis} needed is a float one of shape {needed} there"
         )
+    if tensor_scale is not None and tuple(tensor_scale.shape) != (*weight.shape[:-2], 1, 1):
+        raise FormatError(f"the tensor scale is {_shape(tensor_scale)}; needed is {(*weight.shape[:-2], 1, 1)}")
     for name, tensor in (("weight", weight), ("Hessian", hessian)):
         if not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"the {name} holds a NaN or an infinity, which would spread to every column")

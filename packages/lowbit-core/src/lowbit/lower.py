@@ -154,7 +154,7 @@ class _Graphs:
         if isinstance(operators, str):
             return _stays(row, operators)
         told = tuple(map(str, chosen.refusals))
-        return Lowering(row.name, op, row.format, activation, kernel.name, kernel.pack is not None, operators, told)
+        return replace(row, kernel=kernel.name, packed=kernel.pack is not None, operators=operators, refusals=told)
 
     def program(self) -> ExportedProgram:
         """What was made, without weights that nothing uses any more."""

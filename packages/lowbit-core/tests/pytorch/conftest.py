@@ -1,9 +1,11 @@
-"""Notes how each cell of the table went in the JSON file that LOWBIT_CELLS names."""
+"""Notes how each cell of the table went in the JSON file that LOWBIT_CELLS names; a process without lowbit."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,38 @@ def pytest_sessionfinish(session):
     device = " and ".join(torch.cuda.get_device_name() if on_gpu else "cpu" for on_gpu in sorted(_on_gpu))
     told = {"torch": torch.__version__.partition("+")[0], "device": device, "cells": _outcomes}
     Path(path).write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+CHILD = """
+import sys
+import torch
+for line in sys.stdin:
+    package, inputs, libraries, output = eval(line)
+    for library in libraries:
+        torch.ops.load_library(library)
+    run = torch._inductor.aoti_load_package(package)
+    results = [run(*x) for x in torch.load(inputs)]
+    assert not [name for name in sys.modules if name.startswith("lowbit")]
+    torch.save(results, output)
+    print("done", flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def run_elsewhere(tmp_path_factory):
+    """A process that runs packages and never imports lowbit: (package, inputs, libraries of operators) -> outputs."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def run(package, xs, libraries=()):
+            torch.save(xs, folder / "inputs")
+            told = (str(package), str(folder / "inputs"), [*map(str, libraries)], str(folder / "outputs"))
+            process.stdin.write(f"{told!r}\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "done\n"
+            return torch.load(folder / "outputs")
+
+        yield run
+        process.stdin.close()

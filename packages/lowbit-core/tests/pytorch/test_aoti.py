@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from cells import ROWS, inputs, model
@@ -14,40 +11,6 @@ from tolerance import assert_computed
 TOKENS = (2, 5, 12, 40)
 # A package takes 10 s to compile.
 QUICK = {"int8-row-2d", "int4-g128-2d", "fp8-row-2d", "mxfp8-2d", "nvfp4-2d"}
-
-CHILD = """
-import sys
-import torch
-for line in sys.stdin:
-    package, inputs, libraries, output = eval(line)
-    for library in libraries:
-        torch.ops.load_library(library)
-    run = torch._inductor.aoti_load_package(package)
-    results = [run(*x) for x in torch.load(inputs)]
-    assert not [name for name in sys.modules if name.startswith("lowbit")]
-    torch.save(results, output)
-    print("done", flush=True)
-"""
-
-
-@pytest.fixture(scope="session")
-def run_elsewhere(tmp_path_factory):
-    """A process that runs packages and never imports lowbit: (package, inputs, libraries of operators) -> outputs."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def run(package, xs, libraries=()):
-            torch.save(xs, folder / "inputs")
-            told = (str(package), str(folder / "inputs"), [*map(str, libraries)], str(folder / "outputs"))
-            process.stdin.write(f"{told!r}\n")
-            process.stdin.flush()
-            assert process.stdout.readline() == "done\n"
-            return torch.load(folder / "outputs")
-
-        yield run
-        process.stdin.close()
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # torch 2.11's own

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from cells import ROWS, inputs, model
-from test_aoti import run_elsewhere  # noqa: F401 - a fixture
 from test_export import TOKENS, exported, targets
 from tolerance import assert_computed
 from torch import nn
@@ -138,7 +137,7 @@ def test_what_the_backend_takes_is_replaced_and_packed_once(net):
     assert_near(made, lowered.program.module())
 
 
-def test_it_saves_loads_and_runs_without_lowbit(net, library, run_elsewhere, tmp_path):  # noqa: F811 - the fixture
+def test_it_saves_loads_and_runs_without_lowbit(net, library, run_elsewhere, tmp_path):
     made, program = net
     with installed_backends(Int8Rows()):
         lowered = lb.lower(program, "int8_rows").program
