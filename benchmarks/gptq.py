@@ -91,7 +91,7 @@ def measured(n: int, k: int, formats: list[str], runs: int) -> Iterator[dict[str
         yield {**told, "algorithm": "round to nearest", "error": nearest}
         for name, choices in CHOICES.items():
             taken, found = seconds(partial(gptq, weight, hessian, fmt, **choices), runs)
-            error = relative(weight, found.weight.dequantize(), hessian)
+            error = relative(weight, found.dequantize(), hessian)
             yield {**told, "algorithm": name, "seconds": taken, "error": error}
     if (peer := of_torchao(128)) is not None:
         taken, _ = seconds(partial(peer, weight, hessian), 1)

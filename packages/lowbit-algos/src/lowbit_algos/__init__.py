@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lowbit_algos.gptq import Solution, gptq
+from lowbit_algos.gptq import Solution, gptq, solve
 
-__all__ = ["Solution", "gptq"]
+__all__ = ["Solution", "gptq", "solve"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ from torch import Tensor
 from lowbit import Format, FormatError, QuantizedTensor, Scales, choose_scale
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, encode
 from lowbit_algos.columns import Rounded, round_columns, rows_a_scale
-from lowbit_algos.factor import factors
+from lowbit_algos.factor import Factors, factors
 
 # Of a group's values, those that the candidates of a search fit; beyond, all saturates.
 _SHARES = tuple(1 - i / 32 for i in range(-1, 15))
 # For scales that are powers of two.
 _POWERS = (1.0, 0.5, 2.0)
 _BLOCK = 128
+# Values of a weight that are worked on at a time: with what is made of them, a third of a gigabyte.
+_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +40,47 @@ class Solution:
     damping: tuple[float, ...]
 
 
+class Options(TypedDict, total=False):
+    """How `gptq` and `solve` go about it.
+
+    - `damping` (0.01): added to the diagonal of the Hessian, as a share of its mean.
+    - `block`: columns that are rounded before the rest of the weight is brought up to date, a multiple of the group; by
+      default 128 or a little more.
+    - `act_order` (on): round columns with larger inputs first; otherwise in the order they have.
+    - `scale_search` (on): try several scales a group (a row, for formats with one a row), keep that of least loss.
+    - `mode`: how e8m0 scales are rounded.
+    """
+
+    damping: float
+    block: int | None
+    act_order: bool
+    scale_search: bool
+    mode: ScaleMode
+
+
 def gptq(
     weight: Tensor,
     hessian: Tensor,
     fmt: str | Format,
     *,
     k_axis: int = -1,
-    damping: float = 0.01,
-    block: int | None = None,
-    act_order: bool = True,
-    scale_search: bool = True,
-    mode: ScaleMode = DEFAULT_MODE,
     tensor_scale: Tensor | None = None,
+    **options: Unpack[Options],
+) -> QuantizedTensor:
+    """Quantize a weight so that its products with inputs like those seen change least; see `solve`."""
+    return solve(weight, hessian, fmt, k_axis=k_axis, tensor_scale=tensor_scale, **options).weight
+
+
+def solve(
+    weight: Tensor,
+    hessian: Tensor,
+    fmt: str | Format,
+    *,
+    k_axis: int = -1,
+    tensor_scale: Tensor | None = None,
+    **options: Unpack[Options],
 ) -> Solution:
-    """Quantize a weight so that its products with inputs like those seen change least.
+    """Quantize a weight so that its products with inputs like those seen change least, and tell how that went.
 
     It lowers `tr((W - Wq) H (W - Wq)^T)` greedily, in float32 whatever the weight's dtype; what is given stays as it
     is. A column whose inputs were all zero is rounded to nearest, and no other makes up for it.
@@ -61,13 +90,8 @@ def gptq(
         hessian: `sum x x^T` over inputs x (K,), any multiple of it: (K, K), or (E, K, K) for experts.
         fmt: a format or its spec; for experts, one without scales that several share.
         k_axis: the axis of the weight that products sum over.
-        damping: added to the diagonal of the Hessian, as a share of its mean.
-        block: columns that are rounded before the rest of the weight is brought up to date, a multiple of the group; by
-            default 128 or a little more.
-        act_order: round columns with larger inputs first; otherwise in the order they have.
-        scale_search: try several scales a group (a row, for formats with one a row) and keep the one of least loss.
-        mode: how e8m0 scales are rounded.
         tensor_scale: that of NVFP4, where siblings share one; (1, 1), or (E, 1, 1) for experts.
+        options: see `Options`.
 
     Raises:
         FormatError: shapes do not fit, the weight or a Hessian is not finite, `block` is no multiple of the group, or
@@ -76,19 +100,17 @@ def gptq(
     """
     parsed = Format.parse(fmt) if isinstance(fmt, str) else fmt
     _check(weight, hessian, k_axis, tensor_scale)
-    if damping <= 0 or (block is not None and block < 1):
-        raise FormatError(f"damping={damping} and block={block} must be positive")
-    canonical = weight.detach().movedim(k_axis, -1).to(torch.float32)
+    solver = _Solver(parsed.with_block(*parsed.block_for(2)), **options)
+    canonical = weight.detach().movedim(k_axis, -1)
     one = canonical.dim() == 2
     matrices, hessians = (canonical[None], hessian[None]) if one else (canonical, hessian)
     wholes = [None] * len(matrices) if tensor_scale is None else list(tensor_scale[None] if one else tensor_scale)
-    solver = _Solver(parsed.with_block(*parsed.block_for(2)), damping, block, act_order, scale_search, mode)
     solved = [solver.solve(*given) for given in zip(matrices, hessians, wholes, strict=True)]
     data, scales, dampings = zip(*solved, strict=True)
     if one:
         joined, codes = scales[0], data[0]
     else:
-        joined, codes = _map(_stack, scales), _stack(data)
+        joined, codes = _map(torch.stack, scales), _joined(torch.stack, data)
     q = QuantizedTensor.from_parts(codes, joined, parsed, k=canonical.shape[-1], dtype=weight.dtype, axis=k_axis)
     return Solution(q, dampings)
 
@@ -98,34 +120,52 @@ class _Solver:
     """How matrices are to be solved; the format's block has two entries."""
 
     fmt: Format
-    damping: float
-    block: int | None
-    act_order: bool
-    scale_search: bool
-    mode: ScaleMode
+    damping: float = 0.01
+    block: int | None = None
+    act_order: bool = True
+    scale_search: bool = True
+    mode: ScaleMode = DEFAULT_MODE
+
+    def __post_init__(self) -> None:
+        """Refuse what no matrix can be solved with.
+
+        Raises:
+            FormatError: a number is not positive.
+        """
+        if self.damping <= 0 or (self.block is not None and self.block < 1):
+            raise FormatError(f"damping={self.damping} and block={self.block} must be positive")
 
     def solve(self, weight: Tensor, hessian: Tensor, tensor_scale: Tensor | None) -> tuple[Tensor, Scales, float]:
-        """Codes and scales of one float32 matrix (N, K), and the damping it took."""
-        (_, k), group = weight.shape, self.fmt.block_of(tuple(weight.shape))[1]
+        """Codes and scales of one matrix (N, K), and the damping it took."""
+        (n, k), (together, group) = weight.shape, self.fmt.block_of(tuple(weight.shape))
         block = self._block(group) if group < k else self.block or _BLOCK
-        h = hessian.to(torch.float32)
-        order = self._order(h.diagonal(), group)
-        h = h[order][:, order]
-        # A column without inputs matters to no other.
-        h.diagonal().add_((h.diagonal() == 0).to(h.dtype))
-        m, d, damping = factors(h, self.damping)
-        w, scales = weight[:, order], self._choose(weight, tensor_scale)
-        if group >= k:
-            scales = self._search_rows(w, m, d, scales, block)
+        found = factors(hessian, self._order(hessian.diagonal(), group), self.damping)
+        if tensor_scale is None and self.fmt.tensor_scale:
+            tensor_scale = self._choose(weight, None).tensor_scale
+        # Rows are independent, so that only some of them need to be in float32 at a time.
+        rows = max(_ELEMENTS // k // together, 1) * together
+        parts = [self._rows(part.to(torch.float32), found, block, tensor_scale) for part in weight.split(min(rows, n))]
+        data, scales = zip(*parts, strict=True)
+        return _joined(torch.cat, data), replace(_map(torch.cat, scales), tensor_scale=tensor_scale), found.damping
+
+    def _rows(self, w: Tensor, found: Factors, block: int, tensor_scale: Tensor | None) -> tuple[Tensor, Scales]:
+        """Codes and scales of float32 rows (N, K)."""
+        order, d, group = found.order, found.d, self.fmt.block_of(tuple(w.shape))[1]
+        scales, w = self._choose(w, tensor_scale), w[:, order]
+        grouped = group < w.shape[1]
+        if not grouped:
+            scales = self._search_rows(w, found, scales, block)
         targets, errors = torch.empty_like(w), torch.empty_like(w)
         for spans in _blocks(order, group, block):
             start, end = spans[0][0], spans[-1][1]
-            x = torch.addmm(w[:, start:end], errors[:, :start], m[:start, start:end])
+            whole = slice(start, end)
+            inside = found.m(whole, whole)
+            x = torch.addmm(w[:, whole], errors[:, :start], found.m(slice(0, start), whole))
             for a, b in spans:
-                one = slice(a, b)
-                given = w[:, one], x[:, a - start : b - start], m[one, one], d[one]
-                if group < k:
-                    chosen, rounded = self._group(*given, scales.tensor_scale)
+                one, here, after = slice(a, b), slice(a - start, b - start), slice(b - start, None)
+                given = w[:, one], x[:, here], inside[here, here], d[one]
+                if grouped:
+                    chosen, rounded = self._group(*given, tensor_scale)
                     at = int(order[a]) // group
                     scales.scale[:, at] = chosen.scale[:, 0]
                     if scales.zero is not None and chosen.zero is not None:
@@ -133,8 +173,8 @@ class _Solver:
                 else:
                     rounded = round_columns(*given, [scales], self.fmt)
                 targets[:, order[one]], errors[:, one] = rounded.targets, rounded.errors
-                x[:, b - start :].addmm_(rounded.errors, m[one, b:end])
-        return encode(targets, self.fmt, scales), scales, damping
+                x[:, after].addmm_(rounded.errors, inside[here, after])
+        return encode(targets, self.fmt, scales), scales
 
     def _order(self, diagonal: Tensor, group: int) -> Tensor:
         """Columns in the order they are rounded; those of a group stay together."""
@@ -179,7 +219,7 @@ class _Solver:
             rounded = round_columns(w, x, m, d, [chosen], self.fmt)
         return chosen, rounded
 
-    def _search_rows(self, w: Tensor, m: Tensor, d: Tensor, scales: Scales, block: int) -> Scales:
+    def _search_rows(self, w: Tensor, found: Factors, scales: Scales, block: int) -> Scales:
         """Scales that hold for whole rows: those of least loss when blocks of columns are rounded each on its own."""
         candidates = self._candidates(w, scales.tensor_scale)
         if len(candidates) == 1:
@@ -187,7 +227,8 @@ class _Solver:
         losses = w.new_zeros(len(candidates), len(w))
         for a in range(0, w.shape[1], block):
             part = slice(a, a + block)
-            losses += round_columns(w[:, part], w[:, part], m[part, part], d[part], candidates, self.fmt).losses
+            given = w[:, part], w[:, part], found.m(part, part), found.d[part]
+            losses += round_columns(*given, candidates, self.fmt).losses
         return self._best(candidates, losses)
 
     def _best(self, candidates: Sequence[Scales], losses: Tensor) -> Scales:
@@ -196,8 +237,8 @@ class _Solver:
         blocks = torch.nn.functional.pad(losses, (0, -losses.shape[1] % rows)).unflatten(1, (-1, rows)).sum(-1)
         best = blocks.argmin(0)
 
-        def pick(parts: Sequence[Tensor]) -> Tensor:
-            return _stack(parts, lambda raw: raw[best, torch.arange(len(best), device=best.device)])
+        def pick(parts: list[Tensor]) -> Tensor:
+            return torch.stack(parts)[best, torch.arange(len(best), device=best.device)]
 
         chosen = _map(pick, [replace(candidate, tensor_scale=None) for candidate in candidates])
         return replace(chosen, tensor_scale=candidates[0].tensor_scale)
@@ -219,20 +260,19 @@ def _blocks(order: Tensor, group: int, block: int) -> list[list[tuple[int, int]]
     return blocks
 
 
-def _stack(parts: Sequence[Tensor], then: Callable[[Tensor], Tensor] = lambda raw: raw) -> Tensor:
-    """`torch.stack`, and something done to it, as bytes where torch lacks that for 8-bit floats."""
-    raw = [part.view(torch.uint8) if part.dtype.itemsize == 1 else part for part in parts]
-    return then(torch.stack(raw)).view(parts[0].dtype)
-
-
-def _map(function: Callable[[Sequence[Tensor]], Tensor], several: Sequence[Scales]) -> Scales:
+def _map(function: Callable[[list[Tensor]], Tensor], several: Sequence[Scales]) -> Scales:
     """One `Scales` of several, part by part."""
     return Scales(*(_joined(function, [getattr(s, part.name) for s in several]) for part in fields(Scales)))
 
 
-def _joined(function: Callable[[Sequence[Tensor]], Tensor], parts: Sequence[Tensor | None]) -> Any:
+def _joined(function: Callable[[list[Tensor]], Tensor], parts: Sequence[Tensor | None]) -> Any:
+    """What a function makes of tensors, as bytes where torch lacks that for 8-bit floats; None of nothing."""
     given = [part for part in parts if part is not None]
-    return function(given) if given else None
+    return function([_bytes(part) for part in given]).view(given[0].dtype) if given else None
+
+
+def _bytes(part: Tensor) -> Tensor:
+    return part.view(torch.uint8) if part.dtype.itemsize == 1 else part
 
 
 def _check(weight: Tensor, hessian: Tensor, k_axis: int, tensor_scale: Tensor | None) -> None:
