@@ -27,6 +27,12 @@ SMALL = {
 MODELS = {
     "llama": ("LlamaForCausalLM", SMALL),
     "qwen2": ("Qwen2ForCausalLM", SMALL),  # q, k and v have biases
+    "qwen3": ("Qwen3ForCausalLM", SMALL | {"head_dim": 32}),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        SMALL | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32},
+    ),
+    "bert": ("BertForMaskedLM", SMALL),
     "mixtral": ("MixtralForCausalLM", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek": (
         "DeepseekV3ForCausalLM",

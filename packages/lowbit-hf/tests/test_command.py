@@ -89,7 +89,7 @@ WRONG = {
     "no model": (["plan", "--to", "W8A8"], "Missing argument 'MODEL'"),
     "no scheme": (["plan", "MODEL"], "Missing option '--to'"),
     "unknown scheme": (["plan", "MODEL", "--to", "W4A17"], "no scheme is named 'W4A17'; did you mean W4A16"),
-    "scheme that cannot be written": (["plan", "MODEL", "--to", "FP8"], "use FP8_DYNAMIC"),
+    "scheme that cannot be written": (["plan", "MODEL", "--to", "W4AFP8_G64"], "groups of 128 only"),
     "rule without a scheme": (["plan", "MODEL", "--to", "W8A8", "--rule", "*.up_proj"], "must be GLOB=SCHEME"),
     "rule without a glob": (["plan", "MODEL", "--to", "W8A8", "--rule", "=W8A8"], "must be GLOB=SCHEME"),
     "rule of an unknown scheme": (["plan", "MODEL", "--to", "W8A8", "--rule", "*=W9"], "no scheme is named 'W9'"),
@@ -369,7 +369,7 @@ def test_schemes(lowbit):
     rows = {row["scheme"]: row for row in json.loads(lowbit("schemes", "--json")[1])}
     assert set(rows) == set(SCHEMES)
     for name, row in rows.items():
-        assert bool(row["cannot be written yet"]) == (SCHEMES[name].refusal is not None)
+        assert (row["calibration"] == "needed") == (name in {"FP8", "NVFP4", "W8A8_STATIC", "W8A8_STATIC_ASYM"})
 
 
 # Interruption

@@ -19,6 +19,7 @@ from lowbit_hf.layout import (
     act_scales,
     format_from_config,
     from_compressed,
+    input_tensors,
     row_alignment,
     shape_of,
     tensors_of,
@@ -106,6 +107,8 @@ def test_round_trip_is_exact(entry, dtype):
 def test_planned_tensors_are_those_written(entry, dtype):
     _, shape, data, scales = quantized(entry, dtype)
     written = to_compressed(entry, data, scales, shape)
+    act_zero = torch.zeros(1, 1, dtype=torch.int8) if entry.activation and entry.activation.format.zero else None
+    written |= input_tensors(entry.activation, torch.ones(1, 1), act_zero, dtype)
     planned = {name: (stored, size) for name, stored, size in tensors_of(entry, shape, dtype)}
     assert planned == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in written.items()}
     assert all(tensor.is_contiguous() for tensor in written.values())

@@ -71,6 +71,7 @@ def gptq(
     return solve(weight, hessian, fmt, k_axis=k_axis, tensor_scale=tensor_scale, **options).weight
 
 
+@torch.no_grad()
 def solve(
     weight: Tensor,
     hessian: Tensor,

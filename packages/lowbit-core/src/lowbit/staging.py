@@ -5,6 +5,7 @@ Until it is published, the output `name` is the folder `.name.partial` beside it
     lock             locked by the process at work; holds its id
     journal.jsonl    whose run this is, and the units of work whose bytes are on disk
     files/           the output so far
+    scratch/         what a run needs to go on with, and nobody else
 
 A unit is journalled only after its bytes are synced, and resuming trusts the journal alone: what it does not name is
 written again. To publish is to rename `files`, which is atomic. An old output is renamed to `.name.replaced` just
@@ -36,6 +37,7 @@ _UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 _JOURNAL = "journal.jsonl"
 _LOCK = "lock"
 _FILES = "files"
+_SCRATCH = "scratch"
 
 
 class Staging:
@@ -90,6 +92,15 @@ class Staging:
     def files(self) -> Path:
         """Folder of the output so far."""
         return self._files
+
+    @property
+    def scratch(self) -> Path:
+        """Folder for files that a run which continues this one needs; deleted when the output is published."""
+        return self.partial / _SCRATCH
+
+    def wrote(self, path: Path) -> None:
+        """Note that a file of `scratch` was written, so that it is on disk before the next unit counts as done."""
+        self._journal.wrote(path, path.stat().st_size)
 
     def is_done(self, unit: str) -> bool:
         """Whether `unit` need not be done (again)."""
@@ -231,7 +242,7 @@ class Staging:
         journal, staged = self._journal, self._files.is_dir()
         if os.path.lexists(self._replaced) and not os.path.lexists(self.out):
             self._replaced.rename(self.out)
-        strange = {path.name for path in self.partial.iterdir()} - {_LOCK, _JOURNAL, _FILES}
+        strange = {path.name for path in self.partial.iterdir()} - {_LOCK, _JOURNAL, _FILES, _SCRATCH}
         if strange and not journal.owner:
             raise CheckpointError(f"{self.partial} holds {quote_names(sorted(strange))}, not of lowbit; move it away")
         same = journal.owner.get("fingerprint") == fingerprint
@@ -249,6 +260,7 @@ class Staging:
             # In this order: a journal never speaks of files that are gone.
             journal.clear()
             _remove(self._files)
+            _remove(self.scratch)
 
     def _begin(self, owner: dict[str, str]) -> None:
         try:
@@ -261,11 +273,13 @@ class Staging:
             self._journal.append({"owner": owner})
             self._journal.sync()
         self._files.mkdir(exist_ok=True)
+        self.scratch.mkdir(exist_ok=True)
 
     def _clean(self) -> None:
         """Remove the old output and the partial folder; until that is empty, its journal can say that all is done."""
         _remove(self._replaced)
         _remove(self._files)
+        _remove(self.scratch)
         (self.partial / _JOURNAL).unlink(missing_ok=True)
         (self.partial / _LOCK).unlink(missing_ok=True)
         self.partial.rmdir()

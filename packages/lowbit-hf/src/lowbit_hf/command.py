@@ -29,12 +29,15 @@ from lowbit_hf.schemes import ALIASES, SCHEMES, Scheme, scheme
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lowbit_algos import Method
     from lowbit_hf.evaluate import Evaluation
     from lowbit_hf.quantize import Account, Job
+    from lowbit_hf.texts import Calibration
 
 _COMPARED = ("W8A8", "W4A16", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16")
 
 Mode = Literal["floor", "ceil", "even", "rceil"]
+_ALGORITHMS = ("rtn", "gptq")
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")
 ]
@@ -47,6 +50,15 @@ Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where to c
 ScaleModes = Annotated[Mode, typer.Option("--scale-mode", help="how MX block scales are rounded to powers of two")]
 Coverage = Annotated[float, typer.Option("--min-coverage", help="fail if a smaller share of all bytes becomes low-bit")]
 Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="keep weights with NaN or infinity unquantized")]
+AlgorithmOf = Annotated[str, typer.Option("--algorithm", metavar="NAME", help="rtn or gptq, which needs --calibrate")]
+Algorithms = Annotated[
+    list[str], typer.Option("--algorithm", metavar="NAME", help="an algorithm to try, as for quantize; repeatable")
+]
+Calibrate = Annotated[Path | None, typer.Option(metavar="FILE", help="text to calibrate on: .txt, .jsonl or .parquet")]
+Samples = Annotated[int, typer.Option(metavar="N", help="windows of the text to calibrate on")]
+Length = Annotated[int, typer.Option("--seq-len", metavar="N", help="tokens of a window")]
+Seed = Annotated[int, typer.Option(metavar="N", help="which windows are chosen")]
+OnePass = Annotated[bool, typer.Option("--one-pass", help="feed blocks what the original model makes")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Text = Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: 300 kB that lowbit-hf brings")]
 Tokens = Annotated[int | None, typer.Option(metavar="N", min=2, help="use only the text's first N tokens")]
@@ -110,6 +122,12 @@ def _quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to make; appears whole or not at all")] = Path(),
     rule: Rules = [],  # noqa: B006 - typer copies it
     keep: Keep = [],  # noqa: B006
+    algorithm: AlgorithmOf = "rtn",
+    calibrate: Calibrate = None,
+    samples: Samples = 128,
+    seq_len: Length = 512,
+    seed: Seed = 0,
+    one_pass: OnePass = False,  # noqa: FBT002
     device: Device = None,
     scale_mode: ScaleModes = "even",
     min_coverage: Coverage = 0.0,
@@ -118,14 +136,28 @@ def _quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
-    """Make a checkpoint low-bit, from disk to disk, by rounding to nearest.
+    """Make a checkpoint low-bit, from disk to disk, by rounding to nearest or by an algorithm that does better.
 
     Linear layers and experts get SCHEME; the output head and routers stay. A run that was stopped continues when the
     same command is given again. The result is in compressed-tensors layout, which transformers and vLLM read.
     """
     if out == Path() and not dry_run:
         raise typer.BadParameter("needed is a folder to write to", param_hint="'-o' / '--out'")
-    job = _job(model, to, rule, keep, _device(device), scale_mode, min_coverage, allow_nonfinite=allow_nonfinite)
+    text = None if calibrate is None else _calibration(calibrate, samples, seq_len, seed)
+    method = _method(algorithm, scale_mode, sequential=not one_pass, calibrated=text is not None)
+    job = _job(
+        model,
+        to,
+        rule,
+        keep,
+        _device(device),
+        scale_mode,
+        min_coverage,
+        allow_nonfinite=allow_nonfinite,
+        calibration=text,
+        method=method,
+    )
+    _require_data(job)
     if dry_run:
         return _show_plan(job, as_json=as_json)
     account = _carry_out(job, out, _device(device), overwrite=overwrite)
@@ -184,6 +216,11 @@ def _eval(
 def _compare(
     model: Model,
     to: Annotated[list[str], typer.Option(metavar="SCHEME", help="a scheme to try; repeatable")] = list(_COMPARED),  # noqa: B006
+    algorithm: Algorithms = ["rtn"],  # noqa: B006
+    calibrate: Calibrate = None,
+    samples: Samples = 128,
+    seq_len: Length = 512,
+    seed: Seed = 0,
     text: Text = None,
     device: Device = None,
     tokens: Tokens = None,
@@ -197,13 +234,31 @@ def _compare(
     from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), _device(device)
-    names = list(dict.fromkeys(name.upper() for name in to))
-    jobs = [_job(model, name, [], [], where, "even", 0.0, allow_nonfinite=False) for name in names]
+    data = None if calibrate is None else _calibration(calibrate, samples, seq_len, seed)
+    jobs = {
+        (name, each): _job(
+            model,
+            name,
+            [],
+            [],
+            where,
+            "even",
+            0.0,
+            allow_nonfinite=False,
+            calibration=data,
+            method=_method(each, "even", sequential=True, calibrated=data is not None),
+        )
+        for name in dict.fromkeys(name.upper() for name in to)
+        for each in dict.fromkeys(algorithm)
+    }
+    for job in jobs.values():
+        _require_data(job)
     base = load(folder, device=where)
     ids = _token_ids(folder, text, tokens)
     result = _evaluate(base, None, ids, "the original")
     dtype = str(base.dtype).removeprefix("torch.")
-    rows: list[dict[str, Any]] = [_table_row(dtype, 8.0 * base.dtype.itemsize, jobs[0].checkpoint.nbytes, result)]
+    stored = next(iter(jobs.values())).checkpoint.nbytes
+    rows: list[dict[str, Any]] = [_table_row(dtype, None, 8.0 * base.dtype.itemsize, stored, result)]
     with TemporaryDirectory(prefix="lowbit-") as scratch:
         parent = Path(scratch) if out is None else out
         try:
@@ -211,11 +266,11 @@ def _compare(
         except OSError as error:
             msg = f"cannot make the folder {parent}: {error}"
             raise CheckpointError(msg) from error
-        for name, job in zip(names, jobs, strict=True):
-            target = parent / name
+        for (name, each), job in jobs.items():
+            target = parent / (name if each == "rtn" else f"{name}-{each}")
             _carry_out(job, target, where, overwrite=overwrite)
-            result = _evaluate(load(target, device=where), base, ids, name)
-            rows.append(_table_row(name, job.bits_per_weight, job.output_bytes, result))
+            result = _evaluate(load(target, device=where), base, ids, target.name)
+            rows.append(_table_row(name, each, job.bits_per_weight, job.output_bytes, result))
     if as_json:
         _print_json({"model": model, "results": rows})
     else:
@@ -300,7 +355,7 @@ def _schemes(as_json: AsJson = False) -> int:  # noqa: FBT002
             "weights": str(entry.weight),
             "inputs": "as they are" if entry.activation is None else str(entry.activation),
             "file format": entry.file_format,
-            "cannot be written yet": entry.refusal or "",
+            "calibration": "needed" if entry.needs_data else "",
         }
         for entry in SCHEMES.values()
     ]
@@ -322,6 +377,8 @@ def _job(
     min_coverage: float,
     *,
     allow_nonfinite: bool,
+    calibration: Calibration | None = None,
+    method: Method | None = None,
 ) -> Job:
     from lowbit_hf.quantize import prepare  # noqa: PLC0415
 
@@ -335,7 +392,35 @@ def _job(
         min_coverage=min_coverage,
         allow_nonfinite=allow_nonfinite,
         device=device,
+        calibration=calibration,
+        method=method,
     )
+
+
+def _calibration(file: Path, samples: int, length: int, seed: int) -> Calibration:
+    from lowbit_hf.texts import Calibration  # noqa: PLC0415
+
+    if not file.is_file():
+        raise typer.BadParameter(f"there is no file {file}", param_hint="'--calibrate'")
+    return Calibration(file, samples, length, seed)
+
+
+def _method(algorithm: str, mode: Mode, *, sequential: bool, calibrated: bool) -> Method:
+    """What an algorithm's name means."""
+    from lowbit_algos import Method  # noqa: PLC0415
+
+    if algorithm not in _ALGORITHMS:
+        raise typer.BadParameter(f"{algorithm!r} is not one of {', '.join(_ALGORITHMS)}", param_hint="'--algorithm'")
+    if algorithm != "rtn" and not calibrated:
+        msg = f"{algorithm} needs a text to calibrate on: --calibrate FILE"
+        raise typer.BadParameter(msg, param_hint="'--algorithm'")
+    return Method(rounding="gptq" if algorithm == "gptq" else "nearest", sequential=sequential, mode=mode)
+
+
+def _require_data(job: Job) -> None:
+    from lowbit_hf.quantize import require_data  # noqa: PLC0415
+
+    require_data(job)
 
 
 def _parse_rule(rule: str) -> tuple[str, Scheme]:
@@ -401,13 +486,15 @@ def _nothing_lost(account: Account) -> str:
     return "\n".join(lines)
 
 
-def _table_row(name: str, bits: float, stored: int, result: Evaluation) -> dict[str, Any]:
-    return {"scheme": name, "bits_per_weight": bits, "bytes": stored, **asdict(result)}
+def _table_row(name: str, algorithm: str | None, bits: float, stored: int, result: Evaluation) -> dict[str, Any]:
+    told = {"scheme": name, "algorithm": algorithm, "bits_per_weight": bits, "bytes": stored}
+    return {**told, **asdict(result)}
 
 
 def _table_cells(row: dict[str, Any]) -> dict[str, str]:
     return {
         "scheme": row["scheme"],
+        "algorithm": row["algorithm"] or "",
         "bits per weight": f"{row['bits_per_weight']:.3f}",
         "size": size(row["bytes"]),
         "perplexity": f"{row['perplexity']:.3f}",

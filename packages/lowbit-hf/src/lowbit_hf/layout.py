@@ -59,7 +59,33 @@ def tensors_of(scheme: Scheme, shape: tuple[int, int], dtype: torch.dtype) -> li
     Raises:
         FormatError: the shape or the dtype does not fit the scheme.
     """
-    return _entries(scheme.weight_format(dtype), _STORAGE[scheme.file_format], shape)
+    inputs: list[_Entry] = []
+    activation = scheme.activation
+    if activation is not None and activation.scaling == "local":
+        inputs = [("input_global_scale", torch.float32, (1,))]
+    elif activation is not None and activation.scaling == "static":
+        inputs = [("input_scale", dtype, (1,))]
+        if activation.format.zero is not None:
+            inputs.append(("input_zero_point", activation.format.zero.code_dtype, (1,)))
+    return _entries(scheme.weight_format(dtype), _STORAGE[scheme.file_format], shape) + inputs
+
+
+def input_tensors(
+    activation: Activation | None, act_scale: Tensor | None, act_zero: Tensor | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a module stores of its input's rounding, by local name; `act_scales` reads it back.
+
+    Raises:
+        CheckpointError: a scale is missing, NaN, infinite or zero.
+    """
+    if activation is None or activation.scaling == "dynamic":
+        return {}
+    if act_scale is None or not bool((act_scale > 0) & act_scale.isfinite()):
+        raise CheckpointError(f"{activation} needs a positive input scale, not {act_scale}; calibrate on other data")
+    if activation.scaling == "local":
+        return {"input_global_scale": act_scale.reshape(1).to(torch.float32).reciprocal()}
+    stored = {"input_scale": act_scale.reshape(1).to(dtype)}
+    return stored if act_zero is None else {**stored, "input_zero_point": act_zero.reshape(1)}
 
 
 def row_alignment(scheme: Scheme) -> int:

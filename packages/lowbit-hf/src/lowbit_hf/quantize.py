@@ -10,8 +10,9 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor
 
+from lowbit import QuantizedTensor
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.format import Format
 from lowbit.numerics import ScaleMode, choose_scale, encode, tensor_scale_for_amax
@@ -27,9 +29,12 @@ from lowbit.plan import Parameter, Plan, Row, plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, lies_inside, row_slices
 from lowbit.staging import ShardWriter, Staging
-from lowbit_hf.layout import row_alignment, tensors_of, to_compressed
+from lowbit_algos import Method
+from lowbit_hf.calibrated import Calibrated, Progress
+from lowbit_hf.layout import input_tensors, row_alignment, tensors_of, to_compressed
 from lowbit_hf.schemes import Scheme, quantization_config
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
+from lowbit_hf.texts import Calibration
 
 R = TypeVar("R")
 
@@ -37,6 +42,8 @@ R = TypeVar("R")
 _SLICE_BYTES = 2 << 20
 # The same weights in forms that other programs load; keeping them would double the folder and contradict its config.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+# Schemes that come close to those that need data.
+_WITHOUT_DATA = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16", "W8A8_STATIC": "W8A8", "W8A8_STATIC_ASYM": "W8A8_ASYM"}
 # A router decides which expert sees a token; it is tiny, and rounding it changes the choice.
 _ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight")
 # Projections that serving engines fuse into one, which then has one tensor scale.
@@ -58,6 +65,9 @@ class Job:
     mode: ScaleMode
     # Tensors with NaN or infinity that --allow-nonfinite keeps.
     nonfinite: tuple[str, ...]
+    # What blocks are calibrated on, and how; None: everything is rounded to nearest.
+    calibration: Calibration | None = None
+    method: Method | None = None
 
     @property
     def files(self) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]:
@@ -111,7 +121,8 @@ class Job:
     def fingerprint(self) -> str:
         """Names this input and these decisions, so that only the same job is ever resumed."""
         decisions = {name: [scheme.name, str(scheme.weight)] for name, scheme in self.schemes.items()}
-        text = json.dumps([self.checkpoint.fingerprint(), self.config, decisions, self.mode], sort_keys=True)
+        how = None if self.calibration is None else [self.calibration.fingerprint(), asdict(self.method or Method())]
+        text = json.dumps([self.checkpoint.fingerprint(), self.config, decisions, self.mode, how], sort_keys=True)
         return sha256(text.encode()).hexdigest()
 
 
@@ -139,6 +150,8 @@ def prepare(
     min_coverage: float = 0.0,
     allow_nonfinite: bool = False,
     device: str = "cpu",
+    calibration: Calibration | None = None,
+    method: Method | None = None,
 ) -> Job:
     """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
 
@@ -182,8 +195,9 @@ def prepare(
         if scheme is not None:
             schemes[row.name] = scheme
     found = Plan(tuple(_as_given(row, given) for row in found.rows))
-    job = Job(folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite)
+    job = Job(folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite, calibration, method)
     _check_outputs(job)
+    _check_stacks(job)
     return job
 
 
@@ -200,9 +214,12 @@ def run(
 
     Raises:
         CheckpointError: the output exists or cannot be written, space runs out, or a weight holds NaN or infinity.
+        RecipeError: a scheme needs calibration data, and there is none.
     """
     _check_target(job.folder, out)
+    require_data(job)
     carried, left_behind = _other_files(job.folder, job.checkpoint)
+    windows = None if job.calibration is None else job.calibration.windows(job.folder)
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
             return _account(job, out, carried, left_behind)
@@ -214,9 +231,11 @@ def run(
             raise
         try:
             with _Run(device, advance) as run_:
-                scales = _TensorScales(job, run_)
-                for file, entries in job.checkpoint.shards.items():
-                    _write_file(job, staging, file, entries, run_, scales)
+                if windows is None:
+                    for file in job.checkpoint.shards:
+                        _write_rest(job, staging, file, run_, set()).finish()
+                else:
+                    _write_calibrated(job, windows, staging, run_)
         except NonfiniteError:
             # No later run could use what is there: the input itself has to change.
             staging.discard()
@@ -356,6 +375,40 @@ def _check_outputs(job: Job) -> None:
         raise CheckpointError(msg)
 
 
+def require_data(job: Job) -> None:
+    """Refuse schemes that need calibration data where there is none.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    needy = {scheme.name: name for name, scheme in job.schemes.items() if scheme.needs_data}
+    if needy and job.calibration is None:
+        scheme, name = next(iter(needy.items()))
+        raise RecipeError(
+            f"scheme {scheme} of {name!r} stores a scale for its input, which only data tells; give a text by "
+            f"--calibrate FILE, or use {_WITHOUT_DATA.get(scheme, 'a scheme whose activations are dynamic')}"
+        )
+
+
+def _check_stacks(job: Job) -> None:
+    """Refuse stacks of experts that would have several schemes where a stack is calibrated as one weight.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    stacks: dict[str, set[str]] = {}
+    for name, owner in job.owners.items():
+        if owner is not None and owner.stacked and job.calibration is not None:
+            scheme = job.schemes.get(name)
+            stacks.setdefault(owner.name, set()).add("kept" if scheme is None else scheme.name)
+    for parameter, found in stacks.items():
+        if len(found) > 1:
+            raise RecipeError(
+                f"the experts that the model stacks in {parameter!r} have different schemes "
+                f"({', '.join(sorted(found))}); calibrated, a stack is one weight: give all of it one scheme"
+            )
+
+
 def _kept_by_default(skeleton: Skeleton, owners: Mapping[str, Owner | None], decided: Sequence[Rule]) -> list[str]:
     """The output head, which most engines cannot load quantized, and routers; unless the user decided on them."""
     names = [
@@ -368,12 +421,13 @@ def _kept_by_default(skeleton: Skeleton, owners: Mapping[str, Owner | None], dec
     return [name for name in names if not any(rule.matches_name(name) for rule in decided)]
 
 
-def _write_file(
-    job: Job, staging: Staging, file: str, entries: Sequence[TensorEntry], run: _Run, scales: _TensorScales
-) -> None:
-    writer = staging.plan_file(file, job.files[file], {"format": "pt"})
-    for entry in entries:
+def _write_rest(job: Job, staging: Staging, file: str, run: _Run, without: AbstractSet[str]) -> ShardWriter:
+    """Write a file's tensors, those `without` excepted: as they are, or rounded to nearest."""
+    writer, scales = staging.plan_file(file, job.files[file], {"format": "pt"}), _TensorScales(job, run)
+    for entry in job.checkpoint.shards[file]:
         unit = f"{file}:{entry.name}"
+        if entry.name in without:
+            continue
         if staging.is_done(unit):
             run.advance(entry.nbytes)
             continue
@@ -385,7 +439,34 @@ def _write_file(
         else:
             _write_weight(job, writer, entry, scheme, run, scales)
         staging.done(unit)
-    writer.finish()
+    return writer
+
+
+def _write_calibrated(job: Job, windows: Tensor, staging: Staging, run: _Run) -> None:
+    """Write everything: what lies outside the blocks first, then each block when it is done."""
+    calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, device=run.device)
+    writers = {file: _write_rest(job, staging, file, run, calibrated.names) for file in job.checkpoint.shards}
+    file_of = {entry.name: file for file, entries in job.checkpoint.shards.items() for entry in entries}
+    entries = job.checkpoint.entries
+
+    def write(name: str, weight: QuantizedTensor) -> None:
+        scheme, module = job.schemes[name], name.removesuffix(".weight")
+        stored = to_compressed(scheme, weight.qdata.cpu(), weight.scales.cpu(), job.matrix_shape(entries[name]))
+        stored |= input_tensors(scheme.activation, weight.act_scale, weight.act_zero, job.dtype)
+        for local, tensor in stored.items():
+            writers[file_of[name]].write(f"{module}.{local}", tensor.cpu().contiguous())
+        run.advance(entries[name].nbytes)
+
+    def done(block: str, files: Sequence[Path]) -> None:
+        for path in files:
+            staging.wrote(path)
+        staging.done(f"block:{block}")
+        staging.sync()
+
+    progress = Progress(staging.scratch, lambda block: staging.is_done(f"block:{block}"), done)
+    calibrated.run(windows, job.method or Method(), progress, write)
+    for writer in writers.values():
+        writer.finish()
 
 
 def _write_weight(

@@ -24,6 +24,9 @@ from lowbit.format import (
     FP8_TENSOR,
     INT4_G128,
     INT8_ROW,
+    INT8_ROW_ASYM,
+    INT8_TENSOR,
+    INT8_TENSOR_ASYM,
     MXFP4,
     MXFP6_E2M3,
     MXFP8,
@@ -51,7 +54,7 @@ class Scheme:
     activation: Activation | None = None
     # compressed-tensors' name for the tensors that hold the weight; `lowbit_hf.layout` writes them.
     file_format: str
-    # Why round-to-nearest cannot write it; None: it can.
+    # Why it cannot be written; None: it can.
     refusal: str | None = None
 
     def weight_format(self, dtype: torch.dtype) -> Format:
@@ -67,6 +70,11 @@ class Scheme:
                 return replace(self.weight, scale=scale)
         msg = f"{self.name} stores scales in the weight's dtype: float16, bfloat16 or float32, not {dtype}"
         raise FormatError(msg)
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether its inputs are rounded by a stored scale, which only calibration data tells."""
+        return self.activation is not None and self.activation.scaling != "dynamic"
 
     @property
     def bits_per_weight(self) -> float:
@@ -180,11 +188,11 @@ def _regroup(key: str) -> Scheme | None:
     return replace(base, name=key, weight=base.weight.with_block(1, group), refusal=refusal)
 
 
-def _wide(name: str, weight: Format, activation: Activation, refusal: str | None = None) -> Scheme:
+def _wide(name: str, weight: Format, activation: Activation) -> Scheme:
     """A scheme of 8-bit codes under scales in the weight's dtype."""
     weight = replace(weight, scale=BFLOAT16)
     file_format = f"{weight.element.kind}-quantized"
-    return Scheme(name=name, weight=weight, activation=activation, file_format=file_format, refusal=refusal)
+    return Scheme(name=name, weight=weight, activation=activation, file_format=file_format)
 
 
 def _grouped(bits: Iterable[int], suffix: str, activation: Activation | None = None) -> list[Scheme]:
@@ -210,24 +218,27 @@ def _mx(name: str, weight: Format, inputs: Format | None = None) -> Scheme:
     return Scheme(name=name, weight=weight, activation=inputs and Activation(inputs), file_format=file_format)
 
 
-def _nvfp4(name: str, activation: Activation | None = None, refusal: str | None = None) -> Scheme:
-    file_format = "nvfp4-pack-quantized"
-    return Scheme(name=name, weight=NVFP4, activation=activation, file_format=file_format, refusal=refusal)
+def _nvfp4(name: str, activation: Activation | None = None) -> Scheme:
+    return Scheme(name=name, weight=NVFP4, activation=activation, file_format="nvfp4-pack-quantized")
 
 
 _INT8_TOKEN = Activation(INT8_ROW)
 _INT4_TOKEN = Activation(replace(INT8_ROW, element=INT4))
 _FP8_TOKEN = Activation(FP8_ROW)
-_NEEDS_DATA = "its static input scale needs calibration data, which round-to-nearest does not see; use {}"
+_INT8_STATIC = Activation(INT8_TENSOR, "static")
+_INT8_STATIC_ASYM = Activation(INT8_TENSOR_ASYM, "static")
 
 _TABLE = (
     _wide("W8A8", INT8_ROW, _INT8_TOKEN),
+    _wide("W8A8_ASYM", INT8_ROW, Activation(INT8_ROW_ASYM)),
+    _wide("W8A8_STATIC", INT8_ROW, _INT8_STATIC),
+    _wide("W8A8_STATIC_ASYM", INT8_ROW, _INT8_STATIC_ASYM),
     *_grouped(range(8, 1, -1), "A16"),
     Scheme(name="W4A16_ASYM", weight=UINT4_G128, file_format="pack-quantized"),
     *_grouped(range(7, 1, -1), "A8", _INT8_TOKEN),
     *_grouped(range(4, 1, -1), "A4", _INT4_TOKEN),
     *_grouped([4], "AFP8", _FP8_TOKEN),
-    _wide("FP8", FP8_TENSOR, Activation(FP8_TENSOR, "static"), _NEEDS_DATA.format("FP8_DYNAMIC")),
+    _wide("FP8", FP8_TENSOR, Activation(FP8_TENSOR, "static")),
     _wide("FP8_DYNAMIC", FP8_ROW, _FP8_TOKEN),
     _wide("FP8_BLOCK", FP8_128x128, Activation(FP8_1x128)),
     _mx("MXFP8", MXFP8, MXFP8),
@@ -237,12 +248,12 @@ _TABLE = (
     _mx("MXFP4", MXFP4, MXFP4),
     _mx("MXFP4XFP8", MXFP4, FP8_1x128),
     _mx("MXFP4A16", MXFP4),
-    _nvfp4("NVFP4", Activation(NVFP4, "local"), _NEEDS_DATA.format("NVFP4A16")),
+    _nvfp4("NVFP4", Activation(NVFP4, "local")),
     _nvfp4("NVFP4A16"),
 )
 
 SCHEMES: dict[str, Scheme] = {entry.name: entry for entry in _TABLE}
-"""Every preset of compressed-tensors by name, but UNQUANTIZED, which stores nothing low-bit."""
+"""Every preset of compressed-tensors by name, but UNQUANTIZED, which stores nothing low-bit; and W8A8 in more ways."""
 
 ALIASES: dict[str, str] = {"INT8": "W8A8"}
 """Second names that compressed-tensors has for its presets."""

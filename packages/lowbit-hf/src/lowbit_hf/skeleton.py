@@ -8,6 +8,8 @@ transformers' own conversion tables say how.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +17,10 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lowbit.errors import CheckpointError
 
@@ -96,6 +98,39 @@ class Skeleton:
         classes = tuple(c.__name__ for c in type(self.model.get_submodule(prefix)).__mro__)
         return Owner(target, classes, source is not None and "*" in source)
 
+    def assemble(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's parameters, by name, that the checkpoint's `tensors` make; those of a stack must be together."""
+        renamings, converters = self._conversions
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        made: dict[str, Tensor] = {}
+        stacks: dict[str, WeightConverter] = {}
+        for name in sorted(tensors, key=dot_natural_key):
+            target, source = rename_source_key(
+                name, renamings, converters, self.model.base_model_prefix, dict.fromkeys(self._names, 0)
+            )
+            if source is None:
+                made[target] = tensors[name]
+            else:
+                stack = stacks.setdefault(target, deepcopy(by_pattern[source]))
+                stack.add_tensor(target, name, source, _at_once(tensors[name]))
+        for target, stack in stacks.items():
+            converted: dict[str, Any] = stack.convert(target, model=self.model, config=self.model.config)
+            made |= {name: parts[0] if isinstance(parts, list) else parts for name, parts in converted.items()}
+        return made
+
+    def fill_buffers(self) -> None:
+        """Give the buffers that no checkpoint holds, such as rotary frequencies, the values that the model computes."""
+        for key, buffer in list(self.model.named_non_persistent_buffers()):
+            owner, _, name = key.rpartition(".")
+            self.model.get_submodule(owner).register_buffer(
+                name, torch.empty_like(buffer, device="cpu"), persistent=False
+            )
+        initialize = self.model._init_weights  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - where models say it
+        with torch.no_grad():
+            for module in self.model.modules():
+                if any(not buffer.is_meta for buffer in module.buffers(recurse=False)):
+                    initialize(module)
+
     @cached_property
     def linears(self) -> dict[str, nn.Module]:
         """Every module that multiplies by a weight matrix of its own, by name."""
@@ -120,6 +155,11 @@ class Skeleton:
             [entry for entry in found if isinstance(entry, WeightRenaming)],
             [entry for entry in found if isinstance(entry, WeightConverter)],
         )
+
+
+def _at_once(tensor: Tensor) -> Any:
+    """A tensor the way converters take one that is read later."""
+    return lambda: tensor
 
 
 LINEAR = ("Linear", "Conv1D")

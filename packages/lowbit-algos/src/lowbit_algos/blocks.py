@@ -1,0 +1,173 @@
+"""A model as a row of blocks that feed one another: found by structure, their calls recorded and replayed.
+
+Nothing is traced. The model is run once with blocks that hand on what they are given; that tells what every block is
+called with besides, such as masks and positions, and then blocks run one at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowbit import LowbitError
+
+Batch = Tensor | Mapping[str, Any]
+"""What a model is called with: one tensor, or arguments by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How a block is called for one batch: everything but the hidden states that flow from block to block."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    # Where the hidden states go: a position, or a name.
+    at: int | str
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Hidden states after the block."""
+        args, kwargs = list(self.args), dict(self.kwargs)
+        if isinstance(self.at, int):
+            args[self.at] = hidden
+        else:
+            kwargs[self.at] = hidden
+        return hidden_of(block(*args, **kwargs))
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What the first block is fed, and how every block is called."""
+
+    # By batch.
+    hidden: list[Tensor]
+    # By block, then by batch.
+    calls: list[list[Call]]
+
+
+def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of a model, by name, in order: the members of its largest ModuleList, or the model itself.
+
+    Members of other lists, and whatever lies outside, belong to no block.
+    """
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        return {"": model}
+    # Of equals the first, which is the outer one.
+    sizes = [sum(p.numel() for p in members.parameters()) for _, members in lists]
+    name, largest = lists[sizes.index(max(sizes))]
+    return {f"{name}.{i}": block for i, block in enumerate(largest)}
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states in what a block returns: the tensor, or the first of several.
+
+    Raises:
+        LowbitError: there is none.
+    """
+    first: Any = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor):
+        raise LowbitError(
+            f"a block returned {type(output).__name__}; calibration needs blocks that return their hidden states as a "
+            "tensor, or as the first of a tuple"
+        )
+    return first
+
+
+def capture(model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[Batch]) -> Captured:
+    """Run `model` on batches with blocks that only hand on, and tell what they were called with.
+
+    Of the blocks, the first has to hold its weights: it runs once, to show what a block returns.
+
+    Raises:
+        LowbitError: a block is not called exactly once, or is fed anything else than what the one before it returned.
+    """
+    if list(blocks.values()) == [model]:
+        return _as_one_block(batches)
+    captured = Captured([], [[] for _ in blocks])
+    with _stubbed(list(blocks), list(blocks.values()), captured), torch.no_grad():
+        for batch in batches:
+            before = len(captured.hidden)
+            with suppress(_Done):
+                call_model(model, batch)
+            uneven = [name for name, calls in zip(blocks, captured.calls, strict=True) if len(calls) != before + 1]
+            if uneven:
+                raise LowbitError(f"block {uneven[0]} was not called once; calibration needs blocks that run in order")
+    if not captured.hidden:
+        raise LowbitError("there are no batches to calibrate with")
+    return captured
+
+
+def call_model(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns for a batch."""
+    return model(batch) if isinstance(batch, Tensor) else model(**batch)
+
+
+class _Done(Exception):  # noqa: N818 - not an error: nothing after the last block is needed
+    """The last block was reached."""
+
+
+def _as_one_block(batches: Iterable[Batch]) -> Captured:
+    captured = Captured([], [[]])
+    for batch in batches:
+        named = {} if isinstance(batch, Tensor) else dict(batch)
+        at: int | str = 0 if isinstance(batch, Tensor) else next(k for k, v in named.items() if isinstance(v, Tensor))
+        captured.hidden.append(batch if isinstance(batch, Tensor) else named[str(at)])
+        captured.calls[0].append(Call((None,) if at == 0 else (), named, at))
+    return captured
+
+
+@contextmanager
+def _stubbed(names: Sequence[str], blocks: Sequence[nn.Module], captured: Captured) -> Generator[None]:
+    """Blocks that record what they are called with and return their hidden states as they are."""
+    # What the block before returned, and what comes with hidden states in what a block returns.
+    state: dict[str, Any] = {}
+
+    def stub(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            at, hidden = _find_hidden(args, kwargs, state.get("returned") if index else None, names[index])
+            if index == 0:
+                captured.hidden.append(hidden)
+            rest = tuple(None if i == at else arg for i, arg in enumerate(args))
+            named = {key: value for key, value in kwargs.items() if key != at}
+            captured.calls[index].append(Call(rest, named, at))
+            if index == len(blocks) - 1:
+                raise _Done
+            if "like" not in state:
+                state["like"] = forward(*args, **kwargs)
+                hidden_of(state["like"])
+            # Another object each time, by which the next block's argument is known.
+            state["returned"] = hidden.detach()
+            like = state["like"]
+            return state["returned"] if isinstance(like, Tensor) else type(like)((state["returned"], *like[1:]))
+
+        return run
+
+    with ExitStack() as undo:
+        for index, block in enumerate(blocks):
+            vars(block)["forward"] = stub(index, block.forward)
+            undo.callback(vars(block).pop, "forward")
+        yield
+
+
+def _find_hidden(
+    args: Sequence[Any], kwargs: Mapping[str, Any], wanted: Tensor | None, name: str
+) -> tuple[int | str, Tensor]:
+    """Which argument the hidden states are: `wanted`, or the first float tensor."""
+    for at, value in (*enumerate(args), *kwargs.items()):
+        if type(value).__name__.endswith("Cache"):
+            raise LowbitError(
+                f"block {name} is called with a {type(value).__name__} as {at!r}, which remembers what it has seen, so "
+                "that no call could be repeated; give batches with use_cache=False"
+            )
+    for at, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Tensor) and (value is wanted or (wanted is None and value.is_floating_point())):
+            return at, value
+    raise LowbitError(
+        f"block {name} is not fed what the block before it returned; calibration needs blocks that feed one another "
+        "directly"
+    )

@@ -1,0 +1,158 @@
+"""What weights are multiplied with: observed while a block runs, once for all weights that share an input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowbit import Activation, Format, LowbitError
+from lowbit.element import BFLOAT16, FLOAT16
+from lowbit.observer import Hessian, Histogram, MinMax, MovingAverage, Observer, Percentile, PerChannelMinMax
+from lowbit.reference import quantize_input
+from lowbit_algos.watch import Product
+
+Static = Literal["histogram", "minmax", "moving-average", "percentile"]
+"""How the one range of a static activation is chosen."""
+
+_STATIC: dict[Static, type[Observer]] = {
+    "histogram": Histogram,
+    "minmax": MinMax,
+    "moving-average": MovingAverage,
+    "percentile": Percentile,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a parameter is to become."""
+
+    format: Format
+    activation: Activation | None = None
+    k_axis: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """What is known of the inputs that some weights share."""
+
+    # The weights, in the order they were met.
+    names: list[str]
+    hessian: Hessian
+    channels: PerChannelMinMax
+    # For a static activation.
+    range: Observer | None
+
+    def observers(self) -> list[Observer]:
+        """All of them."""
+        return [self.hessian, self.channels, *([] if self.range is None else [self.range])]
+
+
+class Observing:
+    """A `see` for `Watch`: collects `inputs` by the name of each weight, one object for all that share an input.
+
+    `aware`: Hessians are of inputs as the activation rounds them.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], targets: Mapping[str, Target], *, static: Static, aware: bool
+    ) -> None:
+        self._parameters, self._targets, self._aware = parameters, targets, aware
+        self._static = _STATIC[static]
+        self.inputs: dict[str, Input] = {}
+        # Inputs of this pass over the block, by memory; kept alive, so that no other takes their place.
+        self._alive: dict[tuple[object, ...], tuple[str, Tensor]] = {}
+
+    def next_batch(self) -> None:
+        """Forget what the last batch's inputs were."""
+        self._alive.clear()
+
+    def __call__(self, product: Product) -> None:
+        """Take in the inputs of a product."""
+        name, x = product.name, product.x.detach()
+        if name not in self.inputs:
+            self._meet(name, x)
+        found = self.inputs[name]
+        # Those that share an input are observed once, at the first of them.
+        if found.names[0] != name:
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        found.channels.update(rows)
+        if found.range is not None:
+            found.range.update(rows)
+        activation = self._targets[name].activation
+        if self._aware and activation is not None and len(rows):
+            rows = rounded_input(rows, activation)
+        found.hessian.update(rows, product.ends)
+
+    def _meet(self, name: str, x: Tensor) -> None:
+        target, parameter = self._targets[name], self._parameters[name]
+        key = (x.data_ptr(), tuple(x.shape), target.activation, parameter.dim())
+        if parameter.dim() == 2 and key in self._alive:
+            leader, _ = self._alive[key]
+            self.inputs[name] = self.inputs[leader]
+            self.inputs[name].names.append(name)
+            return
+        self._alive[key] = name, x
+        k, experts = x.shape[-1], len(parameter) if parameter.dim() == 3 else None
+        static = target.activation is not None and target.activation.scaling != "dynamic"
+        found = Input([name], Hessian(k, experts), PerChannelMinMax(k), self._static() if static else None)
+        for observer in found.observers():
+            observer.to(x.device)
+        self.inputs[name] = found
+
+    def all_reduce(self) -> None:
+        """Join what the processes of a run have seen."""
+        unique = {id(found): found for found in self.inputs.values()}
+        for found in unique.values():
+            for observer in found.observers():
+                observer.all_reduce()
+
+    def finish(self) -> dict[str, Input]:
+        """What was observed.
+
+        Raises:
+            LowbitError: a parameter that is to be quantized was multiplied with nothing.
+        """
+        if dist.is_initialized():
+            self.all_reduce()
+        missing = [name for name in self._targets if name not in self.inputs]
+        if missing:
+            raise LowbitError(
+                f"no product with {missing[0]} was seen while its block ran ({len(missing)} of {len(self._targets)} "
+                "parameters); keep what the model does not multiply with, or quantize it by rounding to nearest"
+            )
+        return self.inputs
+
+
+def rounded_input(
+    x: Tensor, activation: Activation, act_scale: Tensor | None = None, act_zero: Tensor | None = None
+) -> Tensor:
+    """`x` (M, K) as the layer sees it, in its dtype; without a stored scale, one is chosen from this `x`."""
+    if activation.scaling != "dynamic" and act_scale is None:
+        activation = replace(activation, scaling="dynamic")
+    return quantize_input(x, activation, act_scale, act_zero).values().to(x.dtype)
+
+
+def static_scale(
+    found: Input, activation: Activation | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """`act_scale` and `act_zero` of an activation, (1, 1), from what was observed; None where it has none.
+
+    A scale holds what the weight's `dtype` can hold of it, for that is how files store it.
+
+    Raises:
+        FormatError: no input, or one that is not finite, was seen.
+    """
+    if activation is None or found.range is None:
+        return None, None
+    stored = next((e for e in (BFLOAT16, FLOAT16) if e.storage == dtype), activation.format.scale)
+    local = activation.scaling == "local"
+    scales = found.range.qparams(activation.format if local else replace(activation.format, scale=stored))
+    if local:
+        return scales.tensor_scale, None
+    return scales.scale.to(torch.float32), scales.zero

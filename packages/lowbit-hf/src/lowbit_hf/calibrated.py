@@ -1,0 +1,153 @@
+"""The part of a run that calibrates: one decoder block after the other, from a checkpoint into an output in the making.
+
+What a run that was killed needs to go on lies in the output's scratch folder: what the next block is fed, as files, and
+how the blocks before fared, as JSON. Under torchrun every process feeds the blocks its share of the text and all make
+the same weights; the first one writes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowbit import QuantizedTensor
+from lowbit.shards import Checkpoint
+from lowbit_algos.blocks import capture, find_blocks
+from lowbit_algos.calibrate import BlockResult, Method, Walk, outside
+from lowbit_algos.hidden import Hidden
+from lowbit_algos.inputs import Target
+from lowbit_hf.experts import use_lowbit_experts
+from lowbit_hf.schemes import Scheme
+from lowbit_hf.skeleton import Owner, Skeleton
+from lowbit_hf.stream import Part, Stream
+
+# Tokens that run through a block at once.
+_BATCH_TOKENS = 4096
+
+Write = Callable[[str, QuantizedTensor], None]
+"""Takes the name of a tensor of the checkpoint, and what became of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run keeps what one that continues it needs."""
+
+    scratch: Path
+    # Whether a block is done, and to be told when one is.
+    is_done: Callable[[str], bool]
+    done: Callable[[str, Sequence[Path]], None]
+
+
+class Calibrated:
+    """The blocks of a checkpoint, and what of it they quantize."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        skeleton: Skeleton,
+        owners: Mapping[str, Owner | None],
+        schemes: Mapping[str, Scheme],
+        *,
+        device: str = "cpu",
+    ) -> None:
+        """Match the schemes of tensors to the parameters of the model; those of a stack of experts have one."""
+        self._skeleton = skeleton
+        self._device = device
+        self._stream = Stream(checkpoint, skeleton, dict(owners), device)
+        self._blocks = find_blocks(self._stream.model)
+        self.targets: dict[str, Target] = {}
+        # Tensors of the checkpoint by the parameter they are part of.
+        self.parts: dict[str, dict[str, Part]] = {}
+        left = set(outside([owner.name for owner in owners.values() if owner is not None], self._blocks))
+        for name, part in self._stream.parts.items():
+            if part.parameter in left:
+                continue
+            owner, scheme = owners[name], schemes.get(name)
+            self.parts.setdefault(part.parameter, {})[name] = part
+            if owner is None or scheme is None:
+                continue
+            axis = 0 if "Conv1D" in owner.classes else -1
+            self.targets[part.parameter] = Target(scheme.weight_format(skeleton.dtype), scheme.activation, axis)
+        self.names = {name for parameter in self.targets for name in self.parts[parameter]}
+
+    @property
+    def blocks(self) -> list[str]:
+        """Their names in the model."""
+        return list(self._blocks)
+
+    def run(self, windows: Tensor, method: Method, progress: Progress, write: Write) -> None:
+        """Quantize block after block, from the first that is not done; `write` is given every tensor.
+
+        Raises:
+            LowbitError: the model's blocks cannot be run one by one, or values are not finite.
+        """
+        model, names = self._stream.model, list(self._blocks)
+        use_lowbit_experts(self._skeleton.model)
+        rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        batches = [
+            {"input_ids": batch.to(self._device), "use_cache": False}
+            for batch in windows[rank::count].split(max(_BATCH_TOKENS // windows.shape[1], 1))
+        ]
+        first = self._stream.names([f"{names[0]}."])
+        # Of what lies outside the blocks, the output head is never reached.
+        head = f"{self._skeleton.output_embedding}."
+        before = [n for n in self._stream.names([f"{n}." for n in names], outside=True) if not self._is(n, head)]
+        self._stream.load([*before, *first])
+        captured = capture(model, self._blocks, _without_cache(model, batches))
+        self._stream.drop(before)
+        begin = next((k for k, name in enumerate(names) if not progress.is_done(name)), len(names))
+
+        def paths(k: int) -> tuple[Path, Path]:
+            return progress.scratch / f"hidden-{rank}-{k}", progress.scratch / f"other-{rank}-{k}"
+
+        walk = Walk(method, *self._start(captured.hidden, begin, paths))
+        captured.hidden.clear()
+        for k in range(begin, len(names)):
+            name = names[k]
+            block = self._stream.names([f"{name}."])
+            self._stream.load(block)
+
+            def take(result: BlockResult, weights: Mapping[str, QuantizedTensor], k: int = k) -> None:
+                for parameter, weight in weights.items():
+                    for tensor, part in self.parts[parameter].items():
+                        write(tensor, part.of(weight))
+                record = progress.scratch / f"block-{k}.json"
+                record.write_text(json.dumps(asdict(result)))
+                progress.done(result.name, [record, *paths(k + 1)])
+
+            walk.step(name, self._blocks[name], self.targets, captured.calls[k], take, paths=paths(k + 1))
+            self._stream.drop(block)
+            for path in paths(k):
+                path.unlink(missing_ok=True)
+
+    def results(self, scratch: Path) -> list[dict[str, Any]]:
+        """How the blocks fared."""
+        return [json.loads((scratch / f"block-{k}.json").read_text()) for k in range(len(self._blocks))]
+
+    def _is(self, tensor: str, prefix: str) -> bool:
+        part = self._stream.parts.get(tensor)
+        return part is not None and part.parameter.startswith(prefix)
+
+    @staticmethod
+    def _start(
+        hidden: Sequence[Tensor], k: int, paths: Callable[[int], tuple[Path, Path]]
+    ) -> tuple[Hidden, Hidden | None]:
+        """What block k is fed, from the files of an earlier run if it is not the first."""
+        fed, beside = paths(k)
+        if k == 0:
+            return Hidden.of(hidden, fed), None
+        return Hidden(hidden, fed), Hidden(hidden[: Walk.judged(len(hidden))], beside)
+
+
+def _without_cache(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
+    """Batches as the model takes them: not all have a cache to leave out."""
+    known = "use_cache" in signature(model.forward).parameters
+    return ({k: v for k, v in batch.items() if known or k != "use_cache"} for batch in batches)

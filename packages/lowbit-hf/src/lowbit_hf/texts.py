@@ -1,0 +1,114 @@
+"""Calibration text: files of plain text, JSON lines or parquet, as windows of tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lowbit.errors import CheckpointError
+
+_COLUMN = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What a model is calibrated on: `samples` windows of `length` tokens of a file, chosen by `seed`."""
+
+    file: Path
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+
+    def windows(self, folder: Path) -> Tensor:
+        """Token ids (samples, length), by the tokenizer in the model's folder.
+
+        Documents follow one another, the tokenizer's end token between them.
+
+        Raises:
+            CheckpointError: the file cannot be read, or holds too little text.
+        """
+        if self.samples < 1 or self.length < 2:
+            raise CheckpointError(f"--samples {self.samples} and --seq-len {self.length}: needed are 1 and 2 or more")
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        end = tokenizer.eos_token_id
+        ids: list[int] = []
+        for document in _documents(self.file):
+            if ids and end is not None:
+                ids.append(end)
+            ids += tokenizer(document, verbose=False).input_ids
+        whole = len(ids) // self.length
+        if whole < self.samples:
+            raise CheckpointError(
+                f"{self.file} holds {len(ids)} tokens, {whole} windows of {self.length}; --samples {self.samples} "
+                f"needs {self.samples * self.length}: give a longer text, or fewer samples"
+            )
+        chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(self.seed))[: self.samples]
+        windows = torch.tensor(ids[: whole * self.length], dtype=torch.int64).view(whole, self.length)
+        return windows[chosen.sort().values]
+
+    def fingerprint(self) -> str:
+        """Names the text and the choice."""
+        with self.file.open("rb") as file:
+            digest = sha256(file.read()).hexdigest()
+        return f"{digest}:{self.samples}:{self.length}:{self.seed}"
+
+
+def _documents(file: Path) -> Iterator[str]:
+    """The texts in a file.
+
+    Raises:
+        CheckpointError: it cannot be read, or a document has no text.
+    """
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        yield from _parquet(file)
+        return
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} cannot be read as UTF-8 text: {error}") from error
+    if kind not in (".jsonl", ".ndjson"):
+        yield text
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield _text_of(line, f"{file}, line {number}")
+
+
+def _text_of(line: str, where: str) -> str:
+    try:
+        document: Any = json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    text = document.get(_COLUMN) if isinstance(document, dict) else document
+    if not isinstance(text, str):
+        raise CheckpointError(f"{where} has no text; needed is a string, or an object with a string {_COLUMN!r}")
+    return text
+
+
+def _parquet(file: Path) -> Iterator[str]:
+    try:
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 # pyright: ignore[reportMissingTypeStubs] - 100 MB that few need
+    except ImportError as error:
+        raise CheckpointError(f"reading {file} needs pyarrow; run: pip install 'lowbit-hf[parquet]'") from error
+    try:
+        column = parquet.read_table(file, columns=[_COLUMN]).column(_COLUMN)
+    except (OSError, KeyError, ArrowException) as error:
+        raise CheckpointError(f"{file} cannot be read as parquet with a column {_COLUMN!r}: {error}") from error
+    for number, text in enumerate(column.to_pylist(), 1):
+        if not isinstance(text, str):
+            raise CheckpointError(
+                f"{file}, row {number} holds {type(text).__name__} in {_COLUMN!r}; needed is a string"
+            )
+        yield text

@@ -1,0 +1,337 @@
+"""Calibrated runs from disk to disk: the same weights as in memory, for many architectures, however often killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import parquet, table
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from lowbit import QuantizedTensor, Recipe, Rule
+from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit_algos import Method, calibrate_
+from lowbit_algos.gptq import Options
+from lowbit_hf import calibrated
+from lowbit_hf.command import quantize
+from lowbit_hf.loading import load
+from lowbit_hf.quantize import prepare, run
+from lowbit_hf.schemes import scheme
+from lowbit_hf.texts import Calibration
+
+EVERY = ["llama", "qwen2", "qwen3", "mixtral", "qwen3-moe", "gpt2", "bert"]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Calibration tokens for models that have no tokenizer."""
+
+    count: int = 16
+
+    def windows(self, folder):
+        return torch.randint(2, 96, (self.count, 32), generator=torch.Generator().manual_seed(5))
+
+    def fingerprint(self):
+        return f"windows {self.count}"
+
+
+def job_of(folder, name="W4A16_G32", method=None, **options):
+    return prepare(folder, scheme(name), mode="even", calibration=Windows(), method=method or Method(), **options)
+
+
+def tree(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def quantized(model):
+    return {name: p for name, p in model.named_parameters() if isinstance(p, QuantizedTensor)}
+
+
+def same(a, b):
+    return float((a.dequantize() == b.dequantize()).float().mean())
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_from_disk_as_in_memory(make, tmp_path, kind):
+    folder = make(kind, num_hidden_layers=3) if kind != "gpt2" else make(kind, n_layer=3)
+    job = job_of(folder)
+    run(job, tmp_path / "out")
+    streamed = quantized(load(tmp_path / "out"))
+    model = load(folder)
+    targets = dict(streamed)
+    recipe = Recipe(tuple(Rule.of(name, "INT4_G32", k_axis=0 if kind == "gpt2" else -1) for name in targets))
+    batches = [
+        {"input_ids": w} | ({} if kind == "bert" else {"use_cache": False})
+        for w in Windows().windows(folder).split(128)
+    ]
+    calibrate_(model, recipe, batches)
+    assert set(quantized(model)) == set(targets)
+    assert len(targets) >= 3 * 4
+    for name, weight in quantized(model).items():
+        assert same(weight, streamed[name]) == 1, name
+
+
+STATIC = ["W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8", "NVFP4"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("name", STATIC)
+def test_static_activations_are_written_and_read_back(make, tmp_path, kind, name):
+    folder, entry = make(kind), scheme(name)
+    run(job_of(folder, name, Method(rounding="nearest")), tmp_path / "out")
+    model = load(folder)
+    streamed = quantized(load(tmp_path / "out"))
+    wanted = tuple(Rule(key, entry.weight_format(torch.bfloat16), entry.activation) for key in streamed)
+    calibrate_(
+        model,
+        Recipe(wanted),
+        [{"input_ids": Windows().windows(folder), "use_cache": False}],
+        Method(rounding="nearest"),
+    )
+    for key, weight in quantized(model).items():
+        read = streamed[key]
+        assert read.activation == weight.activation == entry.activation
+        assert same(weight, read) == 1
+        for part in ("act_scale", "act_zero"):
+            ours, theirs = getattr(weight, part), getattr(read, part)
+            assert (ours is None) == (theirs is None)
+            assert ours is None or torch.equal(ours.flatten(), theirs.flatten()), (key, part)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    local = {"NVFP4": "input_global_scale"}.get(name, "input_scale")
+    found = {key for key in stored if key.endswith(local)}
+    assert len(found) == len(job_of(folder, name).schemes)
+    assert ("input_zero_point" in {key.rpartition(".")[2] for key in stored}) == (name == "W8A8_STATIC_ASYM")
+    ids = torch.randint(2, 96, (2, 16))
+    a, b = model(ids).logits, load(tmp_path / "out")(ids).logits
+    torch.testing.assert_close(a, b)
+
+
+def test_without_data_such_schemes_are_refused_with_what_to_use_instead(make):
+    for name, other in {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16", "W8A8_STATIC": "W8A8"}.items():
+        with pytest.raises(RecipeError, match=rf"scheme {name} of .* give a text by --calibrate FILE, or use {other}$"):
+            prepare(make(), scheme(name), mode="even")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(("kind", "sequential"), [("llama", True), ("qwen3-moe", True), ("llama", False)])
+def test_a_run_that_was_cut_short_anywhere_ends_the_same(make, tmp_path, monkeypatch, kind, sequential):
+    folder, method = make(kind, num_hidden_layers=3), Method(sequential=sequential)
+    run(job_of(folder, method=method), tmp_path / "whole")
+    expected = tree(tmp_path / "whole")
+    writes = 0
+    step = calibrated.Walk.step
+
+    def count(self, *args, **kwargs):
+        nonlocal writes
+        writes += 1
+        return step(self, *args, **kwargs)
+
+    # Cut off when a block begins, in its middle, and when its weights are being written.
+    for k, where in enumerate(("round", "begin", "write")):
+        out = tmp_path / f"{k}-{where}"
+        with monkeypatch.context() as patch:
+            cut_off(patch, k, where)
+            with pytest.raises(Killed):
+                run(job_of(folder, method=method), out)
+        assert not out.exists()
+        with monkeypatch.context() as patch:
+            writes = 0
+            patch.setattr(calibrated.Walk, "step", count)
+            run(job_of(folder, method=method), out)
+        assert writes == 3 - k
+        assert tree(out) == expected
+        assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+def cut_off(patch, block, where):
+    seen = {"blocks": -1}
+    step, rounding, done = calibrated.Walk.step, calibrated.Walk._round, calibrated.Progress
+
+    def begin(self, *args, **kwargs):
+        seen["blocks"] += 1
+        if where == "begin" and seen["blocks"] == block:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    def rounded(self, *args):
+        result = rounding(self, *args)
+        if where == "round" and seen["blocks"] == block:
+            raise Killed
+        return result
+
+    def progress(scratch, is_done, tell):
+        def told(name, files):
+            if where == "write" and seen["blocks"] == block:
+                raise Killed
+            tell(name, files)
+
+        return done(scratch, is_done, told)
+
+    patch.setattr(calibrated.Walk, "step", begin)
+    patch.setattr(calibrated.Walk, "_round", rounded)
+    patch.setattr("lowbit_hf.quantize.Progress", progress)
+
+
+def test_another_text_or_method_is_another_run(make, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        cut_off(patch, 1, "begin")
+        with pytest.raises(Killed):
+            run(job_of(make()), out)
+    for job in (
+        job_of(make(), method=Method(options=Options(damping=0.02))),
+        prepare(make(), scheme("W4A16_G32"), mode="even", calibration=Windows(8), method=Method()),
+        prepare(make(), scheme("W4A16_G32"), mode="even"),
+    ):
+        with pytest.raises(CheckpointError, match="unfinished output of another run"):
+            run(job, out)
+
+
+def test_experts_of_a_stack_get_one_scheme(make):
+    folder = make("qwen3-moe")
+    one = [("model.layers.0.mlp.experts.1.gate_proj", scheme("W8A16"))]
+    with pytest.raises(
+        RecipeError, match=r"stacks in 'model.layers.0.mlp.experts.gate_up_proj' have different schemes"
+    ):
+        job_of(folder, rules=one)
+    with pytest.raises(RecipeError, match=r"\(W4A16_G32, kept\)"):
+        job_of(folder, keep=["model.layers.0.mlp.experts.1.gate_proj"])
+
+
+def test_kept_weights_stay_in_calibrated_runs(make, tmp_path):
+    folder = make()
+    run(job_of(folder, keep=["*.down_proj", "model.layers.1.*"]), tmp_path / "out")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    kept = [name for name in before if "down_proj" in name or "layers.1." in name]
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in after
+
+
+# Calibration text
+
+LINES = ["the first of a few texts", "another one, a little longer than the first", "and a third"]
+
+
+@pytest.fixture(scope="session")
+def speaking():
+    return Path(__file__).parents[3] / "integration_tests/models/lm-tiny"
+
+
+def test_text_of_every_kind_gives_the_same_windows(speaking, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(speaking)
+    ids = []
+    for line in LINES * 20:
+        ids += ([tokenizer.eos_token_id] if ids else []) + tokenizer(line).input_ids
+    whole = torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line, "id": 1}) for line in LINES * 20) + "\n")
+    (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(line) for line in LINES * 20))
+    parquet.write_table(table({"text": LINES * 20, "other": [1] * 60}), tmp_path / "c.parquet")
+    for name in ("a.jsonl", "b.jsonl", "c.parquet"):
+        found = Calibration(tmp_path / name, len(whole), 16).windows(speaking)
+        assert torch.equal(found, whole)
+        few = Calibration(tmp_path / name, 5, 16, seed=3).windows(speaking)
+        assert all(any(torch.equal(row, each) for each in whole) for row in few)
+        assert torch.equal(few, Calibration(tmp_path / name, 5, 16, seed=3).windows(speaking))
+        assert not torch.equal(few, Calibration(tmp_path / name, 5, 16, seed=4).windows(speaking))
+    (tmp_path / "d.txt").write_text(" ".join(LINES * 20))
+    text = torch.tensor(tokenizer(" ".join(LINES * 20)).input_ids)
+    every = Calibration(tmp_path / "d.txt", len(text) // 16, 16).windows(speaking)
+    assert torch.equal(every.flatten(), text[: len(text) // 16 * 16])
+
+
+def test_text_that_does_not_do_is_told(speaking, tmp_path, make):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words only")
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"content": "bad"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"text": "go')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    parquet.write_table(table({"content": ["x"]}), tmp_path / "other.parquet")
+    parquet.write_table(table({"text": [None]}), tmp_path / "null.parquet")
+    problems = {
+        r"short.txt holds \d+ tokens, 0 windows of 16; --samples 4 needs 64: give a longer text": short,
+        "bad.jsonl, line 2 has no text": tmp_path / "bad.jsonl",
+        "torn.jsonl, line 1 is not JSON": tmp_path / "torn.jsonl",
+        "bad.parquet cannot be read as parquet with a column 'text'": tmp_path / "bad.parquet",
+        "other.parquet cannot be read as parquet": tmp_path / "other.parquet",
+        "null.parquet, row 1 holds NoneType": tmp_path / "null.parquet",
+        "none.txt cannot be read as UTF-8 text": tmp_path / "none.txt",
+    }
+    for message, file in problems.items():
+        with pytest.raises(CheckpointError, match=message):
+            Calibration(file, 4, 16).windows(speaking)
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        Calibration(short, 4, 16).windows(make())
+    with pytest.raises(CheckpointError, match="needed are 1 and 2 or more"):
+        Calibration(short, 0, 16).windows(speaking)
+
+
+KILL = """
+import os, signal, sys
+from lowbit_algos.calibrate import Walk
+step, seen = Walk.step, []
+def counted(self, *args, **kwargs):
+    seen.append(1)
+    if len(seen) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args, **kwargs)
+Walk.step = counted
+from lowbit.command import main
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_the_command_goes_on_after_a_kill(speaking, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a little model that was asked to be smaller. " * 80)
+    command = ["quantize", str(speaking), "--to", "MXFP4A16", "--algorithm", "gptq", "--calibrate", str(text)]
+    command += ["--samples", "4", "--seq-len", "64", "-o"]
+    outs = [tmp_path / "whole", tmp_path / "killed"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
+
+    def call(kill, out):
+        return subprocess.run(
+            [sys.executable, "-c", KILL, kill, *command, str(out)],
+            check=False,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    assert call("99", outs[0]).returncode == 0
+    assert call("4", outs[1]).returncode == -signal.SIGKILL
+    assert not outs[1].exists()
+    again = call("99", outs[1])
+    assert again.returncode == 0, again.stderr
+    assert tree(outs[0]) == tree(outs[1])
+
+
+def test_gptq_without_a_text_is_wrong_use(speaking, capsys):
+    assert quantize([str(speaking), "--to", "W4A16", "--algorithm", "gptq", "-o", "out"]) == 2
+    assert "--calibrate FILE" in capsys.readouterr().err
+    assert quantize([str(speaking), "--to", "W4A16", "--algorithm", "gtpq", "-o", "out"]) == 2
+    assert quantize([str(speaking), "--to", "W4A16", "--calibrate", "none.txt", "-o", "out"]) == 2
+
+
+def test_a_cache_is_told(make):
+    model = load(make())
+    recipe = Recipe((Rule.of("model.layers.*", "INT4_G32"),))
+    with pytest.raises(LowbitError, match=r"called with a DynamicCache as 'past_key_values', .* use_cache=False"):
+        calibrate_(model, recipe, [{"input_ids": Windows().windows(None)}])
+
+
+def test_blocks_that_cannot_run_one_by_one_are_told(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit_algos.blocks._find_hidden", lambda *_: (_ for _ in ()).throw(LowbitError("not fed")))
+    with pytest.raises(LowbitError, match="not fed"):
+        run(job_of(make()), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
