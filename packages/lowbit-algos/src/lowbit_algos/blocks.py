@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowbit import LowbitError
+
+# Tokens of a sequence that show how a block is made.
+_TOKENS = 32
 
 Batch = Tensor | Mapping[str, Any]
 """What a model is called with: one tensor, or arguments by name."""
@@ -47,6 +50,15 @@ class Captured:
     hidden: list[Tensor]
     # By block, then by batch.
     calls: list[list[Call]]
+    # The same of a few tokens, by block, where they were asked for.
+    few: tuple[Tensor, list[Call]] | None = None
+
+    def probe(self, k: int, block: nn.Module) -> Callable[[], Tensor] | None:
+        """Runs block k on a few tokens, where they were asked for."""
+        if self.few is None:
+            return None
+        hidden, calls = self.few
+        return lambda: calls[k](block, hidden)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -78,14 +90,22 @@ def hidden_of(output: Any) -> Tensor:
     return first
 
 
-def capture(model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[Batch]) -> Captured:
+def capture(
+    model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[Batch], *, probe: bool = False
+) -> Captured:
     """Run `model` on batches with blocks that only hand on, and tell what they were called with.
 
-    Of the blocks, the first has to hold its weights: it runs once, to show what a block returns.
+    With `probe`, a few tokens of the first batch come extra. Of the blocks, the first has to hold its weights: it runs
+    once, to show what a block returns.
 
     Raises:
         LowbitError: a block is not called exactly once, or is fed anything else than what the one before it returned.
     """
+    if probe:
+        batches = list(batches)
+        extra = capture(model, blocks, [_few(batch) for batch in batches[:1]])
+        found = capture(model, blocks, batches)
+        return replace(found, few=(extra.hidden[0], [calls[0] for calls in extra.calls]))
     if list(blocks.values()) == [model]:
         return _as_one_block(batches)
     captured = Captured([], [[] for _ in blocks])
@@ -100,6 +120,15 @@ def capture(model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable
     if not captured.hidden:
         raise LowbitError("there are no batches to calibrate with")
     return captured
+
+
+def _few(batch: Batch) -> Batch:
+    """A few tokens of the first sequence of a batch."""
+    if isinstance(batch, Tensor):
+        return batch[:1, :_TOKENS] if batch.dim() > 1 and not batch.is_floating_point() else batch[:_TOKENS]
+    return {
+        key: _few(value) if isinstance(value, Tensor) and value.dim() > 1 else value for key, value in batch.items()
+    }
 
 
 def call_model(model: nn.Module, batch: Batch) -> Any:

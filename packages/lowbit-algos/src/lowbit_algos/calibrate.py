@@ -21,10 +21,12 @@ from lowbit.numerics import DEFAULT_MODE, ScaleMode
 from lowbit.plan import Plan, plan
 from lowbit.recipe import Recipe
 from lowbit_algos.blocks import Batch, Call, capture, find_blocks
+from lowbit_algos.folds import Fold, Run, find_folds, scale_axis
 from lowbit_algos.gptq import Options
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Input, Observing, Static, Target, rounded_input, static_scale
 from lowbit_algos.rounding import decibels, output_sqnr, round_weights, weight_sqnr, with_use
+from lowbit_algos.smooth import Smoothed, Smoothing, smooth
 from lowbit_algos.watch import Product, Watch
 
 # Batches by which the error that has gathered is judged.
@@ -35,11 +37,18 @@ _OUTLIERS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """How weights are rounded, and by what."""
+    """How weights are rounded, and what is done to them before."""
 
-    rounding: Literal["nearest", "gptq"] = "gptq"
+    # To nearest; to nearest under the scale of least loss; or by GPTQ.
+    rounding: Literal["nearest", "clipped", "gptq"] = "gptq"
     # Whether a block is fed what quantized blocks before it make of the data, or what the original ones do.
     sequential: bool = True
+    # What is done before: factors that make inputs and weights alike hard to round, or weights easier.
+    smoothing: Smoothing | None = None
+    # The exponent of smoothing; None: the best of several.
+    alpha: float | None = None
+    # Whether factors that nothing takes over stay with the weight, which multiplies its input by them.
+    pre_scale: bool = True
     # Whether GPTQ sees inputs as the activation rounds them.
     activation_aware: bool = True
     # How static activations choose their range.
@@ -78,8 +87,8 @@ class BlockResult:
     seconds: float
 
 
-Take = Callable[[BlockResult, Mapping[str, QuantizedTensor]], None]
-"""Told of every block when it is done: what became of it, and its quantized weights by name."""
+Take = Callable[[BlockResult, Mapping[str, Tensor]], None]
+"""Told of every block when it is done: how it fared, and, by name, its parameters that changed."""
 
 
 def calibrate_(
@@ -109,24 +118,31 @@ def calibrate_(
         if row.action == "quantize" and row.format is not None
     }
     blocks = find_blocks(model)
-    done = {name: round_outside(name, parameters[name], targets[name], method) for name in outside(targets, blocks)}
+    done: dict[str, Tensor] = {
+        name: round_outside(name, parameters[name], targets[name], method) for name in outside(targets, blocks)
+    }
 
-    def keep(block: BlockResult, weights: Mapping[str, QuantizedTensor]) -> None:
+    def keep(block: BlockResult, weights: Mapping[str, Tensor]) -> None:
         done.update(weights)
         if take is not None:
             take(block, weights)
 
     # Blocks are changed as they go; what they were comes back whatever happens.
-    before = {name: parameters[name].data for name in targets}
+    before = {name: parameter.data for name, parameter in parameters.items()}
     try:
-        captured = capture(model, blocks, batches)
+        captured = capture(model, blocks, batches, probe=method.smoothing is not None)
         walk = Walk(method, Hidden.of(captured.hidden))
-        for (name, block), calls in zip(blocks.items(), captured.calls, strict=True):
-            walk.step(name, block, targets, calls, keep)
+        for k, (name, block) in enumerate(blocks.items()):
+            walk.step(name, block, targets, captured.calls[k], keep, probe=captured.probe(k, block))
     finally:
         for name, data in before.items():
             parameters[name].data = data
-    fresh = {id(parameters[name]): nn.Parameter(weight, requires_grad=False) for name, weight in done.items()}
+    fresh: dict[int, nn.Parameter] = {}
+    for name, weight in done.items():
+        if isinstance(weight, QuantizedTensor):
+            fresh[id(parameters[name])] = nn.Parameter(weight, requires_grad=False)
+        else:
+            parameters[name].data = weight
     for name, parameter in parameters.items():
         if id(parameter) in fresh:
             owner, _, attribute = name.rpartition(".")
@@ -164,6 +180,8 @@ class Walk:
 
     def __init__(self, method: Method, hidden: Hidden, other: Hidden | None = None) -> None:
         self.method, self.hidden = method, hidden
+        # By names and shapes of a block's parameters.
+        self._folds: dict[tuple[object, ...], list[Fold]] = {}
         self.other = other or Hidden.of([hidden[i] for i in range(self.judged(len(hidden)))])
 
     @staticmethod
@@ -179,39 +197,84 @@ class Walk:
         calls: Sequence[Call],
         take: Take,
         *,
+        probe: Run | None = None,
         paths: tuple[Path | None, Path | None] = (None, None),
     ) -> None:
         """Quantize one block's share of `targets` (by name in the model), and go on to what the next one is fed.
 
-        In the end the block holds the values of its quantized weights. `paths`: files for what comes after.
+        In the end the block holds the values of its quantized weights. `probe` runs it on a few
+        tokens, for a method that smooths; `paths` are files for what comes after.
         """
         started, prefix = time.monotonic(), _prefix(name)
         mine = {key.removeprefix(prefix): target for key, target in targets.items() if key.startswith(prefix)}
         parameters = {key: block.get_parameter(key) for key in mine}
         after, beside = self.hidden.after(paths[0]), self.other.after(paths[1])
-        seen = Observing(parameters, mine, static=self.method.static, aware=self.method.activation_aware)
         sequential = self.method.sequential
         with torch.no_grad():
-            for i, call in enumerate(calls):
-                seen.next_batch()
-                with Watch(parameters, seen):
-                    out = call(block, self.hidden[i])
-                if not sequential:
-                    after[i] = out
             if sequential:
                 self._run(block, calls, self.other, beside)
-            results, weights = self._round(prefix, parameters, mine, seen.finish())
+            smoothed = self._smooth(block, mine, calls, probe)
+            seen = self._observe(block, mine, calls, None if sequential else after, smoothed.pre_scales)
+            originals = {key: smoothed.exact.get(key, parameter.detach()) for key, parameter in parameters.items()}
+            results, weights = self._round(prefix, block, originals, mine, seen, smoothed.pre_scales)
             rounding = _Rounding(weights)
             for key, q in weights.items():
-                parameters[key].data = q.dequantize()
+                parameters[key].data = _as_used(q)
             with Watch(parameters, rounding):
                 if sequential:
                     self._run(block, calls, self.hidden, after)
                 else:
                     self._run(block, calls, self.other, beside)
         self.hidden, self.other = after, beside
-        whole = {prefix + key: q for key, q in weights.items()}
+        whole: dict[str, Tensor] = {prefix + key: q for key, q in weights.items()}
+        whole |= {prefix + key: block.get_parameter(key).data for key in smoothed.changed - weights.keys()}
         take(BlockResult(name=name, layers=results, sqnr=self._sqnr(), seconds=time.monotonic() - started), whole)
+
+    def _observe(
+        self,
+        block: nn.Module,
+        targets: Mapping[str, Target],
+        calls: Sequence[Call],
+        after: Hidden | None,
+        pre_scales: Mapping[str, Tensor],
+        *,
+        aware: bool = True,
+    ) -> dict[str, Input]:
+        """What weights are multiplied with while the block runs, and what it returns in `after`."""
+        parameters = {key: block.get_parameter(key) for key in targets}
+        aware = aware and self.method.activation_aware
+        seen = Observing(parameters, targets, static=self.method.static, aware=aware, pre_scales=pre_scales)
+        for i, call in enumerate(calls):
+            seen.next_batch()
+            with Watch(parameters, seen):
+                out = call(block, self.hidden[i])
+            if after is not None:
+                after[i] = out
+        return seen.finish()
+
+    def _smooth(
+        self, block: nn.Module, targets: Mapping[str, Target], calls: Sequence[Call], probe: Run | None
+    ) -> Smoothed:
+        """Put factors in place, where the method has any."""
+        method = self.method
+        if method.smoothing is None or probe is None or not targets:
+            return Smoothed({}, {}, frozenset())
+        kind = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+        if kind not in self._folds:
+            axes = {name: -1 for name, p in block.named_parameters() if p.dim() in {2, 3}}
+            axes |= {name: target.k_axis for name, target in targets.items()}
+            self._folds[kind] = find_folds(block, axes, probe)
+        inputs = self._observe(block, targets, calls, None, {}, aware=False)
+        return smooth(
+            block,
+            targets,
+            inputs,
+            self._folds[kind],
+            method.smoothing,
+            alpha=method.alpha,
+            mode=method.mode,
+            pre_scale=method.pre_scale,
+        )
 
     @staticmethod
     def _run(block: nn.Module, calls: Sequence[Call], fed: Hidden, after: Hidden) -> None:
@@ -229,21 +292,40 @@ class Walk:
         return decibels(signal, noise)
 
     def _round(
-        self, prefix: str, parameters: Mapping[str, Tensor], targets: Mapping[str, Target], inputs: Mapping[str, Input]
+        self,
+        prefix: str,
+        block: nn.Module,
+        originals: Mapping[str, Tensor],
+        targets: Mapping[str, Target],
+        inputs: Mapping[str, Input],
+        pre_scales: Mapping[str, Tensor],
     ) -> tuple[tuple[LayerResult, ...], dict[str, QuantizedTensor]]:
         """A block's weights, one set that shares an input after the other."""
         results: list[LayerResult] = []
         weights: dict[str, QuantizedTensor] = {}
         method = self.method
         options = None if method.rounding == "nearest" else method.options
+        if method.rounding == "clipped":
+            options = method.options | Options(act_order=False)
         for found in {id(found): found for found in inputs.values()}.values():
-            group = {key: parameters[key].detach() for key in found.names}
+            group = {key: originals[key] for key in found.names}
             hessian, starved = feed_starved(found, method.expert_tokens)
             try:
-                rounded = round_weights(group, targets, hessian, options, mode=method.mode)
+                # Without what joins columns, no error travels, and what is left is the search for scales.
+                apart = method.rounding == "clipped"
+                used = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1)) if apart else hessian
+                rounded = round_weights(group, targets, used, options, mode=method.mode)
                 for key, (q, notes) in rounded.items():
-                    act_scale, act_zero = static_scale(found, targets[key].activation, q.dtype)
-                    weights[key] = with_use(q, targets[key].activation, act_scale=act_scale, act_zero=act_zero)
+                    dtype = block.get_parameter(key).dtype
+                    act_scale, act_zero = static_scale(found, targets[key].activation, dtype)
+                    weights[key] = with_use(
+                        q,
+                        targets[key].activation,
+                        dtype=dtype,
+                        act_scale=act_scale,
+                        act_zero=act_zero,
+                        pre_scale=pre_scales.get(key),
+                    )
                     results.append(
                         LayerResult(
                             name=prefix + key,
@@ -271,7 +353,19 @@ class _Rounding:
         q = self._weights[product.name]
         if q.activation is None or product.x.numel() == 0:
             return None
-        return rounded_input(product.x.reshape(-1, product.x.shape[-1]), q.activation, q.act_scale, q.act_zero)
+        rows = product.x.reshape(-1, product.x.shape[-1])
+        if q.pre_scale is None:
+            return rounded_input(rows, q.activation, q.act_scale, q.act_zero)
+        pre_scale = q.pre_scale.to(rows.dtype)
+        return rounded_input(rows * pre_scale, q.activation, q.act_scale, q.act_zero) / pre_scale
+
+
+def _as_used(q: QuantizedTensor) -> Tensor:
+    """Plain values of a weight that is multiplied with its input as it comes."""
+    values = q.dequantize()
+    if q.pre_scale is None:
+        return values
+    return scale_axis(values.to(torch.float32), q.pre_scale, q.permutation.index(q.dim() - 1)).to(values.dtype)
 
 
 def feed_starved(found: Input, least: int | None) -> tuple[Tensor, tuple[int, ...]]:

@@ -36,7 +36,11 @@ class Target:
     k_axis: int = -1
 
 
-@dataclass(frozen=True, slots=True)
+# Rows of every batch of an input that are kept as they are.
+_SAMPLED = 32
+
+
+@dataclass(slots=True)
 class Input:
     """What is known of the inputs that some weights share."""
 
@@ -46,6 +50,8 @@ class Input:
     channels: PerChannelMinMax
     # For a static activation.
     range: Observer | None
+    # Some rows; None for experts.
+    sample: Tensor | None = None
 
     def observers(self) -> list[Observer]:
         """All of them."""
@@ -55,13 +61,20 @@ class Input:
 class Observing:
     """A `see` for `Watch`: collects `inputs` by the name of each weight, one object for all that share an input.
 
-    `aware`: Hessians are of inputs as the activation rounds them.
+    `aware`: Hessians are of inputs as the activation rounds them. `pre_scales` multiply the inputs of weights first.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], targets: Mapping[str, Target], *, static: Static, aware: bool
+        self,
+        parameters: Mapping[str, Tensor],
+        targets: Mapping[str, Target],
+        *,
+        static: Static,
+        aware: bool,
+        pre_scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._parameters, self._targets, self._aware = parameters, targets, aware
+        self._pre_scales = pre_scales or {}
         self._static = _STATIC[static]
         self.inputs: dict[str, Input] = {}
         # Inputs of this pass over the block, by memory; kept alive, so that no other takes their place.
@@ -81,6 +94,11 @@ class Observing:
         if found.names[0] != name:
             return
         rows = x.reshape(-1, x.shape[-1])
+        if name in self._pre_scales:
+            rows = rows * self._pre_scales[name].to(rows.dtype)
+        if product.ends is None:
+            some = rows[:: max(len(rows) // _SAMPLED, 1)][:_SAMPLED]
+            found.sample = some.clone() if found.sample is None else torch.cat((found.sample, some))
         found.channels.update(rows)
         if found.range is not None:
             found.range.update(rows)
@@ -111,6 +129,8 @@ class Observing:
         for found in unique.values():
             for observer in found.observers():
                 observer.all_reduce()
+            if found.sample is not None:
+                dist.broadcast(found.sample, 0)
 
     def finish(self) -> dict[str, Input]:
         """What was observed.

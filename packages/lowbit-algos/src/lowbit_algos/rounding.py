@@ -75,17 +75,18 @@ def with_use(
     q: QuantizedTensor,
     activation: Activation | None,
     *,
+    dtype: torch.dtype | None = None,
     act_scale: Tensor | None = None,
     act_zero: Tensor | None = None,
     pre_scale: Tensor | None = None,
 ) -> QuantizedTensor:
-    """The same weight, used under an activation."""
+    """The same weight, used under an activation, and reading as `dtype`."""
     return QuantizedTensor.from_parts(
         q.qdata,
         q.scales,
         q.format,
         k=q.canonical_shape[-1],
-        dtype=q.dtype,
+        dtype=dtype or q.dtype,
         axis=q.permutation.index(q.dim() - 1),
         activation=activation,
         act_scale=act_scale,

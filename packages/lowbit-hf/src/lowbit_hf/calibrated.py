@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowbit import QuantizedTensor
 from lowbit.shards import Checkpoint
 from lowbit_algos.blocks import capture, find_blocks
 from lowbit_algos.calibrate import BlockResult, Method, Walk, outside
@@ -32,8 +31,8 @@ from lowbit_hf.stream import Part, Stream
 # Tokens that run through a block at once.
 _BATCH_TOKENS = 4096
 
-Write = Callable[[str, QuantizedTensor], None]
-"""Takes the name of a tensor of the checkpoint, and what became of it."""
+Write = Callable[[str, Tensor | None], None]
+"""Takes the name of a tensor of the checkpoint, and what became of it; None: it stays as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,8 @@ class Calibrated:
                 continue
             axis = 0 if "Conv1D" in owner.classes else -1
             self.targets[part.parameter] = Target(scheme.weight_format(skeleton.dtype), scheme.activation, axis)
-        self.names = {name for parameter in self.targets for name in self.parts[parameter]}
+        # Every tensor of a block is written when the block is done: factors may go into those that stay plain.
+        self.names = {name for parts in self.parts.values() for name in parts}
 
     @property
     def blocks(self) -> list[str]:
@@ -101,7 +101,8 @@ class Calibrated:
         head = f"{self._skeleton.output_embedding}."
         before = [n for n in self._stream.names([f"{n}." for n in names], outside=True) if not self._is(n, head)]
         self._stream.load([*before, *first])
-        captured = capture(model, self._blocks, _without_cache(model, batches))
+        probe = method.smoothing is not None
+        captured = capture(model, self._blocks, _without_cache(model, batches), probe=probe)
         self._stream.drop(before)
         begin = next((k for k, name in enumerate(names) if not progress.is_done(name)), len(names))
 
@@ -115,15 +116,16 @@ class Calibrated:
             block = self._stream.names([f"{name}."])
             self._stream.load(block)
 
-            def take(result: BlockResult, weights: Mapping[str, QuantizedTensor], k: int = k) -> None:
-                for parameter, weight in weights.items():
-                    for tensor, part in self.parts[parameter].items():
-                        write(tensor, part.of(weight))
+            def take(result: BlockResult, weights: Mapping[str, Tensor], k: int = k) -> None:
+                for parameter, parts in self.parts.items():
+                    for tensor, part in parts.items() if parameter.startswith(f"{result.name}.") else ():
+                        write(tensor, part.of(weights[parameter]) if parameter in weights else None)
                 record = progress.scratch / f"block-{k}.json"
                 record.write_text(json.dumps(asdict(result)))
                 progress.done(result.name, [record, *paths(k + 1)])
 
-            walk.step(name, self._blocks[name], self.targets, captured.calls[k], take, paths=paths(k + 1))
+            runs = captured.probe(k, self._blocks[name])
+            walk.step(name, self._blocks[name], self.targets, captured.calls[k], take, probe=runs, paths=paths(k + 1))
             self._stream.drop(block)
             for path in paths(k):
                 path.unlink(missing_ok=True)

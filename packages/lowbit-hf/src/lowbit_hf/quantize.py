@@ -449,13 +449,18 @@ def _write_calibrated(job: Job, windows: Tensor, staging: Staging, run: _Run) ->
     file_of = {entry.name: file for file, entries in job.checkpoint.shards.items() for entry in entries}
     entries = job.checkpoint.entries
 
-    def write(name: str, weight: QuantizedTensor) -> None:
-        scheme, module = job.schemes[name], name.removesuffix(".weight")
-        stored = to_compressed(scheme, weight.qdata.cpu(), weight.scales.cpu(), job.matrix_shape(entries[name]))
-        stored |= input_tensors(scheme.activation, weight.act_scale, weight.act_zero, job.dtype)
-        for local, tensor in stored.items():
-            writers[file_of[name]].write(f"{module}.{local}", tensor.cpu().contiguous())
-        run.advance(entries[name].nbytes)
+    def write(name: str, weight: Tensor | None) -> None:
+        entry, writer, module = entries[name], writers[file_of[name]], name.removesuffix(".weight")
+        if isinstance(weight, QuantizedTensor):
+            scheme = job.schemes[name]
+            stored = to_compressed(scheme, weight.qdata.cpu(), weight.scales.cpu(), job.matrix_shape(entry))
+            stored |= input_tensors(scheme.activation, weight.act_scale, weight.act_zero, job.dtype)
+            for local, tensor in stored.items():
+                writer.write(f"{module}.{local}", tensor.cpu().contiguous())
+        else:
+            plain = job.checkpoint.read(entry) if weight is None else weight.to("cpu", entry.dtype).contiguous()
+            writer.write(name, plain)
+        run.advance(entry.nbytes)
 
     def done(block: str, files: Sequence[Path]) -> None:
         for path in files:

@@ -9,7 +9,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from lowbit import QuantizedTensor
 from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint
 from lowbit_hf.skeleton import Owner, Skeleton
@@ -23,12 +22,9 @@ class Part:
     expert: int | None = None
     rows: tuple[int, int] | None = None
 
-    def of(self, weight: QuantizedTensor) -> QuantizedTensor:
-        """That part of the quantized parameter."""
-        if self.expert is None or self.rows is None:
-            return weight
-        part: QuantizedTensor = weight[self.expert][slice(*self.rows)]  # pyright: ignore[reportAssignmentType] - its class stays
-        return part
+    def of(self, weight: Tensor) -> Tensor:
+        """That part of the parameter, quantized or not."""
+        return weight if self.expert is None or self.rows is None else weight[self.expert][slice(*self.rows)]
 
 
 class Stream:
