@@ -275,7 +275,7 @@ def test_every_scheme_is_described():
             "weights": str(entry.weight),
             "inputs": "" if entry.activation is None else str(entry.activation),
             "file format": entry.file_format,
-            "written": "" if entry.refusal else "yes",
+            "needs calibration": "yes" if entry.needs_data else "",
         }
         for name, entry in SCHEMES.items()
     }

@@ -15,14 +15,16 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from compressed_tensors.quantization.lifecycle.forward import forward_quantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lowbit.reference import quantize_input
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf import load
 from lowbit_hf.schemes import SCHEMES
 
-WRITABLE = [name for name, entry in SCHEMES.items() if entry.refusal is None]
+WRITABLE = [name for name, entry in SCHEMES.items() if not entry.needs_data]
 MODELS = ["lm-tiny", "moe-tiny"]
 # One of each file format and strategy, on which all depends that experts and other readers do with it.
 FORMATS = [
@@ -112,9 +114,9 @@ def nvfp4(w, amax):
 
 def rounded(name, w, amax):
     """Float32 (n, k) values that weight `w` has under a scheme."""
-    if match := re.fullmatch(r"W(\d)A(16|8|4|FP8)", name):
+    if match := re.fullmatch(r"W(\d)A(16|8|8_ASYM|4|FP8)", name):
         bits = int(match[1])
-        return integers(w, bits, w.shape[1] if name == "W8A8" else 128).reshape(w.shape)
+        return integers(w, bits, w.shape[1] if name in ("W8A8", "W8A8_ASYM") else 128).reshape(w.shape)
     family = {
         "W4A16_ASYM": lambda: offset_integers(w, 128),
         "FP8_DYNAMIC": lambda: fp8(w, 1, w.shape[1]),
@@ -283,6 +285,29 @@ def test_transformers_runs_it_compressed(quantized, twin, model, name):
             assert torch.equal(got, logits(plain))
 
 
+@pytest.mark.parametrize("name", ["W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8", "NVFP4"])
+def test_transformers_rounds_inputs_by_the_scales_that_calibration_found(models, tmp_path, lowbit, name):
+    text = models / "calibration.txt"
+    line = ["quantize", models / "lm-tiny", "--to", name, "--calibrate", text, "--samples", "8", "--seq-len", "64"]
+    assert lowbit(*line, "-o", tmp_path / "out")[0] == 0
+    ours, theirs = load(tmp_path / "out"), from_pretrained(tmp_path / "out", dequantize=False)
+    stored, x = load_file(tmp_path / "out" / "model.safetensors"), torch.randn(64, 256, dtype=torch.float64).float() * 2
+    modules = {tensor.rpartition(".")[0] for tensor in stored if re.search(r"\.input_(global_)?scale$", tensor)}
+    assert len(modules) == 6 * 7
+    for module in modules:
+        held, weight = theirs.get_submodule(module), ours.get_submodule(module).weight
+        parts = {part: getattr(held, f"input_{part}", None) for part in ("scale", "zero_point", "global_scale")}
+        for part, values in parts.items():
+            if (tensor := f"{module}.input_{part}") in stored:
+                assert torch.equal(values.flatten(), stored[tensor])
+        inputs = x.repeat(1, weight.shape[1] // 256)
+        args = held.quantization_scheme.input_activations
+        wanted = forward_quantize(held.float(), inputs, "input", args)
+        # In float32, in which both choose the same codes but where a quotient is all but a tie.
+        found = quantize_input(inputs, weight.activation, weight.act_scale, weight.act_zero).values()
+        assert float((found != wanted).float().mean()) < 1e-3
+
+
 def test_mixed_schemes(models, tmp_path, lowbit):
     rules = [
         "--rule",
@@ -330,6 +355,7 @@ FP8_TOKEN, FP8_GROUP = weights(8, "float", "token", dynamic=True), weights(8, "f
 MX8, MX4 = (weights(bits, "float", "group", 32, dynamic=True, **UINT8) for bits in (8, 4))
 CONFIG = {
     "W8A8": ("int-quantized", weights(8, "int", "channel"), INT8_TOKEN),
+    "W8A8_ASYM": ("int-quantized", weights(8, "int", "channel"), INT8_TOKEN | {"symmetric": False}),
     "W4A16_ASYM": ("pack-quantized", weights(4, "int", "group", 128, symmetric=False), None),
     "W4AFP8": ("pack-quantized", weights(4, "int", "group", 128), FP8_TOKEN),
     "FP8_DYNAMIC": ("float-quantized", weights(8, "float", "channel"), FP8_TOKEN),
@@ -403,7 +429,12 @@ def test_config_and_tensors(models, quantized, model, name):
     others = {path.name for path in (models / model).iterdir()} - {"config.json", "model.safetensors"}
     for other in others:
         assert (folder / other).read_bytes() == (models / model / other).read_bytes()
-    assert {path.name for path in folder.iterdir()} == others | {"config.json", "model.safetensors"}
+    assert {path.name for path in folder.iterdir()} == others | {
+        "config.json",
+        "model.safetensors",
+        "report.json",
+        "report.html",
+    }
 
 
 @every_model

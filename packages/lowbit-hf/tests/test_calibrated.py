@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from lowbit import QuantizedTensor, Recipe, Rule
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
+from lowbit.report import Report
 from lowbit_algos import Method, calibrate_
 from lowbit_algos.gptq import Options
 from lowbit_hf import calibrated
@@ -42,13 +43,18 @@ class Windows:
     def fingerprint(self):
         return f"windows {self.count}"
 
+    def described(self):
+        return {"samples": self.count}
+
 
 def job_of(folder, name="W4A16_G32", method=None, **options):
     return prepare(folder, scheme(name), mode="even", calibration=Windows(), method=method or Method(), **options)
 
 
 def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """All files but the report, which tells how long things took."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.stem != "report"]
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def quantized(model):
@@ -114,10 +120,11 @@ def test_static_activations_are_written_and_read_back(make, tmp_path, kind, name
     torch.testing.assert_close(a, b)
 
 
-def test_without_data_such_schemes_are_refused_with_what_to_use_instead(make):
+def test_without_data_such_schemes_are_refused_with_what_to_use_instead(make, tmp_path):
     for name, other in {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16", "W8A8_STATIC": "W8A8"}.items():
         with pytest.raises(RecipeError, match=rf"scheme {name} of .* give a text by --calibrate FILE, or use {other}$"):
-            prepare(make(), scheme(name), mode="even")
+            run(prepare(make(), scheme(name), mode="even"), tmp_path / "out")
+        assert not list(tmp_path.iterdir())
 
 
 class Killed(BaseException):
@@ -180,7 +187,7 @@ def cut_off(patch, block, where):
 
     patch.setattr(calibrated.Walk, "step", begin)
     patch.setattr(calibrated.Walk, "_round", rounded)
-    patch.setattr("lowbit_hf.quantize.Progress", progress)
+    patch.setattr("lowbit_hf.writing.Progress", progress)
 
 
 def test_another_text_or_method_is_another_run(make, tmp_path, monkeypatch):
@@ -216,6 +223,49 @@ def test_kept_weights_stay_in_calibrated_runs(make, tmp_path):
     kept = [name for name in before if "down_proj" in name or "layers.1." in name]
     assert all(torch.equal(before[name], after[name]) for name in kept)
     assert "model.layers.0.self_attn.q_proj.weight_packed" in after
+
+
+def test_the_report_tells_what_happened(make, tmp_path):
+    folder = make("qwen3-moe")
+    run(job_of(folder, "W4A16_G32"), tmp_path / "out", command="lowbit quantize it")
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    assert (report.scheme, report.algorithm, report.command) == ("W4A16_G32", "gptq", "lowbit quantize it")
+    plain, low = dict(load(folder).named_parameters()), quantized(load(tmp_path / "out"))
+    assert {layer.name for layer in report.layers} == set(low)
+    for layer in report.layers:
+        weight, values = plain[layer.name].double(), low[layer.name].dequantize(torch.float64)
+        sqnr = 10 * torch.log10(weight.square().sum() / (weight - values).square().sum())
+        assert layer.weight_sqnr == pytest.approx(float(sqnr), abs=0.02)
+        assert layer.output_sqnr > 0
+        assert layer.bits == pytest.approx(4.5, abs=0.02 if "experts" not in layer.name else 0.1)
+        assert layer.block == int(layer.name.split(".")[2])
+    for experts in report.experts:
+        assert sum(experts.tokens) == 2 * 16 * 32
+        assert set(experts.fallback) == {e for e, tokens in enumerate(experts.tokens) if tokens < 128}
+    model, whole = load(tmp_path / "out"), load(folder)
+    ids = Windows().windows(folder)
+    a, b = (m(ids, output_hidden_states=True).hidden_states for m in (model, whole))
+    # The last hidden states that a model tells of went through its norm, so the first block's are compared.
+    noise, signal = (a[1] - b[1]).double().square().sum(), b[1].double().square().sum()
+    assert report.blocks[0].sqnr == pytest.approx(float(10 * torch.log10(signal / noise)), abs=0.1)
+    assert report.bytes_before > report.bytes_after
+    assert report.peak_memory > 1 << 28
+    assert "lowbit quantize it" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_the_report_of_rounding_to_nearest_tells_its_cost(make, quantize):
+    folder = make()
+    out = quantize(folder, "MXFP4A16")
+    report = Report.from_json((out / "report.json").read_text())
+    plain, low = dict(load(folder).named_parameters()), quantized(load(out))
+    assert report.algorithm == "rtn"
+    for layer in report.layers:
+        weight, values = plain[layer.name].double(), low[layer.name].dequantize(torch.float64)
+        sqnr = 10 * torch.log10(weight.square().sum() / (weight - values).square().sum())
+        # An eighth of the rows stands for all.
+        assert layer.weight_sqnr == pytest.approx(float(sqnr), abs=1)
+        assert layer.output_sqnr is None
+    assert not report.blocks
 
 
 # Calibration text

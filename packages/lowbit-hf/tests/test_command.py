@@ -219,7 +219,7 @@ def test_what_is_said_of_the_rest(lowbit, folder, tmp_path, change):
     (other / "pytorch_model.bin").write_bytes(b"")
     _, said, _ = lowbit("quantize", other, "--to", "W8A8", "-o", tmp_path / "out")
     assert "not part of the model, carried: mtp.{0..2}.weight" in said
-    assert "left behind, the same weights in another form: pytorch_model.bin" in said
+    assert "left behind, of the original alone: pytorch_model.bin" in said
 
 
 @pytest.mark.parametrize("name", ["plan", "quantize"])
@@ -379,7 +379,7 @@ def test_ctrl_c_says_how_to_go_on(lowbit, folder, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit_hf.quantize._write_weight", interrupt)
+    monkeypatch.setattr("lowbit_hf.writing._write_weight", interrupt)
     code, said, err = lowbit("quantize", folder, "--to", "W8A8", "-o", tmp_path / "out")
     assert code == 130
     assert said == ""

@@ -53,8 +53,8 @@ def test_ways_to_round_inputs_that_no_preset_has():
     ):
         parsed = QuantizationScheme(**SCHEMES[name].config_group())
         inputs = parsed.input_activations
-        assert (inputs.num_bits, inputs.type.value) == (8, "int")
-        assert (inputs.strategy.value, inputs.dynamic, inputs.symmetric) == (strategy, dynamic, symmetric)
+        assert (inputs.num_bits, str(inputs.type)) == (8, "int")
+        assert (str(inputs.strategy), inputs.dynamic, inputs.symmetric) == (strategy, dynamic, symmetric)
         assert parsed.weights == QuantizationScheme(**eight.config_group()).weights
 
 

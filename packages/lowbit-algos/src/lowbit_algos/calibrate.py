@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,12 +35,18 @@ _JUDGED = 4
 _OUTLIERS = 3
 
 
+Rounding = Literal["nearest", "clipped", "gptq"]
+
+ALGORITHMS = ("rtn", "gptq", "smoothquant", "awq")
+"""Names that `Method.of` takes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """How weights are rounded, and what is done to them before."""
 
     # To nearest; to nearest under the scale of least loss; or by GPTQ.
-    rounding: Literal["nearest", "clipped", "gptq"] = "gptq"
+    rounding: Rounding = "gptq"
     # Whether a block is fed what quantized blocks before it make of the data, or what the original ones do.
     sequential: bool = True
     # What is done before: factors that make inputs and weights alike hard to round, or weights easier.
@@ -61,6 +67,34 @@ class Method:
     # What GPTQ is told besides.
     options: Options = field(default_factory=Options)
 
+    @classmethod
+    def of(cls, name: str, **more: Any) -> Method:
+        """The method of algorithms joined by "+", such as `smoothquant+gptq`; `rtn` is rounding to nearest.
+
+        Raises:
+            RecipeError: a name is unknown, or two of them do the same.
+        """
+        smoothing, rounding = None, None
+        for part in name.lower().split("+"):
+            if part in ALGORITHMS[:2] and rounding is None:
+                rounding = part
+            elif part in ALGORITHMS[2:] and smoothing is None:
+                smoothing = part
+            else:
+                raise RecipeError(
+                    f"algorithm {name!r} is not known; it is rtn or gptq, smoothquant or awq, or one of each joined by "
+                    "'+', such as awq+gptq"
+                )
+        # Without GPTQ, the search for scales is AWQ's other half.
+        alone: Rounding = "clipped" if smoothing == "awq" else "nearest"
+        return cls(rounding="gptq" if rounding == "gptq" else alone, smoothing=smoothing, **more)
+
+    @property
+    def name(self) -> str:
+        """Its algorithms, joined by "+"."""
+        parts = (self.smoothing, "gptq" if self.rounding == "gptq" else None)
+        return "+".join(part for part in parts if part) or ("rtn" if self.rounding == "nearest" else "clipping")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerResult:
@@ -75,6 +109,8 @@ class LayerResult:
     tokens: tuple[int, ...]
     starved: tuple[int, ...]
     notes: tuple[str, ...]
+    # Of all weights that share its input.
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,7 +344,7 @@ class Walk:
         if method.rounding == "clipped":
             options = method.options | Options(act_order=False)
         for found in {id(found): found for found in inputs.values()}.values():
-            group = {key: originals[key] for key in found.names}
+            started, group = time.monotonic(), {key: originals[key] for key in found.names}
             hessian, starved = feed_starved(found, method.expert_tokens)
             try:
                 # Without what joins columns, no error travels, and what is left is the search for scales.
@@ -335,6 +371,7 @@ class Walk:
                             tokens=tuple(found.hessian.tokens.tolist()) if group[key].dim() == 3 else (),
                             starved=starved,
                             notes=notes,
+                            seconds=time.monotonic() - started,
                         )
                     )
             except LowbitError as error:

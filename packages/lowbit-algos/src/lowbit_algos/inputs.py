@@ -117,8 +117,12 @@ class Observing:
             return
         self._alive[key] = name, x
         k, experts = x.shape[-1], len(parameter) if parameter.dim() == 3 else None
-        static = target.activation is not None and target.activation.scaling != "dynamic"
-        found = Input([name], Hessian(k, experts), PerChannelMinMax(k), self._static() if static else None)
+        scaling = "dynamic" if target.activation is None else target.activation.scaling
+        # A tensor scale above block scales has to leave room for the largest of them.
+        ranges = {"static": self._static, "local": MinMax}
+        found = Input(
+            [name], Hessian(k, experts), PerChannelMinMax(k), ranges[scaling]() if scaling in ranges else None
+        )
         for observer in found.observers():
             observer.to(x.device)
         self.inputs[name] = found

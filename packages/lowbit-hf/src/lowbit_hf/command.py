@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
     from lowbit_algos import Method
     from lowbit_hf.evaluate import Evaluation
-    from lowbit_hf.quantize import Account, Job
+    from lowbit_hf.job import Job
+    from lowbit_hf.quantize import Account
     from lowbit_hf.texts import Calibration
 
 _COMPARED = ("W8A8", "W4A16", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16")
 
 Mode = Literal["floor", "ceil", "even", "rceil"]
-_ALGORITHMS = ("rtn", "gptq")
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")
 ]
@@ -50,7 +50,10 @@ Device = Annotated[str | None, typer.Option(metavar="cpu|cuda", help="where to c
 ScaleModes = Annotated[Mode, typer.Option("--scale-mode", help="how MX block scales are rounded to powers of two")]
 Coverage = Annotated[float, typer.Option("--min-coverage", help="fail if a smaller share of all bytes becomes low-bit")]
 Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="keep weights with NaN or infinity unquantized")]
-AlgorithmOf = Annotated[str, typer.Option("--algorithm", metavar="NAME", help="rtn or gptq, which needs --calibrate")]
+AlgorithmOf = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="rtn, gptq, smoothquant, awq, or two joined by +; all but rtn need --calibrate"),
+]
 Algorithms = Annotated[
     list[str], typer.Option("--algorithm", metavar="NAME", help="an algorithm to try, as for quantize; repeatable")
 ]
@@ -170,6 +173,7 @@ def _quantize(
         f"{size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}"
     )
     _print(_nothing_lost(account))
+    _print(f"report: {out / 'report.html'}")
     _print(f"next: lowbit eval {out} --against {model}\n      vllm serve {out}")
     return DONE
 
@@ -274,7 +278,8 @@ def _compare(
     if as_json:
         _print_json({"model": model, "results": rows})
     else:
-        _print("\n".join(align([_table_cells(row) for row in rows])))
+        several = any(row["algorithm"] not in {None, "rtn"} for row in rows)
+        _print("\n".join(align([_table_cells(row, algorithm=several) for row in rows])))
     return DONE
 
 
@@ -380,7 +385,7 @@ def _job(
     calibration: Calibration | None = None,
     method: Method | None = None,
 ) -> Job:
-    from lowbit_hf.quantize import prepare  # noqa: PLC0415
+    from lowbit_hf.job import prepare  # noqa: PLC0415
 
     wanted = _scheme(to, "--to")
     return prepare(
@@ -409,16 +414,19 @@ def _method(algorithm: str, mode: Mode, *, sequential: bool, calibrated: bool) -
     """What an algorithm's name means."""
     from lowbit_algos import Method  # noqa: PLC0415
 
-    if algorithm not in _ALGORITHMS:
-        raise typer.BadParameter(f"{algorithm!r} is not one of {', '.join(_ALGORITHMS)}", param_hint="'--algorithm'")
-    if algorithm != "rtn" and not calibrated:
+    try:
+        # No file format has a place for factors that stay with a weight.
+        method = Method.of(algorithm, sequential=sequential, mode=mode, pre_scale=False)
+    except RecipeError as error:
+        raise typer.BadParameter(str(error), param_hint="'--algorithm'") from error
+    if method.name != "rtn" and not calibrated:
         msg = f"{algorithm} needs a text to calibrate on: --calibrate FILE"
         raise typer.BadParameter(msg, param_hint="'--algorithm'")
-    return Method(rounding="gptq" if algorithm == "gptq" else "nearest", sequential=sequential, mode=mode)
+    return method
 
 
 def _require_data(job: Job) -> None:
-    from lowbit_hf.quantize import require_data  # noqa: PLC0415
+    from lowbit_hf.job import require_data  # noqa: PLC0415
 
     require_data(job)
 
@@ -482,7 +490,7 @@ def _nothing_lost(account: Account) -> str:
     if account.unowned:
         lines.append(f"not part of the model, carried: {', '.join(name for name, _ in fold(account.unowned))}")
     if account.left_behind:
-        lines.append(f"left behind, the same weights in another form: {', '.join(account.left_behind)}")
+        lines.append(f"left behind, of the original alone: {', '.join(account.left_behind)}")
     return "\n".join(lines)
 
 
@@ -491,10 +499,10 @@ def _table_row(name: str, algorithm: str | None, bits: float, stored: int, resul
     return {**told, **asdict(result)}
 
 
-def _table_cells(row: dict[str, Any]) -> dict[str, str]:
+def _table_cells(row: dict[str, Any], *, algorithm: bool) -> dict[str, str]:
     return {
         "scheme": row["scheme"],
-        "algorithm": row["algorithm"] or "",
+        **({"algorithm": row["algorithm"] or ""} if algorithm else {}),
         "bits per weight": f"{row['bits_per_weight']:.3f}",
         "size": size(row["bytes"]),
         "perplexity": f"{row['perplexity']:.3f}",

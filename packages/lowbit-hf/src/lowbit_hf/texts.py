@@ -57,6 +57,11 @@ class Calibration:
         windows = torch.tensor(ids[: whole * self.length], dtype=torch.int64).view(whole, self.length)
         return windows[chosen.sort().values]
 
+    def described(self) -> dict[str, str | int | float]:
+        """What a report tells of it."""
+        told: dict[str, str | int | float] = {"file": self.file.name, "samples": self.samples}
+        return {**told, "sequence length": self.length, "tokens": self.samples * self.length, "seed": self.seed}
+
     def fingerprint(self) -> str:
         """Names the text and the choice."""
         with self.file.open("rb") as file:
