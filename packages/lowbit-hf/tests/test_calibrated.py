@@ -15,6 +15,7 @@ import torch
 from pyarrow import parquet, table
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+from typer import BadParameter
 
 from lowbit import QuantizedTensor, Recipe, Rule
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
@@ -22,9 +23,10 @@ from lowbit.report import Report
 from lowbit_algos import Method, calibrate_
 from lowbit_algos.gptq import Options
 from lowbit_hf import calibrated
-from lowbit_hf.command import quantize
+from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
+from lowbit_hf.command import _bytes_of, quantize
 from lowbit_hf.loading import load
-from lowbit_hf.quantize import prepare, run
+from lowbit_hf.quantize import memory_plan, prepare, run
 from lowbit_hf.schemes import scheme
 from lowbit_hf.texts import Calibration
 
@@ -36,6 +38,7 @@ class Windows:
     """Calibration tokens for models that have no tokenizer."""
 
     count: int = 16
+    length = 32
 
     def windows(self, folder):
         return torch.randint(2, 96, (self.count, 32), generator=torch.Generator().manual_seed(5))
@@ -266,6 +269,48 @@ def test_the_report_of_rounding_to_nearest_tells_its_cost(make, quantize):
         assert layer.weight_sqnr == pytest.approx(float(sqnr), abs=1)
         assert layer.output_sqnr is None
     assert not report.blocks
+
+
+# Memory
+
+
+def test_a_run_that_memory_cannot_hold_is_refused_with_the_numbers(make, tmp_path):
+    for job in (job_of(make(), max_memory=1 << 20), prepare(make(), scheme("W8A8"), mode="even", max_memory=1 << 20)):
+        with pytest.raises(
+            RecipeError, match=r"needs .* of memory, of which the program itself holds .*B, and may take"
+        ):
+            run(job, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_fewer_tokens_run_at_once_where_that_fits(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowbit_hf.quantize.memory_in_use", lambda: 0)
+    job = job_of(make())
+    whole = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes)
+    few, many = (whole.memory(job.method, tokens) for tokens in (Windows.length, BATCH_TOKENS))
+    assert few < many
+    tight = job_of(make(), max_memory=(few + many) // 2)
+    tokens, planned = memory_plan(tight, whole)
+    assert Windows.length <= tokens < BATCH_TOKENS
+    assert planned <= tight.max_memory
+    run(tight, tmp_path / "out")
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    assert report.max_memory == tight.max_memory
+    assert report.planned_memory <= tight.max_memory
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4GiB", 4 << 30), ("1.5 GB", 15 * 10**8), ("300m", 3 * 10**8), ("1e9", 10**9), ("64KiB", 1 << 16)],
+)
+def test_sizes_are_read(text, size):
+    assert _bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "four", "-1", "0", "4 GiBs", "1..2"])
+def test_what_is_no_size_is_wrong_use(text):
+    with pytest.raises(BadParameter, match="is not a size, such as 4GiB"):
+        _bytes_of(text)
 
 
 # Calibration text

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from lowbit_algos.calibrate import Method, calibrate_
 from lowbit_algos.gptq import Solution, gptq, solve
+from lowbit_algos.observed import Observation, ObservedLinear, observe
 
-__all__ = ["Method", "Solution", "calibrate_", "gptq", "solve"]
+__all__ = ["Method", "Observation", "ObservedLinear", "Solution", "calibrate_", "gptq", "observe", "solve"]

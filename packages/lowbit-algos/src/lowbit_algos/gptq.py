@@ -27,8 +27,10 @@ _SHARES = tuple(1 - i / 32 for i in range(-1, 15))
 # For scales that are powers of two.
 _POWERS = (1.0, 0.5, 2.0)
 _BLOCK = 128
-# Values of a weight that are worked on at a time: with what is made of them, a third of a gigabyte.
+# Values of a weight that are worked on at a time.
 _ELEMENTS = 1 << 24
+WORKING = 6 * 4 * _ELEMENTS
+"""Bytes that they take with what is made of them."""
 
 
 @dataclass(frozen=True, slots=True)

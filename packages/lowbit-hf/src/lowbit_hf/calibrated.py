@@ -21,6 +21,7 @@ from torch import Tensor
 from lowbit.shards import Checkpoint
 from lowbit_algos.blocks import capture, find_blocks
 from lowbit_algos.calibrate import BlockResult, Method, Walk, outside
+from lowbit_algos.gptq import WORKING
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Target
 from lowbit_hf.experts import use_lowbit_experts
@@ -28,8 +29,10 @@ from lowbit_hf.schemes import Scheme
 from lowbit_hf.skeleton import Owner, Skeleton
 from lowbit_hf.stream import Part, Stream
 
-# Tokens that run through a block at once.
-_BATCH_TOKENS = 4096
+# Tokens that run through a block at once, where memory allows.
+BATCH_TOKENS = 4096
+# Bytes that a token takes for each of a block's widest outputs: a few of them live at once, some in float32.
+_ACTIVATIONS = 16
 
 Write = Callable[[str, Tensor | None], None]
 """Takes the name of a tensor of the checkpoint, and what became of it; None: it stays as it is."""
@@ -78,13 +81,39 @@ class Calibrated:
         # Every tensor of a block is written when the block is done: factors may go into those that stay plain.
         self.names = {name for parts in self.parts.values() for name in parts}
 
+    def memory(self, method: Method, tokens: int) -> int:
+        """Bytes that a run holds at most besides what the process holds now, `tokens` running through a block at once.
+
+        An upper bound: it counts a Hessian for every weight, though those that share an input share it.
+        """
+        bytes_of = {
+            name: p.numel() * self._skeleton.dtype.itemsize for name, p in self._stream.model.named_parameters()
+        }
+        shapes = {name: tuple(p.shape) for name, p in self._stream.model.named_parameters()}
+        inside = sum(b for n, b in bytes_of.items() if n.startswith(tuple(f"{block}." for block in self._blocks)))
+        head = f"{self._skeleton.output_embedding}."
+        before = sum(bytes_of.values()) - inside - sum(b for n, b in bytes_of.items() if n.startswith(head))
+        most = 0
+        for block in self._blocks:
+            mine = {n for n in bytes_of if n.startswith(f"{block}.")}
+            weights = sum(bytes_of[n] for n in mine)
+            squares = [_square(shapes[n], self.targets[n].k_axis) for n in mine & self.targets.keys()]
+            # What comes of weights lies beside them; smoothed ones are kept in float32 too.
+            held = weights * (2 if method.smoothing is None else 4)
+            widest = max((max(shapes[n]) for n in mine), default=0)
+            most = max(most, held + sum(squares) + 2 * max(squares, default=0), before + weights)
+            most = max(most, held + sum(squares) + WORKING + tokens * widest * _ACTIVATIONS)
+        return most
+
     @property
     def blocks(self) -> list[str]:
         """Their names in the model."""
         return list(self._blocks)
 
-    def run(self, windows: Tensor, method: Method, progress: Progress, write: Write) -> None:
+    def run(self, windows: Tensor, method: Method, progress: Progress, write: Write, *, tokens: int) -> None:
         """Quantize block after block, from the first that is not done; `write` is given every tensor.
+
+        `tokens` is how many run through a block at once.
 
         Raises:
             LowbitError: the model's blocks cannot be run one by one, or values are not finite.
@@ -94,7 +123,7 @@ class Calibrated:
         rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         batches = [
             {"input_ids": batch.to(self._device), "use_cache": False}
-            for batch in windows[rank::count].split(max(_BATCH_TOKENS // windows.shape[1], 1))
+            for batch in windows[rank::count].split(max(tokens // windows.shape[1], 1))
         ]
         first = self._stream.names([f"{names[0]}."])
         # Of what lies outside the blocks, the output head is never reached.
@@ -147,6 +176,12 @@ class Calibrated:
         if k == 0:
             return Hidden.of(hidden, fed), None
         return Hidden(hidden, fed), Hidden(hidden[: Walk.judged(len(hidden))], beside)
+
+
+def _square(shape: tuple[int, ...], k_axis: int) -> int:
+    """Bytes of the Hessians of a weight."""
+    k = shape[k_axis]
+    return 4 * k * k * (shape[0] if len(shape) == 3 else 1)
 
 
 def _without_cache(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:

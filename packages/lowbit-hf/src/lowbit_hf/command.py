@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -61,6 +62,10 @@ Calibrate = Annotated[Path | None, typer.Option(metavar="FILE", help="text to ca
 Samples = Annotated[int, typer.Option(metavar="N", help="windows of the text to calibrate on")]
 Length = Annotated[int, typer.Option("--seq-len", metavar="N", help="tokens of a window")]
 Seed = Annotated[int, typer.Option(metavar="N", help="which windows are chosen")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="memory the run may take, such as 4GiB; one that needs more is refused"),
+]
 OnePass = Annotated[bool, typer.Option("--one-pass", help="feed blocks what the original model makes")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Text = Annotated[Path | None, typer.Option(metavar="FILE", help="UTF-8 text; default: 300 kB that lowbit-hf brings")]
@@ -131,6 +136,7 @@ def _quantize(
     seq_len: Length = 512,
     seed: Seed = 0,
     one_pass: OnePass = False,  # noqa: FBT002
+    max_memory: MaxMemory = None,
     device: Device = None,
     scale_mode: ScaleModes = "even",
     min_coverage: Coverage = 0.0,
@@ -159,6 +165,7 @@ def _quantize(
         allow_nonfinite=allow_nonfinite,
         calibration=text,
         method=method,
+        max_memory=None if max_memory is None else _bytes_of(max_memory),
     )
     _require_data(job)
     if dry_run:
@@ -384,6 +391,7 @@ def _job(
     allow_nonfinite: bool,
     calibration: Calibration | None = None,
     method: Method | None = None,
+    max_memory: int | None = None,
 ) -> Job:
     from lowbit_hf.job import prepare  # noqa: PLC0415
 
@@ -399,7 +407,20 @@ def _job(
         device=device,
         calibration=calibration,
         method=method,
+        max_memory=max_memory,
     )
+
+
+def _bytes_of(text: str) -> int:
+    """A size such as 4GiB, 500 MB or 1e9."""
+    match = re.fullmatch(r"([\d.]+(?:e\d+)?) *(?:([kmgt])(i?)b?|b)?", text.strip().lower())
+    try:
+        number = float(match[1]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise typer.BadParameter(f"{text!r} is not a size, such as 4GiB", param_hint="'--max-memory'")
+    return int(number * (1024 if match[3] else 1000) ** (" kmgt".index(match[2]) if match[2] else 0))
 
 
 def _calibration(file: Path, samples: int, length: int, seed: int) -> Calibration:

@@ -50,6 +50,8 @@ class Job:
     # What blocks are calibrated on, and how; None: everything is rounded to nearest.
     calibration: Calibration | None = None
     method: Method | None = None
+    # Bytes of memory that the process may take; None: as many as it needs.
+    max_memory: int | None = None
 
     @property
     def algorithm(self) -> str:
@@ -125,6 +127,7 @@ def prepare(
     device: str = "cpu",
     calibration: Calibration | None = None,
     method: Method | None = None,
+    max_memory: int | None = None,
 ) -> Job:
     """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
 
@@ -168,7 +171,9 @@ def prepare(
         if scheme is not None:
             schemes[row.name] = scheme
     found = Plan(tuple(_as_given(row, given) for row in found.rows))
-    job = Job(folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite, calibration, method)
+    job = Job(
+        folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite, calibration, method, max_memory
+    )
     _check_outputs(job)
     _check_stacks(job)
     return job

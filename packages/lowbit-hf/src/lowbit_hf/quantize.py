@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import CheckpointError
+from lowbit.errors import CheckpointError, RecipeError
 from lowbit.shards import INDEX_NAME, Checkpoint, lies_inside
 from lowbit.staging import Staging
+from lowbit.table import size
+from lowbit_algos import Method
+from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
 from lowbit_hf.job import Job, prepare, require_data
-from lowbit_hf.reporting import REPORTS, report_of
+from lowbit_hf.reporting import REPORTS, memory_in_use, report_of
 from lowbit_hf.schemes import Scheme, quantization_config
-from lowbit_hf.writing import NonfiniteError, Run, write_calibrated, write_rest
+from lowbit_hf.writing import STREAMING, NonfiniteError, Run, write_calibrated, write_rest
 
 __all__ = ["Account", "NonfiniteError", "prepare", "run"]
 
@@ -54,13 +57,17 @@ def run(
 
     Raises:
         CheckpointError: the output exists or cannot be written, space runs out, or a weight holds NaN or infinity.
-        RecipeError: a scheme needs calibration data, and there is none.
+        RecipeError: a scheme needs calibration data, and there is none; or memory cannot hold a block.
     """
     started = time.monotonic()
     _check_target(job.folder, out)
     require_data(job)
     carried, left_behind = _other_files(job.folder, job.checkpoint)
     windows = None if job.calibration is None else job.calibration.windows(job.folder)
+    calibrated = (
+        None if windows is None else Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, device=device)
+    )
+    tokens, planned = memory_plan(job, calibrated)
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
             return _account(job, out, carried, left_behind)
@@ -72,11 +79,11 @@ def run(
             raise
         try:
             with Run(device, advance) as run_:
-                if windows is None:
+                if windows is None or calibrated is None:
                     for file in job.checkpoint.shards:
                         write_rest(job, staging, file, run_, set()).finish()
                 else:
-                    write_calibrated(job, windows, staging, run_)
+                    write_calibrated(job, calibrated, windows, _agreed(staging, tokens), staging, run_)
         except NonfiniteError:
             # No later run could use what is there: the input itself has to change.
             staging.discard()
@@ -86,13 +93,49 @@ def run(
         staging.write_text("config.json", json.dumps(_output_config(job), indent=2) + "\n")
         if (job.folder / INDEX_NAME).exists():
             staging.write_text(INDEX_NAME, json.dumps(_output_index(job), indent=2) + "\n")
-        report = report_of(job, staging.scratch, command=command, seconds=time.monotonic() - started)
+        report = report_of(
+            job, staging.scratch, command=command, seconds=time.monotonic() - started, planned_memory=planned
+        )
         for name, text in zip(REPORTS, (report.to_json() + "\n", report.to_html()), strict=True):
             staging.write_text(name, text)
         staging.sync()
         account = _account(job, staging.files, carried, left_behind)
         staging.publish()
     return account
+
+
+def _agreed(staging: Staging, tokens: int) -> int:
+    """How many tokens run at once, as the run that this one continues decided: last bits depend on it."""
+    path = staging.scratch / "tokens"
+    if path.is_file() and (text := path.read_text()).isdecimal():
+        return int(text)
+    path.write_text(str(tokens))
+    staging.wrote(path)
+    staging.sync()
+    return tokens
+
+
+def memory_plan(job: Job, calibrated: Calibrated | None) -> tuple[int, int]:
+    """How many tokens run through a block at once, and the bytes of memory that the process will take at most.
+
+    Raises:
+        RecipeError: that is more than the job allows, however few run at once.
+    """
+    held, allowed = memory_in_use(), job.max_memory
+    method, length = job.method or Method(), 1 if job.calibration is None else job.calibration.length
+    tokens = max(BATCH_TOKENS, length)
+    while True:
+        planned = held + (STREAMING if calibrated is None else calibrated.memory(method, tokens))
+        if allowed is None or planned <= allowed:
+            return tokens, planned
+        if calibrated is None or tokens // 2 < length:
+            break
+        tokens //= 2
+    raise RecipeError(
+        f"this run needs {size(planned)} of memory, of which the program itself holds {size(held)}, and may take "
+        f"{size(allowed)}; allow that much by --max-memory"
+        + (", or round to nearest, which streams weights a few rows at a time" if calibrated is not None else "")
+    )
 
 
 def _check_target(folder: Path, out: Path) -> None:

@@ -19,7 +19,7 @@ REPORTS = ("report.json", "report.html")
 """Names of the two forms of a report in an output folder."""
 
 
-def report_of(job: Job, scratch: Path, *, command: str, seconds: float) -> Report:
+def report_of(job: Job, scratch: Path, *, command: str, seconds: float, planned_memory: int) -> Report:
     """The report of a job that is done, whose notes are in `scratch`."""
     blocks = [json.loads(path.read_text()) for path in sorted(scratch.glob("block-*.json"), key=_number)]
     calibrated = {layer["name"]: (k, layer) for k, block in enumerate(blocks) for layer in block["layers"]}
@@ -53,8 +53,8 @@ def report_of(job: Job, scratch: Path, *, command: str, seconds: float) -> Repor
         coverage=job.plan.coverage,
         seconds=seconds,
         peak_memory=peak_memory(),
-        planned_memory=None,
-        max_memory=None,
+        planned_memory=planned_memory,
+        max_memory=job.max_memory,
         calibration={} if text is None else text.described(),
         environment=environment(),
     )
@@ -64,6 +64,12 @@ def peak_memory() -> int:
     """The most memory, in bytes, that this process has held."""
     # Kilobytes everywhere but on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_in_use() -> int:
+    """The memory, in bytes, that this process holds now; where the system does not tell, the most it ever held."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.is_file() else peak_memory()
 
 
 def _number(path: Path) -> int:

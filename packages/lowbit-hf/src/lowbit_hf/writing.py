@@ -30,6 +30,8 @@ R = TypeVar("R")
 
 # Small enough that a slice's float32 intermediates stay in the processor's caches, large enough to hide Python.
 _SLICE_BYTES = 2 << 20
+STREAMING = 512 << 20
+"""Bytes that streaming rows takes at most: slices of a few MiB in every thread, and what is made of them."""
 # Of a slice's rows, one in so many is decoded again, to tell what rounding cost.
 _JUDGED = 8
 # Projections that serving engines fuse into one, which then has one tensor scale.
@@ -105,9 +107,10 @@ def _note(staging: Staging, name: str, sqnr: float) -> None:
     staging.wrote(path)
 
 
-def write_calibrated(job: Job, windows: Tensor, staging: Staging, run: Run) -> None:
+def write_calibrated(
+    job: Job, calibrated: Calibrated, windows: Tensor, tokens: int, staging: Staging, run: Run
+) -> None:
     """Write everything: what lies outside the blocks first, then each block when it is done."""
-    calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, device=run.device)
     writers = {file: write_rest(job, staging, file, run, calibrated.names) for file in job.checkpoint.shards}
     file_of = {entry.name: file for file, entries in job.checkpoint.shards.items() for entry in entries}
     entries = job.checkpoint.entries
@@ -132,7 +135,7 @@ def write_calibrated(job: Job, windows: Tensor, staging: Staging, run: Run) -> N
         staging.sync()
 
     progress = Progress(staging.scratch, lambda block: staging.is_done(f"block:{block}"), done)
-    calibrated.run(windows, job.method or Method(), progress, write)
+    calibrated.run(windows, job.method or Method(), progress, write, tokens=tokens)
     for writer in writers.values():
         writer.finish()
 
