@@ -254,6 +254,7 @@ class Walk:
             originals = {key: smoothed.exact.get(key, parameter.detach()) for key, parameter in parameters.items()}
             results, weights = self._round(prefix, block, originals, mine, seen, smoothed.pre_scales)
             rounding = _Rounding(weights)
+            del originals, seen
             for key, q in weights.items():
                 parameters[key].data = _as_used(q)
             with Watch(parameters, rounding):
@@ -343,7 +344,9 @@ class Walk:
         options = None if method.rounding == "nearest" else method.options
         if method.rounding == "clipped":
             options = method.options | Options(act_order=False)
-        for found in {id(found): found for found in inputs.values()}.values():
+        # The smallest first, and each let go of when it is done with: the largest may be most of what memory holds.
+        unique = {id(found): found for found in inputs.values()}.values()
+        for found in sorted(unique, key=lambda found: found.hessian.hessian.numel()):
             started, group = time.monotonic(), {key: originals[key] for key in found.names}
             hessian, starved = feed_starved(found, method.expert_tokens)
             try:
@@ -376,7 +379,9 @@ class Walk:
                     )
             except LowbitError as error:
                 raise type(error)(f"{', '.join(prefix + key for key in group)}: {error}") from error
-        return tuple(results), weights
+            found.hessian.to("meta")
+        place = {prefix + key: i for i, key in enumerate(originals)}
+        return tuple(sorted(results, key=lambda result: place[result.name])), weights
 
 
 class _Rounding:

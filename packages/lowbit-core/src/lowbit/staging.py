@@ -96,7 +96,7 @@ class Staging:
     @property
     def scratch(self) -> Path:
         """Folder for files that a run which continues this one needs; deleted when the output is published."""
-        return self.partial / _SCRATCH
+        return scratch_of(self.out)
 
     def wrote(self, path: Path) -> None:
         """Note that a file of `scratch` was written, so that it is on disk before the next unit counts as done."""
@@ -363,6 +363,11 @@ class ShardWriter:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+
+
+def scratch_of(out: str | os.PathLike[str]) -> Path:
+    """The scratch folder of an output, which is there while a process stages it."""
+    return _partial(Path(os.path.abspath(out))) / _SCRATCH  # noqa: PTH100 - as in `open`
 
 
 def _partial(out: Path) -> Path:

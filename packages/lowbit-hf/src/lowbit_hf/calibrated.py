@@ -1,8 +1,8 @@
 """The part of a run that calibrates: one decoder block after the other, from a checkpoint into an output in the making.
 
 What a run that was killed needs to go on lies in the output's scratch folder: what the next block is fed, as files, and
-how the blocks before fared, as JSON. Under torchrun every process feeds the blocks its share of the text and all make
-the same weights; the first one writes them.
+how the blocks before fared, as JSON. Under torchrun every process feeds the blocks its share of the text, and all make
+the same weights, which the first one writes; the others keep what they feed in the same folder.
 """
 
 from __future__ import annotations
@@ -98,11 +98,14 @@ class Calibrated:
             mine = {n for n in bytes_of if n.startswith(f"{block}.")}
             weights = sum(bytes_of[n] for n in mine)
             squares = [_square(shapes[n], self.targets[n].k_axis) for n in mine & self.targets.keys()]
-            # What comes of weights lies beside them; smoothed ones are kept in float32 too.
-            held = weights * (2 if method.smoothing is None else 4)
+            # What comes of weights lies beside them, and for a while several as one; smoothed ones are float32 too.
+            solving = 2.5 * weights if method.smoothing is None else 4.5 * weights
             widest = max((max(shapes[n]) for n in mine), default=0)
-            most = max(most, held + sum(squares) + 2 * max(squares, default=0), before + weights)
-            most = max(most, held + sum(squares) + WORKING + tokens * widest * _ACTIVATIONS)
+            # Hessians go one by one, the smallest first; the one at hand has its factors beside it.
+            squares.sort()
+            squared = max((sum(squares[i:]) + squares[i] for i in range(len(squares))), default=0)
+            running = weights + sum(squares) + tokens * widest * _ACTIVATIONS
+            most = max(most, running, before + weights, int(solving) + squared + WORKING)
         return most
 
     @property
@@ -134,6 +137,10 @@ class Calibrated:
         captured = capture(model, self._blocks, _without_cache(model, batches), probe=probe)
         self._stream.drop(before)
         begin = next((k for k, name in enumerate(names) if not progress.is_done(name)), len(names))
+        if dist.is_initialized():
+            told = [begin]
+            dist.broadcast_object_list(told)
+            begin = told[0]
 
         def paths(k: int) -> tuple[Path, Path]:
             return progress.scratch / f"hidden-{rank}-{k}", progress.scratch / f"other-{rank}-{k}"

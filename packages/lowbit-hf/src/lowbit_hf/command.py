@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import re
 import shlex
@@ -152,6 +153,7 @@ def _quantize(
     """
     if out == Path() and not dry_run:
         raise typer.BadParameter("needed is a folder to write to", param_hint="'-o' / '--out'")
+    device = _joined(_device(device))
     text = None if calibrate is None else _calibration(calibrate, samples, seq_len, seed)
     method = _method(algorithm, scale_mode, sequential=not one_pass, calibrated=text is not None)
     job = _job(
@@ -171,6 +173,8 @@ def _quantize(
     if dry_run:
         return _show_plan(job, as_json=as_json)
     account = _carry_out(job, out, _device(device), overwrite=overwrite)
+    if account is None:
+        return DONE
     if as_json:
         _print_json(_account_json(job, account, out))
         return DONE
@@ -467,7 +471,16 @@ def _scheme(name: str, option: str) -> Scheme:
         raise typer.BadParameter(str(error), param_hint=f"'{option}'") from error
 
 
-def _carry_out(job: Job, out: Path, device: str, *, overwrite: bool) -> Account:
+def _joined(device: str) -> str:
+    """The device of this process, once it has joined those that torchrun started with it."""
+    from lowbit_hf.processes import join, leave  # noqa: PLC0415
+
+    atexit.register(leave)
+    return join(device)
+
+
+def _carry_out(job: Job, out: Path, device: str, *, overwrite: bool) -> Account | None:
+    """The account of a run; None where another process writes."""
     from lowbit_hf.quantize import run  # noqa: PLC0415
 
     try:

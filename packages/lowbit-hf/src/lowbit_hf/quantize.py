@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError, RecipeError
+from lowbit.report import Report
 from lowbit.shards import INDEX_NAME, Checkpoint, lies_inside
-from lowbit.staging import Staging
+from lowbit.staging import Staging, scratch_of
 from lowbit.table import size
 from lowbit_algos import Method
 from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
 from lowbit_hf.job import Job, prepare, require_data
+from lowbit_hf.processes import agree, follow, rank, require_windows, together
 from lowbit_hf.reporting import REPORTS, memory_in_use, report_of
 from lowbit_hf.schemes import Scheme, quantization_config
 from lowbit_hf.writing import STREAMING, NonfiniteError, Run, write_calibrated, write_rest
@@ -52,8 +54,10 @@ def run(
     device: str = "cpu",
     command: str = "",
     advance: Callable[[int], None] | None = None,
-) -> Account:
+) -> Account | None:
     """Carry a job out; `advance(bytes)` after every slice of input, `command` is what an error tells to run again.
+
+    Of several processes that `lowbit_hf.processes.join` joined, the first writes and returns the account.
 
     Raises:
         CheckpointError: the output exists or cannot be written, space runs out, or a weight holds NaN or infinity.
@@ -62,46 +66,63 @@ def run(
     started = time.monotonic()
     _check_target(job.folder, out)
     require_data(job)
-    carried, left_behind = _other_files(job.folder, job.checkpoint)
     windows = None if job.calibration is None else job.calibration.windows(job.folder)
-    calibrated = (
-        None if windows is None else Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, device=device)
-    )
+    calibrated = None
+    if windows is not None:
+        require_windows(windows)
+        calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, device=device)
     tokens, planned = memory_plan(job, calibrated)
+    if rank():
+        # Only calibration is shared out.
+        if windows is not None and calibrated is not None:
+            follow(job, calibrated, windows, scratch_of(out))
+        return None
+    carried, left_behind = _other_files(job.folder, job.checkpoint)
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
             return _account(job, out, carried, left_behind)
-        try:
-            staging.require_space(job.output_bytes + sum((job.folder / name).stat().st_size for name in carried))
-        except CheckpointError:
-            if not any(staging.files.iterdir()):
-                staging.discard()
-            raise
+        _require_space(job, staging, carried)
         try:
             with Run(device, advance) as run_:
                 if windows is None or calibrated is None:
                     for file in job.checkpoint.shards:
                         write_rest(job, staging, file, run_, set()).finish()
                 else:
-                    write_calibrated(job, calibrated, windows, _agreed(staging, tokens), staging, run_)
+                    tokens = agree(_agreed(staging, tokens))
+                    together()
+                    write_calibrated(job, calibrated, windows, tokens, staging, run_)
         except NonfiniteError:
             # No later run could use what is there: the input itself has to change.
             staging.discard()
             raise
-        for name in carried:
-            staging.copy_file(job.folder / name, name)
-        staging.write_text("config.json", json.dumps(_output_config(job), indent=2) + "\n")
-        if (job.folder / INDEX_NAME).exists():
-            staging.write_text(INDEX_NAME, json.dumps(_output_index(job), indent=2) + "\n")
-        report = report_of(
-            job, staging.scratch, command=command, seconds=time.monotonic() - started, planned_memory=planned
-        )
-        for name, text in zip(REPORTS, (report.to_json() + "\n", report.to_html()), strict=True):
-            staging.write_text(name, text)
-        staging.sync()
+        seconds = time.monotonic() - started
+        report = report_of(job, staging.scratch, command=command, seconds=seconds, planned_memory=planned)
+        _write_others(job, staging, carried, report)
         account = _account(job, staging.files, carried, left_behind)
         staging.publish()
     return account
+
+
+def _require_space(job: Job, staging: Staging, carried: Sequence[str]) -> None:
+    """Refuse a disk that cannot hold the output, and leave nothing of one that was not begun."""
+    try:
+        staging.require_space(job.output_bytes + sum((job.folder / name).stat().st_size for name in carried))
+    except CheckpointError:
+        if not any(staging.files.iterdir()):
+            staging.discard()
+        raise
+
+
+def _write_others(job: Job, staging: Staging, carried: Sequence[str], report: Report) -> None:
+    """Write all but the tensors, and put everything on disk."""
+    for name in carried:
+        staging.copy_file(job.folder / name, name)
+    staging.write_text("config.json", json.dumps(_output_config(job), indent=2) + "\n")
+    if (job.folder / INDEX_NAME).exists():
+        staging.write_text(INDEX_NAME, json.dumps(_output_index(job), indent=2) + "\n")
+    for name, text in zip(REPORTS, (report.to_json() + "\n", report.to_html()), strict=True):
+        staging.write_text(name, text)
+    staging.sync()
 
 
 def _agreed(staging: Staging, tokens: int) -> int:

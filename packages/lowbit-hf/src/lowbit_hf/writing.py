@@ -24,6 +24,7 @@ from lowbit_algos.rounding import decibels
 from lowbit_hf.calibrated import Calibrated, Progress
 from lowbit_hf.job import Job
 from lowbit_hf.layout import input_tensors, row_alignment, tensors_of, to_compressed
+from lowbit_hf.processes import together
 from lowbit_hf.schemes import Scheme
 
 R = TypeVar("R")
@@ -129,6 +130,7 @@ def write_calibrated(
         run.advance(entry.nbytes)
 
     def done(block: str, files: Sequence[Path]) -> None:
+        together()
         for path in files:
             staging.wrote(path)
         staging.done(f"block:{block}")
