@@ -134,7 +134,8 @@ def _choose(
     candidates = [_factors(inputs, weights, a, kind) for a in exponents]
     if alpha is not None:
         return candidates[0]
-    losses = [_loss(layers, found, factors[source], mode) for factors in (torch.ones(channels), *candidates)]
+    none = torch.ones_like(candidates[0])
+    losses = [_loss(layers, found, factors[source], mode) for factors in (none, *candidates)]
     best = min(range(len(losses)), key=losses.__getitem__)
     return None if best == 0 else candidates[best - 1]
 
