@@ -132,6 +132,12 @@ def test_without_data_such_schemes_are_refused_with_what_to_use_instead(make, tm
         assert not list(tmp_path.iterdir())
 
 
+def test_an_input_outside_the_blocks_has_no_stored_scale(make, tmp_path):
+    with pytest.raises(RecipeError, match=r"'cls.*dense.weight' lies outside the model's blocks.*--keep"):
+        run(job_of(make("bert"), "FP8", Method(rounding="nearest")), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 class Killed(BaseException):
     pass
 

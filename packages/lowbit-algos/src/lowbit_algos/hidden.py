@@ -41,11 +41,6 @@ class Hidden:
         """Where the tensors go that come of these: their own place, or another file, so that these stay."""
         return self if path is None else Hidden(self._like, path, self._device)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return self._offsets[-1]
-
     def __len__(self) -> int:
         return len(self._like)
 

@@ -108,11 +108,6 @@ class Calibrated:
             most = max(most, running, before + weights, int(solving) + squared + WORKING)
         return most
 
-    @property
-    def blocks(self) -> list[str]:
-        """Their names in the model."""
-        return list(self._blocks)
-
     def run(self, windows: Tensor, method: Method, progress: Progress, write: Write, *, tokens: int) -> None:
         """Quantize block after block, from the first that is not done; `write` is given every tensor.
 
@@ -145,12 +140,16 @@ class Calibrated:
         def paths(k: int) -> tuple[Path, Path]:
             return progress.scratch / f"hidden-{rank}-{k}", progress.scratch / f"other-{rank}-{k}"
 
+        if begin:
+            self._stream.drop(first)
         walk = Walk(method, *self._start(captured.hidden, begin, paths))
         captured.hidden.clear()
         for k in range(begin, len(names)):
             name = names[k]
             block = self._stream.names([f"{name}."])
-            self._stream.load(block)
+            if k:
+                # The first is there, to have been captured.
+                self._stream.load(block)
 
             def take(result: BlockResult, weights: Mapping[str, Tensor], k: int = k) -> None:
                 for parameter, parts in self.parts.items():
@@ -165,10 +164,6 @@ class Calibrated:
             self._stream.drop(block)
             for path in paths(k):
                 path.unlink(missing_ok=True)
-
-    def results(self, scratch: Path) -> list[dict[str, Any]]:
-        """How the blocks fared."""
-        return [json.loads((scratch / f"block-{k}.json").read_text()) for k in range(len(self._blocks))]
 
     def _is(self, tensor: str, prefix: str) -> bool:
         part = self._stream.parts.get(tensor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,13 +96,22 @@ def tokenize(folder: Path, text: Path) -> Tensor:
     except (OSError, UnicodeDecodeError) as error:
         msg = f"{text} cannot be read as UTF-8 text: {error}"
         raise CheckpointError(msg) from error
+    tokenizer = load_tokenizer(folder)
+    # A long text warns that it is longer than the context; windows are cut below.
+    return torch.tensor(tokenizer(content, verbose=False).input_ids, dtype=torch.int64)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in the model's folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         msg = f"{folder} has no tokenizer that transformers can load: {error}"
         raise CheckpointError(msg) from error
-    # A long text warns that it is longer than the context; windows are cut below.
-    return torch.tensor(tokenizer(content, verbose=False).input_ids, dtype=torch.int64)
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:

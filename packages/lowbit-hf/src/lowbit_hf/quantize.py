@@ -71,6 +71,7 @@ def run(
     if windows is not None:
         require_windows(windows)
         calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, device=device)
+        _require_observed(job, calibrated)
     tokens, planned = memory_plan(job, calibrated)
     if rank():
         # Only calibration is shared out.
@@ -101,6 +102,16 @@ def run(
         account = _account(job, staging.files, carried, left_behind)
         staging.publish()
     return account
+
+
+def _require_observed(job: Job, calibrated: Calibrated) -> None:
+    """Refuse a stored input scale for a weight outside the blocks, whose inputs are not observed."""
+    for name, scheme in job.schemes.items():
+        if scheme.needs_data and name not in calibrated.names:
+            raise RecipeError(
+                f"{name!r} lies outside the model's blocks, where inputs are not observed, and scheme {scheme.name} "
+                f"stores a scale for its input; leave it by --keep, or give it a scheme without by --rule"
+            )
 
 
 def _require_space(job: Job, staging: Staging, carried: Sequence[str]) -> None:

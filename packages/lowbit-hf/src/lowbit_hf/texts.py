@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from lowbit.errors import CheckpointError
+from lowbit_hf.evaluate import load_tokenizer
 
 _COLUMN = "text"
 
@@ -37,10 +37,7 @@ class Calibration:
         """
         if self.samples < 1 or self.length < 2:
             raise CheckpointError(f"--samples {self.samples} and --seq-len {self.length}: needed are 1 and 2 or more")
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except Exception as error:
-            raise CheckpointError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        tokenizer = load_tokenizer(folder)
         end = tokenizer.eos_token_id
         ids: list[int] = []
         for document in _documents(self.file):
