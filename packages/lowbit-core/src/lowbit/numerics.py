@@ -80,7 +80,7 @@ def choose_scale(
     if tensor_scale is not None and not fmt.tensor_scale:
         msg = f"{fmt} has no tensor scale, and one was given; leave it out, or use a format that ends in ':tensor'"
         raise FormatError(msg)
-    blocks = _split(x, fmt.block_of(tuple(x.shape)))
+    blocks = split_blocks(x, fmt.block_of(tuple(x.shape)))
     within = tuple(range(1, blocks.dim(), 2))
     if fmt.zero is not None:
         low, high = torch.aminmax(_merge(blocks, within), dim=-1)
@@ -134,12 +134,12 @@ def encode(
     check_scales(scales, fmt, tuple(x.shape))
     noise = _draw(x, rounding, seed, offset)
     blocks = fmt.block_of(tuple(x.shape))
-    scaled = _split(x.to(torch.float32), blocks) / _spread(total_scale(scales))
+    scaled = split_blocks(x.to(torch.float32), blocks) / spread(total_scale(scales))
     if scales.zero is None:
-        return pack(fmt.element.encode(_join(scaled, x.shape), noise), fmt.element)
+        return pack(fmt.element.encode(join_blocks(scaled, x.shape), noise), fmt.element)
     # Rounding before the zero point is added keeps ties to even independent of it.
-    codes = fmt.element.round(scaled, None if noise is None else _split(noise, blocks))
-    return pack(fmt.element.encode(_join(codes + _spread(scales.zero.to(torch.float32)), x.shape)), fmt.element)
+    codes = fmt.element.round(scaled, None if noise is None else split_blocks(noise, blocks))
+    return pack(fmt.element.encode(join_blocks(codes + spread(scales.zero.to(torch.float32)), x.shape)), fmt.element)
 
 
 def decode(data: Tensor, fmt: Format, scales: Scales, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -157,10 +157,10 @@ def decode(data: Tensor, fmt: Format, scales: Scales, k: int, dtype: torch.dtype
         raise FormatError(msg)
     codes = unpack(data, fmt.element, k)
     check_scales(scales, fmt, tuple(codes.shape))
-    values = _split(fmt.element.decode(codes), fmt.block_of(tuple(codes.shape)))
+    values = split_blocks(fmt.element.decode(codes), fmt.block_of(tuple(codes.shape)))
     if scales.zero is not None:
-        values = values - _spread(scales.zero.to(torch.float32))
-    return _join(values * _spread(total_scale(scales)), codes.shape).to(dtype)
+        values = values - spread(scales.zero.to(torch.float32))
+    return join_blocks(values * spread(total_scale(scales)), codes.shape).to(dtype)
 
 
 def total_scale(scales: Scales) -> Tensor:
@@ -299,7 +299,7 @@ def _asymmetric(low: Tensor, high: Tensor, fmt: Format) -> Scales:
     return Scales(scale, fmt.zero.encode(zero.clamp(fmt.element.min, fmt.element.max)))
 
 
-def _split(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
+def split_blocks(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
     """(d0, d1, ..) -> (d0/b0, b0, d1/b1, b1, ..), edge blocks padded with zeros."""
     # A block larger than the tensor pads nothing.
     blocks = tuple(min(b, max(n, 1)) for n, b in zip(x.shape, blocks, strict=True))
@@ -309,8 +309,8 @@ def _split(x: Tensor, blocks: tuple[int, ...]) -> Tensor:
     return x.reshape([d for n, b in zip(x.shape, blocks, strict=True) for d in (n // b, b)])
 
 
-def _join(blocks: Tensor, shape: torch.Size) -> Tensor:
-    """Undo `_split`: drop the padding and return the canonical `shape`."""
+def join_blocks(blocks: Tensor, shape: torch.Size) -> Tensor:
+    """Undo `split_blocks`: drop the padding and return the canonical `shape`."""
     x = blocks.reshape([blocks.shape[i] * blocks.shape[i + 1] for i in range(0, blocks.dim(), 2)])
     for dim, n in enumerate(shape):
         x = x.narrow(dim, 0, n)
@@ -322,6 +322,6 @@ def _merge(blocks: Tensor, within: tuple[int, ...]) -> Tensor:
     return blocks.movedim(within, tuple(range(-len(within), 0))).flatten(-len(within))
 
 
-def _spread(scale: Tensor) -> Tensor:
-    """Natural scale shape (s0, s1, ..) -> (s0, 1, s1, 1, ..), to broadcast over `_split` blocks."""
+def spread(scale: Tensor) -> Tensor:
+    """Natural scale shape (s0, s1, ..) -> (s0, 1, s1, 1, ..), to broadcast over `split_blocks` blocks."""
     return scale.reshape([d for n in scale.shape for d in (n, 1)])

@@ -322,16 +322,7 @@ class Hessian(Observer):
         rows = _rows(x, self.hessian.shape[-1]).to(torch.float32)
         if (ends is None) != (self.hessian.dim() == 2):
             raise FormatError("a Hessian with experts needs to know where each one's rows end, and only that one does")
-        if ends is None:
-            self.hessian.addmm_(rows.T, rows)
-            self.tokens += len(rows)
-            return
-        start = 0
-        for e, end in enumerate(ends.tolist()):
-            if end > start:
-                self.hessian[e].addmm_(rows[start:end].T, rows[start:end])
-                self.tokens[e] += end - start
-            start = end
+        self.tokens += add_products(self.hessian, rows, rows, ends)
 
     def range(self, fmt: Format) -> tuple[Tensor, Tensor]:
         """There is none.
@@ -340,6 +331,21 @@ class Hessian(Observer):
             FormatError: always.
         """
         raise FormatError(f"a Hessian knows no range to fit {fmt} to; it is what GPTQ needs. Observe with MinMax too")
+
+
+def add_products(total: Tensor, x: Tensor, y: Tensor, ends: Tensor | None) -> Tensor:
+    """Add `sum x y^T` over rows of x and y (M, K) to `total`, in place; returns how many rows there were, (1,) or (E,).
+
+    `total` is (K, K), or (E, K, K) with those of expert e ending before row `ends[e]`.
+    """
+    if ends is None:
+        total.addmm_(x.T, y)
+        return torch.full((1,), len(x), device=total.device)
+    start, stops = 0, ends.tolist()
+    for e, stop in enumerate(stops):
+        total[e].addmm_(x[start:stop].T, y[start:stop])
+        start = stop
+    return torch.diff(torch.tensor([0, *stops], device=total.device))
 
 
 def _rows(x: Tensor, channels: int) -> Tensor:
