@@ -159,7 +159,7 @@ def test_hessians_are_of_rounded_inputs_where_asked(model, batches, aware):
     activation, options = "dynamic:int4:1x*:float32", Options(act_order=False, scale_search=False)
     plain = copy.deepcopy(model)
     recipe = Recipe((Rule.of("blocks.*", "INT4_G32", activation=activation),))
-    calibrate_(model, recipe, batches, Method(activation_aware=aware, options=options))
+    calibrate_(model, recipe, batches, Method(activation_aware=aware, refit=False, options=options))
     x = fed(plain, batches, "blocks.0.q").reshape(-1, K)
     fmt = lb.Format.parse("int4:1x*:float32")
     scales = choose_scale(x, fmt)
@@ -354,12 +354,13 @@ def test_a_weight_that_is_never_used_is_told(batches):
         calibrate_(model, Recipe((Rule.of("blocks.*", "INT4_G32"),)), batches)
 
 
-def on_a_rank(name):
+def on_a_rank(name, learned=0):
     torch.manual_seed(0)
     whole = Model().eval()
     batches = list(torch.randint(50, (4, 8, 16), generator=torch.Generator().manual_seed(1)))
     rank = distributed.get_rank()
-    calibrate_(whole, Recipe((Rule.of("blocks.*", name),)), batches[rank::2])
+    calibrate_(whole, Recipe((Rule.of("blocks.*", name),)), batches[rank::2], Method(learned=learned))
+    assert all(parameter.grad is None for parameter in whole.parameters())
     return {key: part.dequantize() for key, part in whole.named_parameters() if isinstance(part, QuantizedTensor)}
 
 
@@ -371,6 +372,16 @@ def test_two_ranks_make_what_one_makes(model, batches):
     for name, values in first.items():
         assert torch.equal(values, second[name])
         assert float((values == model.get_parameter(name).dequantize()).float().mean()) > 0.98
+
+
+def test_two_ranks_learn_the_same(model, batches):
+    calibrate_(model, Recipe((Rule.of("blocks.*", "int2:1x32:bfloat16"),)), batches)
+    with ranks(2) as two:
+        first, second = two.run(on_a_rank, "int2:1x32:bfloat16", 10)
+    for name, values in first.items():
+        assert torch.equal(values, second[name])
+    solved = {name: part.dequantize() for name, part in model.named_parameters() if isinstance(part, QuantizedTensor)}
+    assert any(float((values == solved[name]).float().mean()) < 0.98 for name, values in first.items())
 
 
 def test_recipes_are_checked_before_anything_runs(model):

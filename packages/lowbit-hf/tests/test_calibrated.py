@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +88,57 @@ def test_from_disk_as_in_memory(make, tmp_path, kind):
     assert len(targets) >= 3 * 4
     for name, weight in quantized(model).items():
         assert same(weight, streamed[name]) == 1, name
+
+
+EVERYTHING = replace(Method.of("rotation+smoothquant+gptq+learned", pre_scale=False), learned=3)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3-moe"])
+def test_rotated_and_learned_from_disk_as_in_memory(make, tmp_path, kind, tied):
+    folder = make(kind, num_hidden_layers=2, tie_word_embeddings=tied)
+    account = run(job_of(folder, "MXFP4", EVERYTHING), tmp_path / "out")
+    streamed = load(tmp_path / "out")
+    assert not streamed.config.tie_word_embeddings
+    model = load(folder)
+    wanted = tuple(Rule(key, scheme("MXFP4").weight, scheme("MXFP4").activation) for key in quantized(streamed))
+    batches = [{"input_ids": Windows().windows(folder), "use_cache": False}]
+    calibrate_(model, Recipe(wanted), batches, EVERYTHING)
+    assert not model.config.tie_word_embeddings
+    theirs = dict(streamed.named_parameters())
+    for key, weight in model.named_parameters():
+        assert (
+            same(weight, theirs[key]) == 1 if isinstance(weight, QuantizedTensor) else torch.equal(weight, theirs[key])
+        ), key
+    plain = {key for key in account.tensors if key not in job_of(folder, "MXFP4").schemes}
+    kept = {key for key in plain if "mlp.gate.weight" not in key and "q_norm" not in key and "k_norm" not in key}
+    assert kept <= set(account.changed) <= plain
+    assert ("lm_head.weight" in account.tensors["model.embed_tokens.weight"]) == tied
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_model_that_cannot_be_rotated_is_refused_before_anything_is_written(make, tmp_path, kind):
+    with pytest.raises(LowbitError, match=r"rotation needs a model that has an embedding .* outside its blocks"):
+        run(job_of(make(kind), method=Method.of("rotation+gptq")), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tied_embedding_that_is_rotated_stays_plain(make):
+    with pytest.raises(RecipeError, match=r"is the output head too.*--keep"):
+        job_of(
+            make("llama", tie_word_embeddings=True),
+            method=Method.of("rotation+gptq"),
+            rules=[("model.embed_tokens.weight", scheme("W8A8"))],
+        )
+
+
+def test_a_head_that_is_rotated_is_rounded_after(make, tmp_path):
+    folder = make("llama", tie_word_embeddings=False)
+    rules = [("lm_head.weight", scheme("W8A16"))]
+    run(job_of(folder, method=Method.of("rotation+gptq"), rules=rules), tmp_path / "head")
+    run(job_of(folder, method=Method.of("rotation+gptq")), tmp_path / "plain")
+    low, plain = (load(tmp_path / name).lm_head.weight for name in ("head", "plain"))
+    assert float((low.dequantize() - plain).norm() / plain.norm()) < 0.01
 
 
 STATIC = ["W8A8_STATIC", "W8A8_STATIC_ASYM", "FP8", "NVFP4"]
@@ -297,10 +348,10 @@ def test_fewer_tokens_run_at_once_where_that_fits(make, tmp_path, monkeypatch):
     monkeypatch.setattr("lowbit_hf.calibrated.WORKING", 0)
     job = job_of(make())
     whole = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes)
-    few, many = (whole.memory(job.method, tokens) for tokens in (Windows.length, BATCH_TOKENS))
+    few, many = (whole.memory(job.method, tokens, 512) for tokens in (Windows.length, BATCH_TOKENS))
     assert few < many
     tight = job_of(make(), max_memory=(few + many) // 2)
-    tokens, planned = memory_plan(tight, whole)
+    tokens, planned = memory_plan(tight, whole, 512)
     assert Windows.length <= tokens < BATCH_TOKENS
     assert planned <= tight.max_memory
     run(tight, tmp_path / "out")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import LowbitError
+from lowbit.hadamard import Rotation
 
 # Tokens of a sequence that show how a block is made.
 _TOKENS = 32
@@ -43,6 +44,39 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Runs a block on a few tokens."""
+
+    block: nn.Module
+    call: Call
+    hidden: Tensor
+
+    def __call__(self) -> Tensor:
+        """Hidden states after the block."""
+        return self.call(self.block, self.hidden)
+
+    def fed(self, hidden: Tensor) -> Probe:
+        """The same with other hidden states."""
+        return replace(self, hidden=hidden)
+
+    def to(self, dtype: torch.dtype) -> Probe:
+        """The same with floats of another dtype."""
+        call = replace(self.call, args=_cast(self.call.args, dtype), kwargs=_cast(dict(self.call.kwargs), dtype))
+        return Probe(self.block, call, self.hidden.to(dtype))
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Float tensors in nested arguments, in another dtype."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)([_cast(item, dtype) for item in value])
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
+
+
+@dataclass(frozen=True, slots=True)
 class Captured:
     """What the first block is fed, and how every block is called."""
 
@@ -53,12 +87,16 @@ class Captured:
     # The same of a few tokens, by block, where they were asked for.
     few: tuple[Tensor, list[Call]] | None = None
 
-    def probe(self, k: int, block: nn.Module) -> Callable[[], Tensor] | None:
+    def turned(self, rotation: Rotation | None) -> list[Tensor]:
+        """What the first block is fed, rotated."""
+        return self.hidden if rotation is None else [rotation(hidden) for hidden in self.hidden]
+
+    def probe(self, k: int, block: nn.Module) -> Probe | None:
         """Runs block k on a few tokens, where they were asked for."""
         if self.few is None:
             return None
         hidden, calls = self.few
-        return lambda: calls[k](block, hidden)
+        return Probe(block, calls[k], hidden)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

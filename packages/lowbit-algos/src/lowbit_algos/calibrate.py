@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import nan
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from lowbit import LowbitError, QuantizedTensor, RecipeError, quantize
+from lowbit.hadamard import Rotation
+from lowbit.memory import release
 from lowbit.numerics import DEFAULT_MODE, ScaleMode
 from lowbit.plan import Plan, plan
 from lowbit.recipe import Recipe
-from lowbit_algos.blocks import Batch, Call, capture, find_blocks
-from lowbit_algos.folds import Fold, Run, find_folds, scale_axis
-from lowbit_algos.gptq import Options
+from lowbit_algos.blocks import Batch, Call, Probe, capture, find_blocks
+from lowbit_algos.folds import Fold, find_folds
+from lowbit_algos.gptq import DAMPING, Options
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Input, Observing, Static, Target, rounded_input, static_scale
+from lowbit_algos.learned import learn, used
+from lowbit_algos.moments import Moments, fit, moments_of
+from lowbit_algos.rotation import Turns, find_ends, find_turns
 from lowbit_algos.rounding import decibels, output_sqnr, round_weights, weight_sqnr, with_use
 from lowbit_algos.smooth import Smoothed, Smoothing, smooth
 from lowbit_algos.watch import Product, Watch
@@ -37,8 +43,19 @@ _OUTLIERS = 3
 
 Rounding = Literal["nearest", "clipped", "gptq"]
 
-ALGORITHMS = ("rtn", "gptq", "smoothquant", "awq")
-"""Names that `Method.of` takes."""
+_KINDS = {
+    "rtn": "rounding",
+    "gptq": "rounding",
+    "smoothquant": "smoothing",
+    "awq": "smoothing",
+    "rotation": "rotation",
+    "learned": "learned",
+}
+ALGORITHMS = tuple(_KINDS)
+"""Names that `Method.of` takes; of one kind, one."""
+
+# Steps of learning that `learned` stands for.
+_STEPS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,12 +68,17 @@ class Method:
     sequential: bool = True
     # What is done before: factors that make inputs and weights alike hard to round, or weights easier.
     smoothing: Smoothing | None = None
+    # Whether hidden states and heads are rotated first.
+    rotation: bool = False
     # The exponent of smoothing; None: the best of several.
     alpha: float | None = None
     # Whether factors that nothing takes over stay with the weight, which multiplies its input by them.
     pre_scale: bool = True
-    # Whether GPTQ sees inputs as the activation rounds them.
+    # Whether GPTQ sees inputs as the activation rounds them, and whether it first fits weights to what that loses.
     activation_aware: bool = True
+    refit: bool = True
+    # Steps by which rounding and scales are then learned from a block's output.
+    learned: int = 0
     # How static activations choose their range.
     static: Static = "histogram"
     # Tokens an expert should have seen; what it lacks, it is given of the mean of all experts. None: as many as it has
@@ -67,6 +89,15 @@ class Method:
     # What GPTQ is told besides.
     options: Options = field(default_factory=Options)
 
+    def __post_init__(self) -> None:
+        """Refuse what does not go together.
+
+        Raises:
+            RecipeError: learning without what it learns from.
+        """
+        if self.learned and not self.sequential:
+            raise RecipeError("learned rounding follows blocks in sequence; leave one pass, or learning")
+
     @classmethod
     def of(cls, name: str, **more: Any) -> Method:
         """The method of algorithms joined by "+", such as `smoothquant+gptq`; `rtn` is rounding to nearest.
@@ -74,26 +105,45 @@ class Method:
         Raises:
             RecipeError: a name is unknown, or two of them do the same.
         """
-        smoothing, rounding = None, None
-        for part in name.lower().split("+"):
-            if part in ALGORITHMS[:2] and rounding is None:
-                rounding = part
-            elif part in ALGORITHMS[2:] and smoothing is None:
-                smoothing = part
-            else:
-                raise RecipeError(
-                    f"algorithm {name!r} is not known; it is rtn or gptq, smoothquant or awq, or one of each joined by "
-                    "'+', such as awq+gptq"
-                )
+        parts = name.lower().split("+")
+        kinds = [_KINDS.get(part) for part in parts]
+        if None in kinds or len(set(kinds)) < len(kinds):
+            raise RecipeError(
+                f"algorithm {name!r} is not known; it is rtn or gptq, smoothquant or awq, rotation, learned, or one of "
+                "each joined by '+', such as awq+gptq"
+            )
+        if set(parts) <= {"rotation", "rtn"} and "rotation" in parts:
+            raise RecipeError(
+                "rotation spreads outliers, and where there are none, rounding to nearest is worse for it; join it "
+                "with gptq or learned, such as rotation+gptq"
+            )
+        smoothing: Smoothing | None = "smoothquant" if "smoothquant" in parts else "awq" if "awq" in parts else None
         # Without GPTQ, the search for scales is AWQ's other half.
         alone: Rounding = "clipped" if smoothing == "awq" else "nearest"
-        return cls(rounding="gptq" if rounding == "gptq" else alone, smoothing=smoothing, **more)
+        return cls(
+            rounding="gptq" if "gptq" in parts else alone,
+            smoothing=smoothing,
+            rotation="rotation" in parts,
+            learned=_STEPS if "learned" in parts else 0,
+            **more,
+        )
+
+    @property
+    def probes(self) -> bool:
+        """Whether it looks at what a block computes before it changes it."""
+        return self.rotation or self.smoothing is not None
 
     @property
     def name(self) -> str:
         """Its algorithms, joined by "+"."""
-        parts = (self.smoothing, "gptq" if self.rounding == "gptq" else None)
-        return "+".join(part for part in parts if part) or ("rtn" if self.rounding == "nearest" else "clipping")
+        parts = {
+            "rotation": self.rotation,
+            self.smoothing: self.smoothing is not None,
+            "gptq": self.rounding == "gptq",
+            "learned": self.learned > 0,
+        }
+        found = "+".join(str(part) for part, used in parts.items() if used)
+        return found or ("rtn" if self.rounding == "nearest" else "clipping")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +204,15 @@ def calibrate_(
         if row.action == "quantize" and row.format is not None
     }
     blocks = find_blocks(model)
-    done: dict[str, Tensor] = {
-        name: round_outside(name, parameters[name], targets[name], method) for name in outside(targets, blocks)
+    ends = find_ends(model, blocks) if method.rotation else None
+    rotation, done = None, dict[str, Tensor]()
+    if ends is not None:
+        rotation = Rotation(parameters[ends.embedding].shape[-1])
+        norm = parameters[ends.norm].detach()
+        done = {name: ends.turned(name, parameters[name].detach(), rotation, norm) for name in ends.names}
+    done |= {
+        name: round_outside(name, done.get(name, parameters[name]), targets[name], method)
+        for name in outside(targets, blocks)
     }
 
     def keep(block: BlockResult, weights: Mapping[str, Tensor]) -> None:
@@ -166,24 +223,39 @@ def calibrate_(
     # Blocks are changed as they go; what they were comes back whatever happens.
     before = {name: parameter.data for name, parameter in parameters.items()}
     try:
-        captured = capture(model, blocks, batches, probe=method.smoothing is not None)
-        walk = Walk(method, Hidden.of(captured.hidden))
+        captured = capture(model, blocks, batches, probe=method.probes)
+        walk = Walk(method, Hidden.of(captured.turned(rotation)), rotation)
         for k, (name, block) in enumerate(blocks.items()):
             walk.step(name, block, targets, captured.calls[k], keep, probe=captured.probe(k, block))
     finally:
         for name, data in before.items():
             parameters[name].data = data
+    _put(model, parameters, done, apart=() if ends is None else ends.names)
+    return result
+
+
+def _put(model: nn.Module, parameters: Mapping[str, Tensor], made: Mapping[str, Tensor], apart: Sequence[str]) -> None:
+    """Give a model what became of its parameters; those that modules share stay one, but for those named `apart`."""
     fresh: dict[int, nn.Parameter] = {}
-    for name, weight in done.items():
-        if isinstance(weight, QuantizedTensor):
+    for name, weight in made.items():
+        if name in apart:
+            _set(model, name, nn.Parameter(weight, requires_grad=False))
+        elif isinstance(weight, QuantizedTensor):
             fresh[id(parameters[name])] = nn.Parameter(weight, requires_grad=False)
         else:
             parameters[name].data = weight
     for name, parameter in parameters.items():
-        if id(parameter) in fresh:
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, fresh[id(parameter)])
-    return result
+        if id(parameter) in fresh and name not in apart:
+            _set(model, name, fresh[id(parameter)])
+    config = getattr(model, "config", None)
+    if apart and getattr(config, "tie_word_embeddings", False):
+        # Or it would be saved, and loaded, with one tensor for both.
+        setattr(config, "tie_word_embeddings", False)  # noqa: B010 - of a config whose class is not known here
+
+
+def _set(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(owner), attribute, parameter)
 
 
 def outside(targets: Iterable[str], blocks: Iterable[str]) -> list[str]:
@@ -214,16 +286,19 @@ class Walk:
     mode, through the quantized ones otherwise.
     """
 
-    def __init__(self, method: Method, hidden: Hidden, other: Hidden | None = None) -> None:
-        self.method, self.hidden = method, hidden
-        # By names and shapes of a block's parameters.
+    def __init__(
+        self, method: Method, hidden: Hidden, rotation: Rotation | None = None, other: Hidden | None = None
+    ) -> None:
+        self.method, self.hidden, self._rotation = method, hidden, rotation
+        # By kind of block.
         self._folds: dict[tuple[object, ...], list[Fold]] = {}
-        self.other = other or Hidden.of([hidden[i] for i in range(self.judged(len(hidden)))])
+        self._turns: dict[tuple[object, ...], Turns] = {}
+        self.other = other or Hidden.of([hidden[i] for i in range(self.beside(method, len(hidden)))])
 
     @staticmethod
-    def judged(count: int) -> int:
+    def beside(method: Method, count: int) -> int:
         """Of so many batches, how many run through the other blocks too."""
-        return min(_JUDGED, count)
+        return count if method.learned else min(_JUDGED, count)
 
     def step(
         self,
@@ -233,7 +308,7 @@ class Walk:
         calls: Sequence[Call],
         take: Take,
         *,
-        probe: Run | None = None,
+        probe: Probe | None = None,
         paths: tuple[Path | None, Path | None] = (None, None),
     ) -> None:
         """Quantize one block's share of `targets` (by name in the model), and go on to what the next one is fed.
@@ -247,16 +322,25 @@ class Walk:
         after, beside = self.hidden.after(paths[0]), self.other.after(paths[1])
         sequential = self.method.sequential
         with torch.no_grad():
+            turned = self._rotate(block, mine, probe)
             if sequential:
                 self._run(block, calls, self.other, beside)
-            smoothed = self._smooth(block, mine, calls, probe)
+            smoothed = self._smooth(block, mine, calls, probe, turned)
             seen = self._observe(block, mine, calls, None if sequential else after, smoothed.pre_scales)
             originals = {key: smoothed.exact.get(key, parameter.detach()) for key, parameter in parameters.items()}
-            results, weights = self._round(prefix, block, originals, mine, seen, smoothed.pre_scales)
-            rounding = _Rounding(weights)
-            del originals, seen
+            solved = self._round(prefix, block, originals, mine, seen, smoothed.pre_scales)
+            rounding = _Rounding(solved.weights)
+            if self.method.learned:
+                steps = self.method.learned
+                solved.weights = learn(
+                    block, solved.weights, solved.aims, calls, self.hidden, beside, rounding, steps=steps
+                )
+                for key, moments in solved.moments.items():
+                    solved.judge(key, originals[key], moments, mine[key].k_axis)
+            weights, results = solved.weights, tuple(solved.results[key] for key in mine)
+            del originals, seen, solved
             for key, q in weights.items():
-                parameters[key].data = _as_used(q)
+                parameters[key].data = used(q)
             with Watch(parameters, rounding):
                 if sequential:
                     self._run(block, calls, self.hidden, after)
@@ -289,20 +373,39 @@ class Walk:
                 after[i] = out
         return seen.finish()
 
+    def _rotate(self, block: nn.Module, targets: Mapping[str, Target], probe: Probe | None) -> dict[str, Tensor]:
+        """Rotate the block, where the method does; float32 values of what that changed."""
+        if self._rotation is None or probe is None:
+            return {}
+        kind = _kind(block)
+        if kind not in self._turns:
+            self._turns[kind] = find_turns(block, _axes(block, targets), probe, self._rotation)
+        turned = self._turns[kind].apply(block, self._rotation)
+        for name, values in turned.items():
+            parameter = block.get_parameter(name)
+            parameter.data = values.to(parameter.dtype)
+        return turned
+
     def _smooth(
-        self, block: nn.Module, targets: Mapping[str, Target], calls: Sequence[Call], probe: Run | None
+        self,
+        block: nn.Module,
+        targets: Mapping[str, Target],
+        calls: Sequence[Call],
+        probe: Probe | None,
+        turned: Mapping[str, Tensor],
     ) -> Smoothed:
         """Put factors in place, where the method has any."""
-        method = self.method
+        method, changed = self.method, frozenset(turned)
+        exact = {name: values for name, values in turned.items() if name in targets}
         if method.smoothing is None or probe is None or not targets:
-            return Smoothed({}, {}, frozenset())
-        kind = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+            return Smoothed(exact, {}, changed)
+        if self._rotation is not None:
+            probe = probe.fed(self._rotation(probe.hidden))
+        kind = _kind(block)
         if kind not in self._folds:
-            axes = {name: -1 for name, p in block.named_parameters() if p.dim() in {2, 3}}
-            axes |= {name: target.k_axis for name, target in targets.items()}
-            self._folds[kind] = find_folds(block, axes, probe)
+            self._folds[kind] = find_folds(block, _axes(block, targets), probe)
         inputs = self._observe(block, targets, calls, None, {}, aware=False)
-        return smooth(
+        smoothed = smooth(
             block,
             targets,
             inputs,
@@ -311,7 +414,9 @@ class Walk:
             alpha=method.alpha,
             mode=method.mode,
             pre_scale=method.pre_scale,
+            exact=exact,
         )
+        return replace(smoothed, changed=smoothed.changed | changed)
 
     @staticmethod
     def _run(block: nn.Module, calls: Sequence[Call], fed: Hidden, after: Hidden) -> None:
@@ -336,28 +441,32 @@ class Walk:
         targets: Mapping[str, Target],
         inputs: Mapping[str, Input],
         pre_scales: Mapping[str, Tensor],
-    ) -> tuple[tuple[LayerResult, ...], dict[str, QuantizedTensor]]:
+    ) -> _Solved:
         """A block's weights, one set that shares an input after the other."""
-        results: list[LayerResult] = []
-        weights: dict[str, QuantizedTensor] = {}
-        method = self.method
+        method, solved = self.method, _Solved()
         options = None if method.rounding == "nearest" else method.options
         if method.rounding == "clipped":
             options = method.options | Options(act_order=False)
         # The smallest first, and each let go of when it is done with: the largest may be most of what memory holds.
         unique = {id(found): found for found in inputs.values()}.values()
         for found in sorted(unique, key=lambda found: found.hessian.hessian.numel()):
+            # What the block's run and the input before left would else stay beside the next one.
+            release()
             started, group = time.monotonic(), {key: originals[key] for key in found.names}
-            hessian, starved = feed_starved(found, method.expert_tokens)
+            moments, starved = moments_of(found, method.expert_tokens)
+            # Without what joins columns, no error travels, and what is left is the search for scales.
+            hessian = moments.hessian
+            if method.rounding == "clipped":
+                hessian = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1))
             try:
-                # Without what joins columns, no error travels, and what is left is the search for scales.
-                apart = method.rounding == "clipped"
-                used = torch.diag_embed(hessian.diagonal(dim1=-2, dim2=-1)) if apart else hessian
-                rounded = round_weights(group, targets, used, options, mode=method.mode)
+                if method.rounding == "gptq" and method.refit:
+                    damping = method.options.get("damping", DAMPING)
+                    group = {key: fit(w, moments, targets[key].k_axis, damping) for key, w in group.items()}
+                rounded = round_weights(group, targets, hessian, options, mode=method.mode)
                 for key, (q, notes) in rounded.items():
                     dtype = block.get_parameter(key).dtype
                     act_scale, act_zero = static_scale(found, targets[key].activation, dtype)
-                    weights[key] = with_use(
+                    solved.weights[key] = with_use(
                         q,
                         targets[key].activation,
                         dtype=dtype,
@@ -365,23 +474,48 @@ class Walk:
                         act_zero=act_zero,
                         pre_scale=pre_scales.get(key),
                     )
-                    results.append(
-                        LayerResult(
-                            name=prefix + key,
-                            weight_sqnr=weight_sqnr(group[key], q),
-                            output_sqnr=output_sqnr(group[key], q, hessian, targets[key].k_axis),
-                            outliers=_outliers(found),
-                            tokens=tuple(found.hessian.tokens.tolist()) if group[key].dim() == 3 else (),
-                            starved=starved,
-                            notes=notes,
-                            seconds=time.monotonic() - started,
-                        )
+                    solved.results[key] = LayerResult(
+                        name=prefix + key,
+                        weight_sqnr=nan,
+                        output_sqnr=nan,
+                        outliers=_outliers(found),
+                        tokens=tuple(found.hessian.tokens.tolist()) if q.dim() == 3 else (),
+                        starved=starved,
+                        notes=notes,
+                        seconds=time.monotonic() - started,
                     )
             except LowbitError as error:
-                raise type(error)(f"{', '.join(prefix + key for key in group)}: {error}") from error
+                raise type(error)(f"{', '.join(prefix + key for key in found.names)}: {error}") from error
+            if method.learned:
+                solved.aims |= group
+                solved.moments |= dict.fromkeys(found.names, moments)
+                continue
+            for key in found.names:
+                solved.judge(key, originals[key], moments, targets[key].k_axis)
+            del moments, hessian
             found.hessian.to("meta")
-        place = {prefix + key: i for i, key in enumerate(originals)}
-        return tuple(sorted(results, key=lambda result: place[result.name])), weights
+            found.lost = None
+        return solved
+
+
+@dataclass(slots=True)
+class _Solved:
+    """A block's weights while they are solved, by name."""
+
+    weights: dict[str, QuantizedTensor] = field(default_factory=dict)
+    results: dict[str, LayerResult] = field(default_factory=dict)
+    # For learning: what was rounded, and what it takes to judge what comes of it.
+    aims: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)
+
+    def judge(self, name: str, original: Tensor, moments: Moments, k_axis: int) -> None:
+        """Tell how a weight fared."""
+        q = self.weights[name]
+        self.results[name] = replace(
+            self.results[name],
+            weight_sqnr=weight_sqnr(original, q),
+            output_sqnr=output_sqnr(original, q, moments, k_axis),
+        )
 
 
 class _Rounding:
@@ -402,31 +536,15 @@ class _Rounding:
         return rounded_input(rows * pre_scale, q.activation, q.act_scale, q.act_zero) / pre_scale
 
 
-def _as_used(q: QuantizedTensor) -> Tensor:
-    """Plain values of a weight that is multiplied with its input as it comes."""
-    values = q.dequantize()
-    if q.pre_scale is None:
-        return values
-    return scale_axis(values.to(torch.float32), q.pre_scale, q.permutation.index(q.dim() - 1)).to(values.dtype)
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    """What blocks that compute the same have in common."""
+    return tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
 
 
-def feed_starved(found: Input, least: int | None) -> tuple[Tensor, tuple[int, ...]]:
-    """The Hessian of an input, and the experts that saw fewer than `least` tokens (by default as many as columns).
-
-    What these lack they are given of the mean of all experts' tokens; an expert that saw none has that alone.
-    """
-    hessian, tokens = found.hessian.hessian, found.hessian.tokens
-    if hessian.dim() == 2:
-        return hessian, ()
-    lacking = (hessian.shape[-1] if least is None else least) - tokens
-    starved = tuple((lacking > 0).nonzero().flatten().tolist())
-    if not starved:
-        return hessian, ()
-    mean = hessian.sum(0) / tokens.sum()
-    fed = hessian.clone()
-    for e in starved:
-        fed[e] += mean * lacking[e]
-    return fed, starved
+def _axes(block: nn.Module, targets: Mapping[str, Target]) -> dict[str, int]:
+    """What a block multiplies with, and the axis of each that is summed over."""
+    axes = {name: -1 for name, p in block.named_parameters() if p.dim() in {2, 3}}
+    return axes | {name: target.k_axis for name, target in targets.items()}
 
 
 def _outliers(found: Input) -> tuple[tuple[int, float], ...]:

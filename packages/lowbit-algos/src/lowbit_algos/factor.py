@@ -10,7 +10,7 @@ from torch import Tensor
 from lowbit import LowbitError
 
 # The damping asked for, and what is tried where rounding left the matrix indefinite even so.
-_STEPS = (1.0, 10.0, 100.0)
+STEPS = (1.0, 10.0, 100.0)
 # Rows of a Hessian that are brought into order at a time: it may be most of what memory holds.
 _ROWS = 1024
 
@@ -45,10 +45,11 @@ def factors(hessian: Tensor, order: Tensor, damping: float) -> Factors:
         LowbitError: the matrix is not positive definite even so.
     """
     backwards = order.flip(0)
-    lower = hessian.new_empty(hessian.shape, dtype=torch.float32)
+    # Column by column in memory, as LAPACK wants it, which otherwise works on a copy.
+    lower = hessian.new_empty(hessian.shape, dtype=torch.float32).mT
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
-    for step in _STEPS:
-        for rows, place in zip(backwards.split(_ROWS), lower.split(_ROWS), strict=True):
+    for step in STEPS:
+        for rows, place in zip(backwards.split(_ROWS), lower.mT.split(_ROWS), strict=True):
             place.copy_(hessian[rows][:, backwards])
         diagonal = lower.diagonal()
         diagonal.add_((diagonal == 0).to(diagonal.dtype))
@@ -59,6 +60,6 @@ def factors(hessian: Tensor, order: Tensor, damping: float) -> Factors:
             roots = diagonal.clone()
             return Factors(order, lower.div_(roots), roots.square().flip(0), damping * step)
     raise LowbitError(
-        f"the Hessian is not positive definite, not even with {damping * _STEPS[-1]:g} of the mean of its diagonal "
+        f"the Hessian is not positive definite, not even with {damping * STEPS[-1]:g} of the mean of its diagonal "
         "added to it; it must be a sum of x x^T over inputs x"
     )

@@ -49,7 +49,7 @@ class Fold:
 def find_folds(block: nn.Module, weights: Mapping[str, int], run: Run) -> list[Fold]:
     """Every fold of a block; `weights` names what is multiplied with inputs, and the axis of each that sums them up."""
     found: list[Fold] = []
-    with torch.no_grad(), _kept(block):
+    with torch.no_grad(), kept(block):
         for producer in _producers(block, weights):
             # Gate and up, or query, key and value, may be one weight; the last of them passes factors on.
             for parts in (1, 2, 3):
@@ -71,7 +71,7 @@ def scale_axis(x: Tensor, factors: Tensor, axis: int) -> Tensor:
 
 
 @contextmanager
-def _kept(block: nn.Module) -> Generator[None]:
+def kept(block: nn.Module) -> Generator[None]:
     """The block's parameters are what they were, whatever was put in their place."""
     before = {name: p.data for name, p in block.named_parameters()}
     try:

@@ -42,6 +42,10 @@ class Solution:
     damping: tuple[float, ...]
 
 
+DAMPING = 0.01
+"""What is added to the diagonal of a Hessian, as a share of its mean, where nothing else is asked for."""
+
+
 class Options(TypedDict, total=False):
     """How `gptq` and `solve` go about it.
 
@@ -123,7 +127,7 @@ class _Solver:
     """How matrices are to be solved; the format's block has two entries."""
 
     fmt: Format
-    damping: float = 0.01
+    damping: float = DAMPING
     block: int | None = None
     act_order: bool = True
     scale_search: bool = True

@@ -47,6 +47,11 @@ class Hidden:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
+    def tokens(self, i: int) -> int:
+        """Tokens of batch i."""
+        like = self._like[i]
+        return like.numel() // max(like.shape[-1], 1)
+
     def __getitem__(self, i: int) -> Tensor:
         kept = self._kept[i]
         if kept is not None:

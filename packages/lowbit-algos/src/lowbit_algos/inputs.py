@@ -8,11 +8,20 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit import Activation, Format, LowbitError
 from lowbit.element import BFLOAT16, FLOAT16
-from lowbit.observer import Hessian, Histogram, MinMax, MovingAverage, Observer, Percentile, PerChannelMinMax
+from lowbit.observer import (
+    Hessian,
+    Histogram,
+    MinMax,
+    MovingAverage,
+    Observer,
+    Percentile,
+    PerChannelMinMax,
+    add_products,
+)
 from lowbit.reference import quantize_input
 from lowbit_algos.watch import Product
 
@@ -40,6 +49,27 @@ class Target:
 _SAMPLED = 32
 
 
+class Lost(nn.Module):
+    """What rounding takes from inputs x that it makes q of: `sum (x - q) q^T` and `sum (x - q)^2`, or each expert's."""
+
+    cross: Tensor
+    squares: Tensor
+
+    def __init__(self, hessian: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("cross", torch.zeros_like(hessian))
+        self.register_buffer("squares", torch.zeros_like(hessian[..., 0]))
+
+    def update(self, x: Tensor, q: Tensor, ends: Tensor | None) -> None:
+        """Take in rows (M, K) and what they are rounded to; those of expert e end before row `ends[e]`."""
+        lost = x.to(torch.float32) - q
+        add_products(self.cross, lost, q, ends)
+        start = 0
+        for e, stop in enumerate([len(x)] if ends is None else ends.tolist()):
+            self.squares.view(-1, x.shape[1])[e] += lost[start:stop].square().sum(0)
+            start = stop
+
+
 @dataclass(slots=True)
 class Input:
     """What is known of the inputs that some weights share."""
@@ -50,6 +80,8 @@ class Input:
     channels: PerChannelMinMax
     # For a static activation.
     range: Observer | None
+    # Where the Hessian is of rounded inputs.
+    lost: Lost | None = None
     # Some rows; None for experts.
     sample: Tensor | None = None
 
@@ -61,7 +93,8 @@ class Input:
 class Observing:
     """A `see` for `Watch`: collects `inputs` by the name of each weight, one object for all that share an input.
 
-    `aware`: Hessians are of inputs as the activation rounds them. `pre_scales` multiply the inputs of weights first.
+    `aware`: Hessians are of inputs as the activation rounds them, and what that loses is known too. `pre_scales`
+    multiply the inputs of weights first.
     """
 
     def __init__(
@@ -103,8 +136,9 @@ class Observing:
         if found.range is not None:
             found.range.update(rows)
         activation = self._targets[name].activation
-        if self._aware and activation is not None and len(rows):
-            rows = rounded_input(rows, activation)
+        if found.lost is not None and activation is not None and len(rows):
+            x, rows = rows, rounded_input(rows, activation).to(torch.float32)
+            found.lost.update(x, rows, product.ends)
         found.hessian.update(rows, product.ends)
 
     def _meet(self, name: str, x: Tensor) -> None:
@@ -125,6 +159,8 @@ class Observing:
         )
         for observer in found.observers():
             observer.to(x.device)
+        if self._aware and target.activation is not None:
+            found.lost = Lost(found.hessian.hessian)
         self.inputs[name] = found
 
     def all_reduce(self) -> None:
@@ -133,6 +169,8 @@ class Observing:
         for found in unique.values():
             for observer in found.observers():
                 observer.all_reduce()
+            for part in () if found.lost is None else found.lost.buffers():
+                dist.all_reduce(part)
             if found.sample is not None:
                 dist.broadcast(found.sample, 0)
 

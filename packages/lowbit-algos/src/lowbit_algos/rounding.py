@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lowbit import Activation, QuantizedTensor, Scales, quantize
 from lowbit.numerics import ScaleMode, tensor_scale_for_amax
-from lowbit_algos.gptq import Options, solve
+from lowbit_algos.gptq import DAMPING, Options, solve
 from lowbit_algos.inputs import Target
+from lowbit_algos.moments import Moments
 
 # Rows of a weight by which its output error is judged.
 _ROWS = 512
@@ -95,16 +96,28 @@ def with_use(
     )
 
 
-def output_sqnr(weight: Tensor, q: QuantizedTensor, hessian: Tensor, k_axis: int) -> float:
-    """`tr(W H W^T) / tr((W - Wq) H (W - Wq)^T)` in dB: how much larger outputs are than what rounding adds to them.
+def output_sqnr(weight: Tensor, q: QuantizedTensor, moments: Moments, k_axis: int) -> float:
+    """How much larger outputs are than what rounding the weight, and its inputs, adds to them, in dB.
 
-    Of weights with many rows, rows at equal distances stand for all.
+    Without rounded inputs it is `tr(W H W^T) / tr(D H D^T)` with D = W - Wq. With them, `W x - Wq q = D q + W (x - q)`,
+    whose second part has errors of channels that are taken to be independent. Of weights with many rows, rows at equal
+    distances stand for all.
     """
     w = weight.movedim(k_axis, -1)
     step = max(w.shape[-2] // _ROWS, 1)
     w = w[..., ::step, :].to(torch.float32)
     error = w - q.dequantize(torch.float32).movedim(k_axis, -1)[..., ::step, :]
-    return decibels(*(float(((m @ hessian) * m).sum(dtype=torch.float64)) for m in (w, error)))
+    signal, noise = (_product(m, moments.hessian, m) for m in (w, error))
+    if moments.cross is not None and moments.squares is not None:
+        lost = float((w.square().sum(-2) * moments.squares).sum(dtype=torch.float64))
+        signal += 2 * _product(w, moments.cross, w) + lost
+        noise += 2 * _product(w, moments.cross, error) + lost
+    return decibels(signal, noise)
+
+
+def _product(a: Tensor, matrix: Tensor, b: Tensor) -> float:
+    """`tr(A M B^T)`."""
+    return float(((a @ matrix) * b).sum(dtype=torch.float64))
 
 
 def weight_sqnr(weight: Tensor, q: QuantizedTensor) -> float:
@@ -144,7 +157,7 @@ def _rows(q: QuantizedTensor, start: int, stop: int, axis: int) -> QuantizedTens
 
 
 def _damping_note(damping: Sequence[float], options: Options) -> tuple[str, ...]:
-    asked = options.get("damping", 0.01)
+    asked = options.get("damping", DAMPING)
     more = max(damping)
     return (
         () if more <= asked else (f"damped by {more:g} of the Hessian's mean diagonal, where {asked:g} was too little",)

@@ -68,12 +68,14 @@ def smooth(
     alpha: float | None,
     mode: ScaleMode,
     pre_scale: bool,
+    exact: Mapping[str, Tensor],
 ) -> Smoothed:
     """Choose factors for every input of a block, and put them in place; with `pre_scale`, also where nothing folds.
 
-    `alpha` is the exponent a; None: the best of several.
+    `alpha` is the exponent a; None: the best of several. `exact` are float32 values of weights that the block holds
+    rounded.
     """
-    exact: dict[str, Tensor] = {}
+    exact = dict(exact)
     pre_scales: dict[str, Tensor] = {}
     changed: set[str] = set()
     left = dict.fromkeys(targets)

@@ -54,7 +54,10 @@ Coverage = Annotated[float, typer.Option("--min-coverage", help="fail if a small
 Nonfinite = Annotated[bool, typer.Option("--allow-nonfinite", help="keep weights with NaN or infinity unquantized")]
 AlgorithmOf = Annotated[
     str,
-    typer.Option(metavar="NAME", help="rtn, gptq, smoothquant, awq, or two joined by +; all but rtn need --calibrate"),
+    typer.Option(
+        metavar="NAME",
+        help="rtn or gptq, smoothquant or awq, rotation, learned; or some joined by +. All but rtn need --calibrate",
+    ),
 ]
 Algorithms = Annotated[
     list[str], typer.Option("--algorithm", metavar="NAME", help="an algorithm to try, as for quantize; repeatable")
@@ -518,9 +521,12 @@ def _account_json(job: Job, account: Account, out: Path) -> dict[str, Any]:
 
 
 def _nothing_lost(account: Account) -> str:
-    kept = len(account.tensors) - account.quantized
+    kept = len(account.tensors) - account.quantized - len(account.changed)
     files = f"{len(account.files)} other files carried ({', '.join(account.files) or 'none'})"
     lines = [f"nothing lost: {account.quantized} tensors quantized, {kept} carried bit for bit, {files}"]
+    if account.changed:
+        names = ", ".join(name for name, _ in fold(account.changed))
+        lines.append(f"changed to fit what was quantized, in the precision they had: {names}")
     if account.unowned:
         lines.append(f"not part of the model, carried: {', '.join(name for name, _ in fold(account.unowned))}")
     if account.left_behind:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -52,6 +52,8 @@ class Job:
     method: Method | None = None
     # Bytes of memory that the process may take; None: as many as it needs.
     max_memory: int | None = None
+    # Tensors that are turned in two ways, and so become two: what the other one is called.
+    untied: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def algorithm(self) -> str:
@@ -70,7 +72,8 @@ class Job:
         """What one input tensor becomes."""
         scheme = self.schemes.get(entry.name)
         if scheme is None:
-            return [(entry.name, entry.dtype, entry.shape)]
+            names = [entry.name, *([self.untied[entry.name]] if entry.name in self.untied else [])]
+            return [(name, entry.dtype, entry.shape) for name in names]
         module = entry.name.removesuffix(".weight")
         n, k = self.matrix_shape(entry)
         return [(f"{module}.{local}", dtype, shape) for local, dtype, shape in tensors_of(scheme, (n, k), self.dtype)]
@@ -171,12 +174,45 @@ def prepare(
         if scheme is not None:
             schemes[row.name] = scheme
     found = Plan(tuple(_as_given(row, given) for row in found.rows))
+    rotated = calibration is not None and method is not None and method.rotation
+    untied = _untied(skeleton, owners, schemes) if rotated else {}
     job = Job(
-        folder, checkpoint, skeleton, config, found, schemes, owners, mode, nonfinite, calibration, method, max_memory
+        folder,
+        checkpoint,
+        skeleton,
+        config,
+        found,
+        schemes,
+        owners,
+        mode,
+        nonfinite,
+        calibration,
+        method,
+        max_memory,
+        untied,
     )
     _check_outputs(job)
     _check_stacks(job)
     return job
+
+
+def _untied(skeleton: Skeleton, owners: Mapping[str, Owner | None], schemes: Mapping[str, Scheme]) -> dict[str, str]:
+    """The embedding that is also the output head, which rotation turns in another way, and what that is called.
+
+    Raises:
+        RecipeError: it is to be quantized.
+    """
+    head = f"{skeleton.output_embedding}.weight"
+    stored = {owner.name: name for name, owner in owners.items() if owner is not None}
+    embedding = stored.get(f"{skeleton.input_embedding}.weight")
+    if head in stored or embedding is None:
+        return {}
+    if embedding in schemes:
+        raise RecipeError(
+            f"{embedding!r} is the output head too, which rotation makes a tensor of its own; such an embedding cannot "
+            "be quantized: leave it by --keep"
+        )
+    return {embedding: head}
 
 
 def _parameter(entry: TensorEntry, owner: Owner | None) -> Parameter:

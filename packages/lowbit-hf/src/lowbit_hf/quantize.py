@@ -13,23 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lowbit.errors import CheckpointError, RecipeError
+from lowbit.memory import memory_in_use
 from lowbit.report import Report
-from lowbit.shards import INDEX_NAME, Checkpoint, lies_inside
+from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, lies_inside, row_slices
 from lowbit.staging import Staging, scratch_of
 from lowbit.table import size
 from lowbit_algos import Method
 from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
 from lowbit_hf.job import Job, prepare, require_data
 from lowbit_hf.processes import agree, follow, rank, require_windows, together
-from lowbit_hf.reporting import REPORTS, memory_in_use, report_of
+from lowbit_hf.reporting import REPORTS, report_of
 from lowbit_hf.schemes import Scheme, quantization_config
-from lowbit_hf.writing import STREAMING, NonfiniteError, Run, write_calibrated, write_rest
+from lowbit_hf.writing import STREAMING, NonfiniteError, Reader, Run, write_calibrated, write_rest
 
 __all__ = ["Account", "NonfiniteError", "prepare", "run"]
 
 # The same weights in forms that other programs load; keeping them would double the folder and contradict its config.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+
+# Bytes of a tensor that are compared at a time.
+_COMPARED = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,8 @@ class Account:
     # Input tensor -> the output tensors it became, read back from the written files.
     tensors: Mapping[str, tuple[str, ...]]
     quantized: int
+    # Tensors that stay as precise as they were, but hold other values, for what others became.
+    changed: tuple[str, ...]
     # Tensors the model itself has no place for, carried all the same.
     unowned: tuple[str, ...]
     files: tuple[str, ...]
@@ -70,9 +78,10 @@ def run(
     calibrated = None
     if windows is not None:
         require_windows(windows)
-        calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, device=device)
+        rotated = job.method is not None and job.method.rotation
+        calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, rotated=rotated, device=device)
         _require_observed(job, calibrated)
-    tokens, planned = memory_plan(job, calibrated)
+    tokens, planned = memory_plan(job, calibrated, 0 if windows is None else windows.numel())
     if rank():
         # Only calibration is shared out.
         if windows is not None and calibrated is not None:
@@ -87,7 +96,7 @@ def run(
             with Run(device, advance) as run_:
                 if windows is None or calibrated is None:
                     for file in job.checkpoint.shards:
-                        write_rest(job, staging, file, run_, set()).finish()
+                        write_rest(job, staging, file, run_, set(), Reader(job)).finish()
                 else:
                     tokens = agree(_agreed(staging, tokens))
                     together()
@@ -147,8 +156,8 @@ def _agreed(staging: Staging, tokens: int) -> int:
     return tokens
 
 
-def memory_plan(job: Job, calibrated: Calibrated | None) -> tuple[int, int]:
-    """How many tokens run through a block at once, and the bytes of memory that the process will take at most.
+def memory_plan(job: Job, calibrated: Calibrated | None, samples: int) -> tuple[int, int]:
+    """How many of `samples` tokens run through a block at once, and the bytes that the process will hold at most.
 
     Raises:
         RecipeError: that is more than the job allows, however few run at once.
@@ -157,7 +166,7 @@ def memory_plan(job: Job, calibrated: Calibrated | None) -> tuple[int, int]:
     method, length = job.method or Method(), 1 if job.calibration is None else job.calibration.length
     tokens = max(BATCH_TOKENS, length)
     while True:
-        planned = held + (STREAMING if calibrated is None else calibrated.memory(method, tokens))
+        planned = held + (STREAMING if calibrated is None else calibrated.memory(method, tokens, samples))
         if allowed is None or planned <= allowed:
             return tokens, planned
         if calibrated is None or tokens // 2 < length:
@@ -218,7 +227,8 @@ def _output_config(job: Job) -> dict[str, Any]:
     groups = {
         scheme: classes + sorted(others) if scheme is main else sorted(names) for scheme, names in modules.items()
     }
-    return {**job.config, "quantization_config": quantization_config(groups, _ignored(job))}
+    untied = {"tie_word_embeddings": False} if job.untied else {}
+    return {**job.config, **untied, "quantization_config": quantization_config(groups, _ignored(job))}
 
 
 def _ignored(job: Job) -> list[str]:
@@ -267,5 +277,14 @@ def _account(job: Job, folder: Path, carried: Sequence[str], left_behind: Sequen
                 f"the output lacks {lost[:5]} ({len(lost)}) and adds {extra[:5]} ({len(extra)}); nothing was published"
             )
             raise CheckpointError(msg)
+        kept = [entry for entry in job.checkpoint.entries.values() if entry.name not in job.schemes]
+        # Only what looks into a block changes what it does not quantize.
+        looks = job.method is not None and job.method.probes
+        changed = tuple(entry.name for entry in kept if looks and not _equal(job.checkpoint, written, entry))
     unowned = tuple(name for name, owner in job.owners.items() if owner is None)
-    return Account(became, len(job.schemes), unowned, tuple(carried), tuple(left_behind))
+    return Account(became, len(job.schemes), changed, unowned, tuple(carried), tuple(left_behind))
+
+
+def _equal(before: Checkpoint, after: Checkpoint, entry: TensorEntry) -> bool:
+    slices = row_slices(entry, _COMPARED) if entry.shape else [None]
+    return all(torch.equal(before.read(entry, rows), after.read(after.entries[entry.name], rows)) for rows in slices)

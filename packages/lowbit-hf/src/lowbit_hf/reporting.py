@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from collections.abc import Iterator, Mapping
 from math import nan, prod
 from pathlib import Path
 from typing import Any
 
+from lowbit.memory import peak_memory
 from lowbit.plan import Row
 from lowbit.report import Block, Experts, Kept, Layer, Report, environment
 from lowbit_hf.job import Job
@@ -58,18 +57,6 @@ def report_of(job: Job, scratch: Path, *, command: str, seconds: float, planned_
         calibration={} if text is None else text.described(),
         environment=environment(),
     )
-
-
-def peak_memory() -> int:
-    """The most memory, in bytes, that this process has held."""
-    # Kilobytes everywhere but on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def memory_in_use() -> int:
-    """The memory, in bytes, that this process holds now; where the system does not tell, the most it ever held."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.is_file() else peak_memory()
 
 
 def _number(path: Path) -> int:

@@ -139,8 +139,15 @@ class Skeleton:
     @cached_property
     def output_embedding(self) -> str | None:
         """Name of the module that turns hidden states into logits."""
-        head = self.model.get_output_embeddings()
-        return next((name for name, module in self.model.named_modules() if module is head), None) if head else None
+        return self._name_of(self.model.get_output_embeddings())
+
+    @cached_property
+    def input_embedding(self) -> str | None:
+        """Name of the module that turns tokens into hidden states."""
+        return self._name_of(self.model.get_input_embeddings())
+
+    def _name_of(self, wanted: Any) -> str | None:
+        return next((name for name, module in self.model.named_modules() if module is wanted), None)
 
     @cached_property
     def _names(self) -> set[str]:

@@ -16,10 +16,12 @@ from torch import Tensor
 from lowbit import QuantizedTensor
 from lowbit.errors import CheckpointError
 from lowbit.format import WHOLE, Format
+from lowbit.hadamard import Rotation
 from lowbit.numerics import Scales, choose_scale, decode, encode, tensor_scale_for_amax
 from lowbit.shards import TensorEntry, row_slices
 from lowbit.staging import ShardWriter, Staging
 from lowbit_algos import Method
+from lowbit_algos.rotation import Ends
 from lowbit_algos.rounding import decibels
 from lowbit_hf.calibrated import Calibrated, Progress
 from lowbit_hf.job import Job
@@ -45,11 +47,30 @@ class NonfiniteError(CheckpointError):
     """A weight holds NaN or infinity."""
 
 
+class Reader:
+    """Reads the tensors of a job's checkpoint, rotated where its ends are."""
+
+    def __init__(self, job: Job, ends: Ends | None = None, rotation: Rotation | None = None) -> None:
+        self._checkpoint, self._ends, self._rotation = job.checkpoint, ends, rotation
+        self._parts: dict[str, str] = {}
+        if ends is not None:
+            owned = {owner.name: name for name, owner in job.owners.items() if owner is not None}
+            self._parts = {owned[part]: part for part in ends.names if part in owned}
+            self._norm = job.checkpoint.read(job.checkpoint.entries[owned[ends.norm]])
+
+    def read(self, entry: TensorEntry, rows: slice | None = None, *, as_head: bool = False) -> Tensor:
+        """A tensor or rows of it; `as_head` what it is as the head that it is tied to."""
+        data, part = self._checkpoint.read(entry, rows), self._parts.get(entry.name)
+        if part is None or self._ends is None or self._rotation is None:
+            return data
+        return self._ends.turned(self._ends.head if as_head else part, data, self._rotation, self._norm)
+
+
 class _TensorScales:
     """The tensor scales of two-level formats, one for all projections that engines fuse; chosen when asked for."""
 
-    def __init__(self, job: Job, run: Run) -> None:
-        self._job, self._run = job, run
+    def __init__(self, job: Job, run: Run, reader: Reader) -> None:
+        self._job, self._run, self._reader = job, run, reader
         self._amax: dict[str, Tensor] = {}
 
     def of(self, name: str, fmt: Format) -> Tensor | None:
@@ -71,16 +92,18 @@ class _TensorScales:
             entry = self._job.checkpoint.entries[name]
 
             def largest(rows: slice) -> Tensor:
-                return self._job.checkpoint.read(entry, rows).abs().amax().to(torch.float32)
+                return self._reader.read(entry, rows).abs().amax().to(torch.float32)
 
             found = [amax for _, amax in self._run.in_order(largest, row_slices(entry, _SLICE_BYTES))]
             self._amax[name] = torch.stack(found).amax().to(self._run.device)
         return self._amax[name]
 
 
-def write_rest(job: Job, staging: Staging, file: str, run: Run, without: AbstractSet[str]) -> ShardWriter:
+def write_rest(
+    job: Job, staging: Staging, file: str, run: Run, without: AbstractSet[str], reader: Reader
+) -> ShardWriter:
     """Write a file's tensors, those `without` excepted: as they are, or rounded to nearest."""
-    writer, scales = staging.plan_file(file, job.files[file], {"format": "pt"}), _TensorScales(job, run)
+    writer, scales = staging.plan_file(file, job.files[file], {"format": "pt"}), _TensorScales(job, run, reader)
     for entry in job.checkpoint.shards[file]:
         unit = f"{file}:{entry.name}"
         if entry.name in without:
@@ -91,10 +114,12 @@ def write_rest(job: Job, staging: Staging, file: str, run: Run, without: Abstrac
         scheme = job.schemes.get(entry.name)
         if scheme is None:
             for rows in row_slices(entry, _SLICE_BYTES):
-                writer.write(entry.name, job.checkpoint.read(entry, rows if entry.shape else None), rows.start)
+                writer.write(entry.name, reader.read(entry, rows if entry.shape else None), rows.start)
+                if entry.name in job.untied:
+                    writer.write(job.untied[entry.name], reader.read(entry, rows, as_head=True), rows.start)
             run.advance(entry.nbytes)
         else:
-            _note(staging, entry.name, _write_weight(job, writer, entry, scheme, run, scales))
+            _note(staging, entry.name, _write_weight(job, writer, entry, scheme, run, scales, reader))
         staging.done(unit)
     return writer
 
@@ -112,7 +137,8 @@ def write_calibrated(
     job: Job, calibrated: Calibrated, windows: Tensor, tokens: int, staging: Staging, run: Run
 ) -> None:
     """Write everything: what lies outside the blocks first, then each block when it is done."""
-    writers = {file: write_rest(job, staging, file, run, calibrated.names) for file in job.checkpoint.shards}
+    reader = Reader(job, calibrated.ends, calibrated.rotation)
+    writers = {file: write_rest(job, staging, file, run, calibrated.names, reader) for file in job.checkpoint.shards}
     file_of = {entry.name: file for file, entries in job.checkpoint.shards.items() for entry in entries}
     entries = job.checkpoint.entries
 
@@ -143,7 +169,7 @@ def write_calibrated(
 
 
 def _write_weight(
-    job: Job, writer: ShardWriter, entry: TensorEntry, scheme: Scheme, run: Run, scales: _TensorScales
+    job: Job, writer: ShardWriter, entry: TensorEntry, scheme: Scheme, run: Run, scales: _TensorScales, reader: Reader
 ) -> float:
     """Write a weight rounded to nearest; its SQNR in dB, judged by some of its rows."""
     fmt = scheme.weight_format(job.dtype)
@@ -157,7 +183,7 @@ def _write_weight(
     slices = [slice(0, shape[0])] if transposed else row_slices(entry, _SLICE_BYTES, align)
 
     def convert(rows: slice) -> tuple[dict[str, Tensor], tuple[float, float]]:
-        piece = job.checkpoint.read(entry).mT if transposed else job.checkpoint.read(entry, rows)
+        piece = reader.read(entry).mT if transposed else reader.read(entry, rows)
         x = piece.to(run.device).contiguous()
         chosen = choose_scale(x, fmt, mode=job.mode, tensor_scale=tensor_scale)
         if not bool(torch.isfinite(chosen.scale.to(torch.float32)).all()):
