@@ -39,14 +39,24 @@ SCHEMES = (
 )
 METHODS = {
     "rtn": Method(rounding="nearest"),
-    "GPTQ": Method(options=Options(act_order=False, scale_search=False)),
-    "+ act-order": Method(options=Options(scale_search=False)),
-    "+ scale search": Method(),
+    "GPTQ": Method(options=Options(act_order=False, scale_search=False), refit=False),
+    "+ act-order": Method(options=Options(scale_search=False), refit=False),
+    "+ scale search": Method(refit=False),
+    "+ fit to inputs": Method(),
     "AWQ": Method.of("awq"),
     "AWQ + GPTQ": Method.of("awq+gptq"),
     "SmoothQuant": Method.of("smoothquant"),
     "SmoothQuant + GPTQ": Method.of("smoothquant+gptq"),
+    "rotation": Method(rotation=True, rounding="nearest"),
+    "rotation + GPTQ": Method.of("rotation+gptq"),
+    "learned": Method.of("learned"),
+    "GPTQ + learned": Method.of("gptq+learned"),
+    "AWQ + GPTQ + learned": Method.of("awq+gptq+learned"),
+    "SmoothQuant + GPTQ + learned": Method.of("smoothquant+gptq+learned"),
 }
+# Left out where inputs stay as they are, and where they do not.
+WITH_INPUTS = ("+ fit to inputs", "SmoothQuant", "SmoothQuant + GPTQ", "SmoothQuant + GPTQ + learned")
+WITHOUT = ("AWQ", "AWQ + GPTQ", "AWQ + GPTQ + learned")
 
 
 def losses(model: torch.nn.Module, windows: Tensor) -> Tensor:
@@ -83,7 +93,7 @@ def fitting(recipe: Recipe, names: set[str]) -> Recipe:
     return Recipe(tuple(rule for rule in recipe.rules if any(rule.matches(name) for name in names)))
 
 
-def measured(folder: Path, schemes: list[str], device: str) -> Iterator[dict[str, Any]]:
+def measured(folder: Path, schemes: list[str], methods: list[str], device: str) -> Iterator[dict[str, Any]]:
     """A row for each scheme and method."""
     windows = split_windows(tokenize(folder, TEXT), CONTEXT)
     batches = Calibration(CALIBRATION, 128, CONTEXT).windows(folder).to(device).split(8)
@@ -91,9 +101,9 @@ def measured(folder: Path, schemes: list[str], device: str) -> Iterator[dict[str
     yield {"scheme": "bfloat16", "method": "", "perplexity": float(base.mean().exp())}
     for name in schemes:
         nearest = base
+        left_out = WITH_INPUTS if scheme(name).activation is None else WITHOUT
         for method, how in METHODS.items():
-            activation = scheme(name).activation
-            if how.smoothing == ("smoothquant" if activation is None else "awq"):
+            if method in left_out or method not in {"rtn", *methods}:
                 continue
             model, start = load(folder, device=device), time.monotonic()
             recipe = fitting(recipe_of(name), {key for key, _ in model.named_parameters()})
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--scheme", action="append")
+    parser.add_argument("--method", action="append")
     parser.add_argument("--table", type=Path, nargs="+")
     parser.add_argument("-o", "--out", type=Path)
     given = parser.parse_args()
@@ -146,7 +157,7 @@ def main() -> None:
         sys.stdout.write(table(given.table) + "\n")
         return
     rows = []
-    for row in measured(given.model, given.scheme or list(SCHEMES), given.device):
+    for row in measured(given.model, given.scheme or list(SCHEMES), given.method or list(METHODS), given.device):
         rows.append(row)
         sys.stderr.write(json.dumps(row) + "\n")
         told = {"model": given.model.name, "environment": environment(), "rows": rows}
