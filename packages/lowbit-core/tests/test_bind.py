@@ -15,7 +15,7 @@ from to_bind import ASYM, IDS, Model, bind_and_tell, parameter
 from torch import nn
 from torch.nn import functional
 
-from lowbit import NoKernelError, NotPortableError, QuantizedTensor, backends, bind, unbind
+from lowbit import NoKernelError, NotPortableError, QuantizedTensor, backends, bind, quantize, unbind
 from lowbit.backends import Kernel
 from lowbit.packed import PackedTensor
 from lowbit.testing import FORMAT_GRID, Loopback, installed_backends, sample, shapes
@@ -38,6 +38,20 @@ def check_same(found, wanted):
     for name, tensors in wanted.items():
         for part, tensor in tensors.items():
             assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (found[name][part], tensor))), (name, part)
+
+
+def test_convolutions_have_nothing_to_bind():
+    # Of linear layers this is what a kernel packs.
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 9, 5))
+    spec = "INT8_ROW_ASYM", "dynamic:int8:*x*:float32:zero=int8"
+    for layer in (model[0], model[2]):
+        fmt, activation = spec
+        layer.weight = nn.Parameter(quantize(layer.weight, fmt, activation=activation), requires_grad=False)
+    x = sample((2, 3, 5, 5))
+    y, weight = model(x), model[0].weight
+    assert [(row.name, row.packed) for row in bind(model).rows] == [("2.weight", True)]
+    assert model[0].weight is weight
+    assert torch.equal(model(x), y)
 
 
 def test_bind_changes_no_result_and_unbind_restores_every_bit():

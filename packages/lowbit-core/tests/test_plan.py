@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import re
 from math import prod
@@ -17,7 +18,7 @@ from lowbit.format import FORMATS, INT4_G32, INT8_ROW, MXFP4, MXFP8, NVFP4
 from lowbit.packed import PackedTensor
 from lowbit.plan import Parameter, parameters_of, plan
 from lowbit.recipe import Recipe, Rule
-from lowbit.tensor import quantize
+from lowbit.tensor import QuantizedTensor, quantize
 
 
 class Experts(nn.Module):
@@ -231,12 +232,43 @@ def test_a_weight_that_no_kernel_runs_says_why(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "owner", [nn.Conv2d(4, 4, 3), nn.Conv1d(4, 4, 3), nn.EmbeddingBag(4, 8)], ids=lambda m: type(m).__name__
+    "owner", [nn.Conv3d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3), nn.EmbeddingBag(4, 8)], ids=lambda m: type(m).__name__
 )
 def test_a_weight_without_operator_says_so(owner):
     result = plan(nn.Sequential(owner), recipe(("0.weight", "INT8_ROW")))
     assert (result.rows[0].kernel, result.rows[0].format) == (None, INT8_ROW)
     assert result.rows[0].reason == f"no operator takes {type(owner).__name__} weights; dequantize before use"
+
+
+class Own(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize("owner", [Own(32, 4, 3), nn.Conv1d(32, 4, 3)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("rule", [("INT8_ROW", -1), ("INT4_G32", 1)], ids=str)
+def test_a_convolution_needs_no_kernel_and_runs(owner, rule):
+    model = nn.Sequential(copy.deepcopy(owner))
+    fmt, k_axis = rule
+    result = quantize_(
+        model, recipe(Rule.of("0.weight", fmt, k_axis=k_axis, activation="dynamic:INT8_TENSOR", modules="_ConvNd"))
+    )
+    row = result.rows[0]
+    assert (row.kernel, row.format) == (None, FORMATS[fmt])
+    assert row.reason == "PyTorch's own convolution runs it, of dequantized values; there are no kernels to choose from"
+    assert row.bytes_after == model[0].weight.stored_bytes
+    assert model(torch.ones(1, 32, *(5,) * (len(row.shape) - 2))).isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["dynamic:INT8_ROW", "dynamic:MXFP8", "local:NVFP4"])
+def test_an_input_that_a_convolution_cannot_round_is_told_before_anything_is_changed(activation):
+    model = nn.Sequential(nn.Conv1d(32, 4, 16), nn.Flatten(), nn.Linear(64, 8))
+    rule = Rule.of("*.weight", "INT8_ROW", activation=activation)
+    words = (
+        r"- '0.weight' is the weight of a convolution, and rule '\*.weight' rounds its input to .*one scale a tensor"
+    )
+    with pytest.raises(RecipeError, match=words):
+        quantize_(model, recipe(rule))
+    assert not any(isinstance(p, QuantizedTensor) for p in model.parameters())
 
 
 def test_a_parameter_quantized_earlier_stays_and_counts_as_covered():

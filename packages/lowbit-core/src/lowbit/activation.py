@@ -29,7 +29,7 @@ class Activation:
 
     def __post_init__(self) -> None:
         """Check that the scaling fits the format."""
-        if self.scaling == "static" and (self.format.block != (WHOLE, WHOLE) or self.format.tensor_scale):
+        if self.scaling == "static" and not self._has_one_scale:
             msg = f"static activations have one scale a tensor (block *x*), not {self.format}; use dynamic scaling"
             raise FormatError(msg)
         if self.scaling == "local" and not self.format.tensor_scale:
@@ -39,6 +39,20 @@ class Activation:
     def __str__(self) -> str:
         """The spec string."""
         return f"{self.scaling}:{self.format}"
+
+    @property
+    def _has_one_scale(self) -> bool:
+        return self.format.block == (WHOLE, WHOLE) and not self.format.tensor_scale
+
+    @property
+    def convolution_misfit(self) -> str | None:
+        """Why the input of a convolution cannot be rounded so; None if it can."""
+        if self._has_one_scale:
+            return None
+        return (
+            f"a convolution's windows overlap, so that its input has no rows and no blocks of one window each: it is "
+            f"rounded under one scale a tensor (block *x*, as INT8_TENSOR and FP8_TENSOR have it), not as {self}"
+        )
 
     @staticmethod
     def parse(spec: str) -> Activation:

@@ -95,6 +95,7 @@ if hasattr(os, "register_at_fork"):
 def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
     """Choose a kernel for every quantized parameter of `model` on the device it is on, and pack the weight for it.
 
+    Convolutions are PyTorch's own, so that there is nothing to choose for them: they stay as they are.
     A parameter used by modules of different kinds (a tied table) is packed only if one kernel serves all its uses.
     Call it last: after loading, moving and sharding. Tensor-parallel shards are packed on each rank; what FSDP gathers
     stays canonical. `state_dict()` of a bound model is that of the canonical one. `unbind` undoes it bit for bit;
@@ -110,7 +111,7 @@ def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
         for prefix, module in model.named_modules():
             for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 weight = parameter if id(parameter) in gathered else _local(parameter)
-                if isinstance(_local(parameter), QuantizedTensor):
+                if isinstance(_local(parameter), QuantizedTensor) and not isinstance(module, nn.Conv1d | nn.Conv2d):
                     full = f"{prefix}.{name}" if prefix else name
                     use = _Use(full, module, name, _call(module, weight), id(parameter) in gathered)
                     uses.setdefault(id(parameter), []).append(use)

@@ -70,7 +70,7 @@ class Row:
     k_axis: int
     bytes_before: int
     bytes_after: int
-    # Name of the kernel that would run it; None where it stays plain, or nothing runs it.
+    # Name of the kernel that would run it; None where it stays plain, or no kernel runs it.
     kernel: str | None
     tied: str | None
     # Why it is kept, to what it is tied, or why no kernel runs it.
@@ -259,9 +259,13 @@ def _axis_misfit(group: Sequence[Parameter], rule: Rule, weight: Format, by: str
     if rule.k_axis not in {-1, len(canonical) - 1} and any(_sums_last(p) for p in group):
         return f"is used along its last dim, and rule {rule.match!r} wants k_axis={rule.k_axis}; leave k_axis at -1"
     misfit = _shape_misfit(first, rule, weight, canonical, by)
-    if misfit is None and rule.activation is not None and any(_op(p) != "embedding" for p in group):
+    if misfit is None and rule.activation is not None:
         by = f"rule {rule.match!r} rounds its input to {rule.activation.format}"
-        misfit = _shape_misfit(first, rule, rule.activation.format, (1, canonical[-1]), by)
+        if any(_convolves(p) for p in group):
+            why = rule.activation.convolution_misfit
+            return None if why is None else f"is the weight of a convolution, and {by}: {why}"
+        if any(_op(p) != "embedding" for p in group):
+            misfit = _shape_misfit(first, rule, rule.activation.format, (1, canonical[-1]), by)
     return misfit
 
 
@@ -331,8 +335,13 @@ def _rows(group: Sequence[Parameter], rule: Rule | None, *, fits: bool, device: 
     return rows
 
 
+def _convolves(parameter: Parameter) -> bool:
+    """Whether conv1d or conv2d uses the parameter."""
+    return not {"Conv1d", "Conv2d"}.isdisjoint(parameter.modules)
+
+
 def _op(parameter: Parameter) -> str:
-    """The op that uses the parameter; empty if none does."""
+    """The op of lowbit's own that uses the parameter; empty if none does."""
     if "Embedding" in parameter.modules:
         return "embedding"
     if len(parameter.shape) > 3 or not {"EmbeddingBag", "_ConvNd"}.isdisjoint(parameter.modules):
@@ -342,6 +351,8 @@ def _op(parameter: Parameter) -> str:
 
 def _kernel(call: backends.Call, parameter: Parameter, *, packs: bool) -> tuple[str | None, str | None]:
     """The kernel's name, or None and why there is none."""
+    if _convolves(parameter):
+        return None, "PyTorch's own convolution runs it, of dequantized values; there are no kernels to choose from"
     if not call.op:
         owner = parameter.modules[0] if parameter.modules else f"{len(parameter.shape)}-dimensional"
         return None, f"no operator takes {owner} weights; dequantize before use"

@@ -1,19 +1,25 @@
 """What uses a QuantizedTensor's values: linear, embedding and grouped_mm, handed to the neutral operators.
 
+Convolutions are no operators of lowbit's own, but PyTorch's, of values that those operators round and decode.
 Where nothing but the kernel takes part (`ops.unwatched`), it is called straight, and a weight remembers how: a decoded
 token is hundreds of these calls.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from lowbit.activation import Activation
 from lowbit.backends import generation, kernel_for, under_autocast
+from lowbit.element import FLOAT32
 from lowbit.errors import FormatError, UnsupportedOpError
+from lowbit.format import Format
+from lowbit.numerics import DEFAULT_MODE
 from lowbit.ops import unwatched
 from lowbit.rules import rule_of
 from lowbit.tensor import FUNCTIONS, QuantizedTensor, in_backward
@@ -126,6 +132,94 @@ def _mm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         plain = w.dequantize(x.dtype)
         return func(x, plain if w.pre_scale is None else plain * w.pre_scale.to(x.dtype))
     return _linear(x, w.t() if isinstance(w, QuantizedTensor) else w, bias)
+
+
+@rule_of(aten.convolution.default)
+def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """conv1d and conv2d of x (N, C, ..) with a quantized weight (O, C / groups, ..), its input rounded as it says.
+
+    A rounded input is multiplied in float64, codes without their scales: integers are exact, whatever the window.
+    """
+    del kwargs
+    x, weight, bias, *how = args
+    w = _kernel_of(weight, x, bias, transposed=how[3])
+    if w.activation is None or x.numel() == 0:
+        return func(x, _values(w, x.dtype), bias, *how)
+    codes, x_scale = _rounded(x, w, w.activation)
+    scale, channels = w.scale.permute(w.permutation), (-1, *(1,) * (w.dim() - 2))
+    # One scale a channel of the output, or one in all. Powers of two need no such care: values under them are exact.
+    if w.tensor_scale is None and w.scale_bits is None and scale[:1].numel() == 1:
+        values = _codes(w.qdata, w.zero, w.format, w.canonical_shape[-1]).permute(w.permutation)
+        x_scale = x_scale * scale.to(torch.float64).reshape(channels)
+    else:
+        values = _values(w, torch.float64)
+    # Codes count from their zero point, so that what the convolution pads with is 0.0 and not code 0.
+    product = func(codes, values, None, *how) * x_scale
+    if bias is not None:
+        product = product + bias.to(torch.float64).reshape(channels)
+    return product.to(x.dtype)
+
+
+@rule_of(aten.convolution_backward.default)
+def _convolution_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Gradients to the input, through rounding as if it were the identity, and to the bias; codes have none."""
+    del kwargs
+    grad, x, weight, *rest, (to_x, _, to_bias) = args
+    w = _kernel_of(weight, x, None, transposed=rest[4])
+    return func(grad, x, _values(w, grad.dtype), *rest, [to_x, False, to_bias])
+
+
+def _kernel_of(weight: Any, x: Any, bias: Any, *, transposed: bool) -> QuantizedTensor:
+    """The weight of a convolution, refused where it or what it is used for is not what `_convolution` computes."""
+    if not isinstance(weight, QuantizedTensor) or isinstance(x, QuantizedTensor) or isinstance(bias, QuantizedTensor):
+        msg = (
+            "a convolution takes a QuantizedTensor as its weight and plain tensors elsewhere; "
+            "call .dequantize() on the others"
+        )
+        raise UnsupportedOpError(msg)
+    if transposed or weight.dim() > 4 or weight.pre_scale is not None:
+        msg = (
+            "quantized weights are used by conv1d and conv2d without a pre_scale, not transposed and not in three "
+            "dimensions; call .dequantize() first"
+        )
+        raise UnsupportedOpError(msg)
+    if weight.activation is not None and (misfit := weight.activation.convolution_misfit) is not None:
+        raise UnsupportedOpError(misfit)
+    return weight
+
+
+def _rounded(x: Tensor, w: QuantizedTensor, activation: Activation) -> tuple[Tensor, Tensor]:
+    """Codes of x less their zero point, float64 in x's shape, and the one float64 scale they are under."""
+    fmt = activation.format
+    scale = zero = None
+    if activation.scaling == "static":
+        if w.act_scale is None:
+            msg = f"activation {activation} needs a stored act_scale, but the weight carries none; calibrate it"
+            raise FormatError(msg)
+        scale = w.act_scale.to(fmt.scale.storage).reshape(1, 1)
+        zero = None if w.act_zero is None else w.act_zero.reshape(1, 1)
+    row = x.reshape(1, -1)
+    data, scale, *zeros = torch.ops.lowbit.quantize(row, scale, zero, None, str(fmt), DEFAULT_MODE, "nearest", 0)
+    codes = _codes(data, zeros[0] if zeros else None, fmt, row.shape[-1])
+    return codes.reshape(x.shape), scale.to(torch.float64).reshape(())
+
+
+def _values(w: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """The logical values of a weight, in `dtype`."""
+    # Compilers hand the class to its rules without saying that they trace, and get an e8m0 scale as bytes here too.
+    scale = w.scale if w.scale_bits is None else w.scale_bits
+    layout = w.storage_layout
+    values = torch.ops.lowbit.dequantize(
+        w.qdata, scale, w.zero, w.tensor_scale, layout.format, w.canonical_shape[-1], dtype
+    )
+    return values.permute(layout.permutation)
+
+
+def _codes(data: Tensor, zero: Tensor | None, fmt: Format, k: int) -> Tensor:
+    """What packed codes stand for under scales of 1, in float64, exactly."""
+    unit = replace(fmt, scale=FLOAT32, tensor_scale=False)
+    ones = torch.ones(unit.scale_shape((*data.shape[:-1], k)), device=data.device)
+    return torch.ops.lowbit.dequantize(data, ones, zero, None, str(unit), k, torch.float64)
 
 
 FUNCTIONS.update({torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding})

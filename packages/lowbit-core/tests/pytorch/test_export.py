@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cells import ROWS, column, inputs, model
+from test_compile import Convolutions
 from tolerance import assert_computed
 
 TOKENS = (2, 5, 12, 40)
@@ -41,6 +42,22 @@ def test_export_and_back(row, tmp_path):
         run = apart.module()
         for m in TOKENS:
             assert_computed(row, made, run(*inputs(row, m)), inputs(row, m))
+
+
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+def test_convolutions_export_beside_operators(tmp_path):
+    torch.manual_seed(0)
+    made, x = Convolutions(), torch.randn(2, 4, 12)
+    program = torch.export.export(made, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
+    torch.export.save(program, tmp_path / "model.pt2")
+    apart = program.run_decompositions()
+    assert targets(program).count("lowbit.linear.default") == 1
+    assert not [target for target in targets(apart) if "lowbit" in target]
+    x = torch.randn(3, 4, 12)
+    with torch.no_grad():
+        for again in (program, torch.export.load(tmp_path / "model.pt2"), apart):
+            assert torch.equal(again.module()(x), made(x))
 
 
 @pytest.mark.parametrize("rank", [2, 3])
