@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,57 +16,82 @@ from lowbit.plan import plan
 from lowbit_algos.rounding import with_use
 from lowbit_algos.watch import Product, Watch
 
+Layer = TypeVar("Layer", bound=nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding)
 
-class ObservedLinear(nn.Module):
-    """A linear layer, or a subclass, whose input, weight and output are observed, each by an observer or by none.
 
-    It knows no format: the same statistics serve any, when `convert` is called.
+class ObservedLinear(nn.Module, Generic[Layer]):
+    """A linear layer, conv1d, conv2d or embedding, or a subclass, whose input, weight and output may be observed.
+
+    Each is by an observer, or by none. It knows no format: the same statistics serve any, when `convert` is called.
+    Observers see channels last: those of a convolution's inputs and outputs, and the rows of a weight, which are
+    output channels, or the words of a table.
+
+    Raises:
+        LowbitError: the layer is of another kind, or an embedding's input, which is indices, has an observer.
     """
 
     def __init__(
         self,
-        linear: nn.Linear,
+        linear: Layer,
         *,
         input: Observer | None = None,  # noqa: A002 - what it observes
         weight: Observer | None = None,
         output: Observer | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(linear, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding):  # pyright: ignore[reportUnnecessaryIsInstance] - callers need not be typed
+            raise LowbitError(
+                f"a {type(linear).__name__} was given; needed is a Linear, Conv1d, Conv2d or Embedding, or a subclass"
+            )
+        if isinstance(linear, nn.Embedding) and input is not None:
+            raise LowbitError("an embedding's input is indices, which have no range; observe its weight or its output")
         self.linear = linear
         self.input, self.weight, self.output = input, weight, output
         if weight is not None:
             # Rows are what formats tell apart.
-            weight.update(linear.weight.T)
+            weight.update(linear.weight.flatten(1).T)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer makes of x (.., K), both observed."""
+        """What the layer makes of x: (.., K), (N, C, ..) for a convolution, or indices, observed as is the result."""
+        # Before the dims of a window, or last where there is none.
+        channels = 1 - self.linear.weight.dim()
         if self.input is not None:
-            self.input.update(x)
+            self.input.update(x.movedim(channels, -1))
         y: Tensor = self.linear(x)
         if self.output is not None:
-            self.output.update(y)
+            self.output.update(y.movedim(channels, -1))
         return y
 
     def convert(
-        self, fmt: Format | str, activation: Activation | str | None = None, *, mode: ScaleMode = DEFAULT_MODE
-    ) -> nn.Linear:
+        self,
+        fmt: Format | str,
+        activation: Activation | str | None = None,
+        *,
+        axis: int = -1,
+        mode: ScaleMode = DEFAULT_MODE,
+    ) -> Layer:
         """The layer itself, its weight now quantized, with the static scale of its input if the activation has one.
 
         A weight that was observed is rounded under its observer's scales: of a format with one in all, or, by an
-        observer of as many channels as there are rows, with one a row; of NVFP4 it says the tensor scale.
+        observer of as many channels as there are rows, with one a row; of NVFP4 it says the tensor scale. Blocks run
+        along `axis`, which for a convolution may be that of its input channels, 1.
 
         Raises:
-            LowbitError: the activation needs an observed input, or nothing was observed.
+            LowbitError: the activation needs an observed input, or nothing was observed, or the layer cannot round its
+                input so, or sums over no such axis; the layer is unchanged then.
         """
         fmt = Format.parse(fmt) if isinstance(fmt, str) else fmt
         activation = Activation.parse(activation) if isinstance(activation, str) else activation
         weight = self.linear.weight.detach()
+        _check_use(self.linear, activation, axis)
         if self.weight is not None:
             scales = self.weight.qparams(fmt, mode=mode)
-            given = (None, None) if fmt.tensor_scale else (scales.scale, scales.zero)
-            q = quantize(weight, fmt, *given, scales.tensor_scale, mode=mode)
+            parts = (scales.scale, scales.zero, scales.tensor_scale)
+            scale, zero, whole = (None if part is None else _as_rows(part, weight) for part in parts)
+            given = (None, None) if fmt.tensor_scale else (scale, zero)
+            q = quantize(weight, fmt, *given, whole, axis=axis, mode=mode)
         else:
-            q = quantize(weight, fmt, mode=mode)
+            q = quantize(weight, fmt, axis=axis, mode=mode)
         used = _with_static(q, activation, self.input, "the layer")
         self.linear.weight = nn.Parameter(used, requires_grad=False)
         return self.linear
@@ -131,7 +156,7 @@ class Observation(nn.Module):
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         del module, args
-        watch = Watch(self._parameters_by_name, self._see)
+        watch = Watch(self._parameters_by_name, self._see, convolutions=True)
         watch.__enter__()
         self._watch.append(watch)
 
@@ -155,6 +180,28 @@ def observe(model: nn.Module, recipe: Recipe, *, observer: Callable[[], Observer
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     return Observation(model, plan(model, recipe, device=device), observer)
+
+
+def _check_use(
+    layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Embedding, activation: Activation | None, axis: int
+) -> None:
+    """Refuse what the layer could not run.
+
+    Raises:
+        LowbitError: its input cannot be rounded so, or it does not sum over the axis.
+    """
+    if activation is not None and isinstance(layer, nn.Embedding):
+        raise LowbitError(f"an embedding's input is indices, which {activation} cannot round; leave the activation out")
+    convolves = isinstance(layer, nn.Conv1d | nn.Conv2d)
+    if activation is not None and convolves and (misfit := activation.convolution_misfit) is not None:
+        raise LowbitError(misfit)
+    if axis % layer.weight.dim() == 0:
+        raise LowbitError(f"axis {axis} tells the rows of a weight apart, and blocks run along one that is summed over")
+
+
+def _as_rows(part: Tensor, weight: Tensor) -> Tensor:
+    """One value for each row of `weight`, or one in all, in a tensor of its rank."""
+    return part.reshape(-1, *(1,) * (weight.dim() - 1))
 
 
 def _with_static(
