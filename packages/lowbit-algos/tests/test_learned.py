@@ -13,7 +13,7 @@ import lowbit as lb
 from lowbit import LowbitError, QuantizedTensor, Recipe, RecipeError, Rule
 from lowbit.activation import Activation
 from lowbit.observer import Hessian, PerChannelMinMax
-from lowbit_algos import Method, calibrate_, learned
+from lowbit_algos import Method, calibrate_
 from lowbit_algos.gptq import Options
 from lowbit_algos.inputs import Input, Lost, rounded_input
 from lowbit_algos.learned import _Learning, _Round, used
@@ -136,7 +136,6 @@ def test_scales_of_few_bits_stay(fmt, moves):
 
 def test_what_is_no_better_is_not_kept(monkeypatch):
     """Steps that go with the gradient make it worse."""
-    monkeypatch.setattr(learned, "_REACH", -0.5)
     monkeypatch.setattr(_Learning, "step", _backwards(_Learning.step))
     recipe, kept = Recipe((Rule.of("*", "INT4_G32", modules="Linear"),)), []
     for method in (NEAREST, replace(LEARNED, learned=10)):
@@ -150,7 +149,7 @@ def _backwards(step):
     def turned(self, rate):
         self._scale.requires_grad_(requires_grad=False)
         self._learns_scale = False
-        step(self, rate)
+        step(self, -rate)
 
     return turned
 

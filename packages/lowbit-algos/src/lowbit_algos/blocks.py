@@ -141,7 +141,7 @@ def capture(
     """
     if probe:
         batches = list(batches)
-        extra = capture(model, blocks, [_few(batch) for batch in batches[:1]])
+        extra = capture(model, blocks, [few_tokens(batch) for batch in batches[:1]])
         found = capture(model, blocks, batches)
         return replace(found, few=(extra.hidden[0], [calls[0] for calls in extra.calls]))
     if list(blocks.values()) == [model]:
@@ -160,12 +160,13 @@ def capture(
     return captured
 
 
-def _few(batch: Batch) -> Batch:
+def few_tokens(batch: Batch) -> Batch:
     """A few tokens of the first sequence of a batch."""
     if isinstance(batch, Tensor):
         return batch[:1, :_TOKENS] if batch.dim() > 1 and not batch.is_floating_point() else batch[:_TOKENS]
     return {
-        key: _few(value) if isinstance(value, Tensor) and value.dim() > 1 else value for key, value in batch.items()
+        key: few_tokens(value) if isinstance(value, Tensor) and value.dim() > 1 else value
+        for key, value in batch.items()
     }
 
 

@@ -23,17 +23,18 @@ from lowbit.memory import release
 from lowbit.numerics import DEFAULT_MODE, ScaleMode
 from lowbit.plan import Plan, plan
 from lowbit.recipe import Recipe
-from lowbit_algos.blocks import Batch, Call, Probe, capture, find_blocks
+from lowbit_algos.blocks import Batch, Call, Probe, capture, few_tokens, find_blocks
+from lowbit_algos.distilled import distill, log_probabilities
 from lowbit_algos.folds import Fold, find_folds
 from lowbit_algos.gptq import DAMPING, Options
 from lowbit_algos.hidden import Hidden
-from lowbit_algos.inputs import Input, Observing, Static, Target, rounded_input, static_scale
-from lowbit_algos.learned import learn, used
+from lowbit_algos.inputs import Input, Observing, Static, Target, static_scale
+from lowbit_algos.learned import learn_block, used
 from lowbit_algos.moments import Moments, fit, moments_of
-from lowbit_algos.rotation import Turns, find_ends, find_turns
-from lowbit_algos.rounding import decibels, output_sqnr, round_weights, weight_sqnr, with_use
+from lowbit_algos.rotation import Ends, Turns, find_ends, find_turns
+from lowbit_algos.rounding import RoundInputs, decibels, output_sqnr, round_weights, weight_sqnr, with_use
 from lowbit_algos.smooth import Smoothed, Smoothing, smooth
-from lowbit_algos.watch import Product, Watch
+from lowbit_algos.watch import Watch
 
 # Batches by which the error that has gathered is judged.
 _JUDGED = 4
@@ -50,12 +51,13 @@ _KINDS = {
     "awq": "smoothing",
     "rotation": "rotation",
     "learned": "learned",
+    "distilled": "distilled",
 }
 ALGORITHMS = tuple(_KINDS)
 """Names that `Method.of` takes; of one kind, one."""
 
-# Steps of learning that `learned` stands for.
-_STEPS = 200
+# Steps that `learned` and `distilled` stand for.
+_LEARNED, _DISTILLED = 200, 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ class Method:
     refit: bool = True
     # Steps by which rounding and scales are then learned from a block's output.
     learned: int = 0
+    # Steps by which they are learned in the end from what the whole model predicts; it has to be in memory.
+    distilled: int = 0
     # How static activations choose their range.
     static: Static = "histogram"
     # Tokens an expert should have seen; what it lacks, it is given of the mean of all experts. None: as many as it has
@@ -109,8 +113,8 @@ class Method:
         kinds = [_KINDS.get(part) for part in parts]
         if None in kinds or len(set(kinds)) < len(kinds):
             raise RecipeError(
-                f"algorithm {name!r} is not known; it is rtn or gptq, smoothquant or awq, rotation, learned, or one of "
-                "each joined by '+', such as awq+gptq"
+                f"algorithm {name!r} is not known; it is rtn or gptq, smoothquant or awq, rotation, learned, "
+                "distilled, or one of each joined by '+', such as awq+gptq"
             )
         if set(parts) <= {"rotation", "rtn"} and "rotation" in parts:
             raise RecipeError(
@@ -124,7 +128,8 @@ class Method:
             rounding="gptq" if "gptq" in parts else alone,
             smoothing=smoothing,
             rotation="rotation" in parts,
-            learned=_STEPS if "learned" in parts else 0,
+            learned=_LEARNED if "learned" in parts else 0,
+            distilled=_DISTILLED if "distilled" in parts else 0,
             **more,
         )
 
@@ -141,6 +146,7 @@ class Method:
             self.smoothing: self.smoothing is not None,
             "gptq": self.rounding == "gptq",
             "learned": self.learned > 0,
+            "distilled": self.distilled > 0,
         }
         found = "+".join(str(part) for part, used in parts.items() if used)
         return found or ("rtn" if self.rounding == "nearest" else "clipping")
@@ -203,7 +209,24 @@ def calibrate_(
         for row in result.rows
         if row.action == "quantize" and row.format is not None
     }
-    blocks = find_blocks(model)
+    done, ends = quantize_blocks(model, targets, batches, method, take)
+    _put(model, parameters, done, apart=() if ends is None else ends.names)
+    return result
+
+
+def quantize_blocks(
+    model: nn.Module, targets: Mapping[str, Target], batches: Iterable[Batch], method: Method, take: Take | None = None
+) -> tuple[dict[str, Tensor], Ends | None]:
+    """What becomes of a model's parameters, by name, and what lies around its blocks if it is rotated; it stays.
+
+    `take` is told of every block. Raises as `calibrate_`.
+    """
+    batches, blocks = list(batches), find_blocks(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if method.distilled and batches:
+        # Refused before any work.
+        with torch.no_grad():
+            log_probabilities(model, few_tokens(batches[0]))
     ends = find_ends(model, blocks) if method.rotation else None
     rotation, done = None, dict[str, Tensor]()
     if ends is not None:
@@ -214,11 +237,15 @@ def calibrate_(
         name: round_outside(name, done.get(name, parameters[name]), targets[name], method)
         for name in outside(targets, blocks)
     }
+    told: list[tuple[BlockResult, Mapping[str, Tensor]]] = []
+    tell = take or _ignore
 
     def keep(block: BlockResult, weights: Mapping[str, Tensor]) -> None:
         done.update(weights)
-        if take is not None:
-            take(block, weights)
+        if method.distilled:
+            told.append((block, weights))
+        else:
+            tell(block, weights)
 
     # Blocks are changed as they go; what they were comes back whatever happens.
     before = {name: parameter.data for name, parameter in parameters.items()}
@@ -230,8 +257,22 @@ def calibrate_(
     finally:
         for name, data in before.items():
             parameters[name].data = data
-    _put(model, parameters, done, apart=() if ends is None else ends.names)
-    return result
+    if method.distilled:
+        del captured
+        learned = distill(model, done, walk.aims, batches, steps=method.distilled)
+        done |= learned.weights
+        note = (
+            f"distilled: {learned.before:.4g} -> {learned.after:.4g} nats a token on held out text; SQNR is of before"
+        )
+        for block, weights in told:
+            layers = tuple(replace(layer, notes=(*layer.notes, note)) for layer in block.layers)
+            tell(replace(block, layers=layers), {name: done[name] for name in weights})
+    return done, ends
+
+
+def _ignore(block: BlockResult, weights: Mapping[str, Tensor]) -> None:
+    """Where nobody wants to be told."""
+    del block, weights
 
 
 def _put(model: nn.Module, parameters: Mapping[str, Tensor], made: Mapping[str, Tensor], apart: Sequence[str]) -> None:
@@ -293,6 +334,8 @@ class Walk:
         # By kind of block.
         self._folds: dict[tuple[object, ...], list[Fold]] = {}
         self._turns: dict[tuple[object, ...], Turns] = {}
+        # For distillation: what weights were rounded from, by name.
+        self.aims: dict[str, Tensor] = {}
         self.other = other or Hidden.of([hidden[i] for i in range(self.beside(method, len(hidden)))])
 
     @staticmethod
@@ -329,14 +372,16 @@ class Walk:
             seen = self._observe(block, mine, calls, None if sequential else after, smoothed.pre_scales)
             originals = {key: smoothed.exact.get(key, parameter.detach()) for key, parameter in parameters.items()}
             solved = self._round(prefix, block, originals, mine, seen, smoothed.pre_scales)
-            rounding = _Rounding(solved.weights)
+            rounding = RoundInputs(solved.weights)
             if self.method.learned:
                 steps = self.method.learned
-                solved.weights = learn(
+                solved.weights = learn_block(
                     block, solved.weights, solved.aims, calls, self.hidden, beside, rounding, steps=steps
                 )
                 for key, moments in solved.moments.items():
                     solved.judge(key, originals[key], moments, mine[key].k_axis)
+            if self.method.distilled:
+                self.aims |= {prefix + key: aim.to(torch.float32) for key, aim in solved.aims.items()}
             weights, results = solved.weights, tuple(solved.results[key] for key in mine)
             del originals, seen, solved
             for key, q in weights.items():
@@ -486,8 +531,9 @@ class Walk:
                     )
             except LowbitError as error:
                 raise type(error)(f"{', '.join(prefix + key for key in found.names)}: {error}") from error
-            if method.learned:
+            if method.learned or method.distilled:
                 solved.aims |= group
+            if method.learned:
                 solved.moments |= dict.fromkeys(found.names, moments)
                 continue
             for key in found.names:
@@ -516,24 +562,6 @@ class _Solved:
             weight_sqnr=weight_sqnr(original, q),
             output_sqnr=output_sqnr(original, q, moments, k_axis),
         )
-
-
-class _Rounding:
-    """A `see` for `Watch` that rounds inputs as the weights' activations do."""
-
-    def __init__(self, weights: Mapping[str, QuantizedTensor]) -> None:
-        self._weights = weights
-
-    def __call__(self, product: Product) -> Tensor | None:
-        """The rounded input, where the weight's activation rounds it."""
-        q = self._weights[product.name]
-        if q.activation is None or product.x.numel() == 0:
-            return None
-        rows = product.x.reshape(-1, product.x.shape[-1])
-        if q.pre_scale is None:
-            return rounded_input(rows, q.activation, q.act_scale, q.act_zero)
-        pre_scale = q.pre_scale.to(rows.dtype)
-        return rounded_input(rows * pre_scale, q.activation, q.act_scale, q.act_zero) / pre_scale
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:

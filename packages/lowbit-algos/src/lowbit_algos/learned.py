@@ -1,9 +1,9 @@
-"""Learning how a block's weights are rounded, and their scales, from what the block returns.
+"""Learning how weights are rounded, and their scales, from what a block returns, or what the whole model predicts.
 
 Rounding to nearest has no gradient, so that of what comes out of it is taken for that of what goes in. Each step runs
-the block on some of the tokens and moves every value against the sign of the gradient of the squared error of the
-block's output; steps get smaller until, in all, a value may have moved by half a step of its grid. What was learned is
-kept if it is better on tokens that it was not learned from.
+the block, or the model, on some of the tokens and moves every value against the sign of the gradient of the loss; steps
+get smaller until, in all, a value may have moved by a part of its grid's step. What was learned is kept if it is better
+on tokens that it was not learned from.
 
 Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs"; Esser et al.,
 "Learned Step Size Quantization", for the gradient of a scale.
@@ -11,8 +11,8 @@ Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,17 +29,39 @@ from lowbit_algos.hidden import Hidden
 from lowbit_algos.rounding import with_use
 from lowbit_algos.watch import Product, See, Watch
 
-# Of a grid's step, how far a value may move in all; of a scale, what part of it.
-_REACH = 0.5
+# Of a scale, what part of it may be added or taken away.
+_SCALES = 0.5
 # Of a grid's step, how far from what it was rounded to a value starts, where that was not the nearest.
 _ASIDE = 0.2
-# Tokens of a step.
-_TOKENS = 4096
 # Of so many batches, one is not learned from.
 _HELD_OUT = 16
 
 
-def learn(
+Loss = Callable[[Mapping[str, Tensor], int], Tensor]
+"""What batch i loses under the values of weights, by name; summed over its tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How long weights are learned, and how far they may go."""
+
+    steps: int
+    # Tokens of a step.
+    tokens: int
+    # Of a grid's step, how far a value may move in all.
+    reach: float
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Weights that were learned, or those given where they are no better; and the loss a token, held out."""
+
+    weights: dict[str, QuantizedTensor]
+    before: float
+    after: float
+
+
+def learn_block(
     block: nn.Module,
     weights: Mapping[str, QuantizedTensor],
     originals: Mapping[str, Tensor],
@@ -62,36 +84,51 @@ def learn(
         see: rounds the inputs of weights, as `Watch` takes it; gradients pass as if it did not.
         steps: how many are made.
     """
-    learning = {name: _Learning(q, originals[name]) for name, q in weights.items()}
-    held = max(len(fed) // _HELD_OUT, 1) if len(fed) > 1 else 0
-    judged = range(len(fed) - held, len(fed)) if held else range(len(fed))
     # What is not learned gets no gradients, though the model may be one in training.
     rest = {name: parameter.detach() for name, parameter in block.named_parameters()}
 
     def loss(weights: Mapping[str, Tensor], i: int) -> Tensor:
         changed: Any = partial(_call, block, {**rest, **weights})
-        with Watch(weights, partial(_straight, see)):
+        with Watch(weights, partial(straight, see)):
             out = calls[i](changed, fed[i])
         return (out.to(torch.float32) - wanted[i].to(torch.float32)).square().sum()
+
+    course = Course(steps=steps, tokens=4096, reach=0.5)
+    return learn(weights, originals, loss, [fed.tokens(i) for i in range(len(fed))], course).weights
+
+
+def learn(
+    weights: Mapping[str, QuantizedTensor],
+    originals: Mapping[str, Tensor],
+    loss: Loss,
+    tokens: Sequence[int],
+    course: Course,
+) -> Learned:
+    """Learn `weights` that were rounded from `originals`, by the loss on batches of so many tokens each."""
+    learning = {name: _Learning(q, originals[name]) for name, q in weights.items()}
+    held = max(len(tokens) // _HELD_OUT, 1) if len(tokens) > 1 else 0
+    judged = range(len(tokens) - held, len(tokens)) if held else range(len(tokens))
 
     def error(weights: Mapping[str, QuantizedTensor]) -> float:
         values = {name: used(q) for name, q in weights.items()}
         total = torch.stack([loss(values, i).to(torch.float64) for i in judged]).sum()
+        total = torch.stack((total, total.new_tensor(sum(tokens[i] for i in judged))))
         if dist.is_initialized():
             dist.all_reduce(total)
-        return float(total)
+        return float(total[0] / total[1])
 
     with torch.no_grad():
         before = error(weights)
-    for step, batches in enumerate(_batches(fed, len(fed) - held, steps)):
+    for step, batches in enumerate(_batches(tokens[: len(tokens) - held], course)):
         for i in batches:
             with torch.enable_grad():
                 loss({name: each.value() for name, each in learning.items()}, i).backward()
         for each in learning.values():
-            each.step(2 * _REACH * (1 - step / steps) / steps)
+            each.step(2 * course.reach * (1 - step / course.steps) / course.steps)
     with torch.no_grad():
         learned = {name: each.quantized() for name, each in learning.items()}
-        return learned if error(learned) < before else dict(weights)
+        after = error(learned)
+    return Learned(learned, before, after) if after < before else Learned(dict(weights), before, before)
 
 
 def used(q: QuantizedTensor) -> Tensor:
@@ -111,14 +148,14 @@ def _axis(q: QuantizedTensor) -> int:
     return q.permutation.index(q.dim() - 1)
 
 
-def _batches(fed: Hidden, count: int, steps: int) -> Iterator[list[int]]:
-    """For each step, of the first `count` batches those that have the tokens; in an order that is always the same."""
+def _batches(tokens: Sequence[int], course: Course) -> Iterator[list[int]]:
+    """For each step, batches that have its tokens; in an order that is always the same."""
     generator = torch.Generator().manual_seed(0)
     left: list[int] = []
-    for _ in range(steps):
+    for _ in range(course.steps):
         taken: list[int] = []
-        while len(taken) < count and sum(map(fed.tokens, taken)) < _TOKENS:
-            left = left or torch.randperm(max(count, 1), generator=generator).tolist()
+        while len(taken) < len(tokens) and sum(tokens[i] for i in taken) < course.tokens:
+            left = left or torch.randperm(len(tokens), generator=generator).tolist()
             taken.append(left.pop())
         yield taken
 
@@ -127,7 +164,7 @@ def _call(block: nn.Module, weights: Mapping[str, Tensor], *args: Any, **kwargs:
     return functional_call(block, dict(weights), args, kwargs)
 
 
-def _straight(see: See, product: Product) -> Tensor | None:
+def straight(see: See, product: Product) -> Tensor | None:
     """What `see` makes of inputs, with the gradient that they have without it."""
     with torch.no_grad():
         rounded = see(product)
@@ -171,7 +208,7 @@ class _Learning:
                     dist.all_reduce(grad)
                 part.sub_(rate * unit * grad.sign())
                 part.grad = None
-            self._scale.copy_(self._scale.clamp((1 - _REACH) * self._first, (1 + _REACH) * self._first))
+            self._scale.copy_(self._scale.clamp((1 - _SCALES) * self._first, (1 + _SCALES) * self._first))
 
     def quantized(self) -> QuantizedTensor:
         """What was learned."""

@@ -12,8 +12,9 @@ from torch import Tensor
 from lowbit import Activation, QuantizedTensor, Scales, quantize
 from lowbit.numerics import ScaleMode, tensor_scale_for_amax
 from lowbit_algos.gptq import DAMPING, Options, solve
-from lowbit_algos.inputs import Target
+from lowbit_algos.inputs import Target, rounded_input
 from lowbit_algos.moments import Moments
+from lowbit_algos.watch import Product
 
 # Rows of a weight by which its output error is judged.
 _ROWS = 512
@@ -94,6 +95,24 @@ def with_use(
         act_zero=act_zero,
         pre_scale=pre_scale,
     )
+
+
+class RoundInputs:
+    """A `see` for `Watch` that rounds inputs as the weights' activations do."""
+
+    def __init__(self, weights: Mapping[str, QuantizedTensor]) -> None:
+        self._weights = weights
+
+    def __call__(self, product: Product) -> Tensor | None:
+        """The rounded input, where the weight's activation rounds it."""
+        q = self._weights[product.name]
+        if q.activation is None or product.x.numel() == 0:
+            return None
+        rows = product.x.reshape(-1, product.x.shape[-1])
+        if q.pre_scale is None:
+            return rounded_input(rows, q.activation, q.act_scale, q.act_zero)
+        pre_scale = q.pre_scale.to(rows.dtype)
+        return rounded_input(rows * pre_scale, q.activation, q.act_scale, q.act_zero) / pre_scale
 
 
 def output_sqnr(weight: Tensor, q: QuantizedTensor, moments: Moments, k_axis: int) -> float:

@@ -1,0 +1,143 @@
+"""Rounding learned from what the whole model predicts, judged on text that it was not learned from."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from ranks import ranks
+from torch import distributed, nn
+
+from lowbit import LowbitError, QuantizedTensor, Recipe, RecipeError, Rule
+from lowbit_algos import Method, calibrate_
+from lowbit_algos.learned import _Learning
+
+K, WORDS = 64, 50
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(K), nn.Linear(K, 128), nn.Linear(128, K)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+class Model(nn.Module):
+    """Predicts a token from the one before; its head is its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(WORDS, K), nn.RMSNorm(K)
+        self.blocks, self.head = nn.ModuleList(Block() for _ in range(2)), nn.Linear(K, WORDS, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x)) / 16
+
+
+def made():
+    torch.manual_seed(0)
+    return Model().eval()
+
+
+def text(seed):
+    """Few batches, for each step takes them all."""
+    return torch.randint(WORDS, (6, 16, 32), generator=torch.Generator().manual_seed(seed))
+
+
+def divergence(model, original, ids):
+    """Float64, by torch's own."""
+    with torch.no_grad():
+        p, q = original(ids).double().log_softmax(-1), model(ids).double().log_softmax(-1)
+    return float(nn.functional.kl_div(q, p, log_target=True, reduction="sum") / p.shape[:-1].numel())
+
+
+GPTQ = Method()
+DISTILLED = Method(distilled=20)
+RECIPES = {
+    "int2": Recipe((Rule.of("blocks.*", "int2:1x32:bfloat16", modules="Linear"),)),
+    "MXFP4, inputs too": Recipe((Rule.of("blocks.*", "MXFP4", activation="dynamic:MXFP4", modules="Linear"),)),
+    "a tied embedding": Recipe(
+        (
+            Rule.of("blocks.*", "INT4_G32", modules="Linear"),
+            Rule.of("embed.weight", "INT4_G32"),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(RECIPES))
+def test_predictions_come_closer_on_other_text(kind):
+    original, other, notes = made(), text(2), []
+
+    def solved(method):
+        model = made()
+        calibrate_(model, RECIPES[kind], text(1), method, take=lambda block, _: notes.append(block.layers[0].notes))
+        return model, divergence(model, original, other)
+
+    (_, before), (model, after) = solved(GPTQ), solved(DISTILLED)
+    assert after < 0.95 * before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.head.weight is model.embed.weight
+    again, same = solved(DISTILLED)
+    assert same == after
+    told = notes[-1][-1].split()
+    held = text(1)[-1]
+    # What it tells is of what was held out, the head's inputs and all as the model computes them.
+    assert float(told[3]) == pytest.approx(divergence(again, original, held), rel=1e-2)
+
+
+def test_what_is_no_better_is_not_kept(monkeypatch):
+    step = _Learning.step
+    monkeypatch.setattr(_Learning, "step", lambda self, rate: step(self, -rate))
+    models = []
+    for method in (GPTQ, replace(DISTILLED, distilled=5)):
+        model = made()
+        calibrate_(model, RECIPES["int2"], text(1), method)
+        models.append(model)
+    assert torch.equal(*(model.blocks[1].up.weight.qdata for model in models))
+
+
+def on_a_rank():
+    model, rank = made(), distributed.get_rank()
+    calibrate_(model, RECIPES["int2"], text(1)[rank::2], DISTILLED)
+    return {name: part.dequantize() for name, part in model.named_parameters() if isinstance(part, QuantizedTensor)}
+
+
+def test_two_ranks_distill_the_same():
+    original, other = made(), text(2)
+    with ranks(2) as two:
+        first, second = two.run(on_a_rank)
+    one, model = made(), made()
+    calibrate_(one, RECIPES["int2"], text(1), DISTILLED)
+    for name, values in first.items():
+        assert torch.equal(values, second[name])
+        model.get_parameter(name).data = values
+    # Batches of two processes make other steps than those of one, as good as they are.
+    assert divergence(model, original, other) == pytest.approx(divergence(one, original, other), rel=0.1)
+
+
+def test_a_model_without_logits_is_refused():
+    class Pair(Model):
+        def forward(self, ids):
+            return super().forward(ids), None
+
+    model = Pair().eval()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(LowbitError, match=r"returns tuple without logits; distillation needs a model that predicts"):
+        calibrate_(model, RECIPES["int2"], text(1), DISTILLED)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), before.values(), strict=True))
+
+
+def test_it_is_called_by_name():
+    assert Method.of("gptq+distilled").distilled > 0
+    assert Method.of("distilled+gptq").name == "gptq+distilled"
+    with pytest.raises(RecipeError, match="one of each"):
+        Method.of("distilled+distilled")
