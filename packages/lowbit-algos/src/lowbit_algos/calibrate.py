@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -369,9 +370,9 @@ class Walk:
             if sequential:
                 self._run(block, calls, self.other, beside)
             smoothed = self._smooth(block, mine, calls, probe, turned)
-            seen = self._observe(block, mine, calls, None if sequential else after, smoothed.pre_scales)
+            seen = self.observe(block, mine, calls, None if sequential else after, smoothed.pre_scales)
             originals = {key: smoothed.exact.get(key, parameter.detach()) for key, parameter in parameters.items()}
-            solved = self._round(prefix, block, originals, mine, seen, smoothed.pre_scales)
+            solved = self.round(prefix, block, originals, mine, seen, smoothed.pre_scales)
             rounding = RoundInputs(solved.weights)
             if self.method.learned:
                 steps = self.method.learned
@@ -396,13 +397,13 @@ class Walk:
         whole |= {prefix + key: block.get_parameter(key).data for key in smoothed.changed - weights.keys()}
         take(BlockResult(name=name, layers=results, sqnr=self._sqnr(), seconds=time.monotonic() - started), whole)
 
-    def _observe(
+    def observe(
         self,
         block: nn.Module,
         targets: Mapping[str, Target],
         calls: Sequence[Call],
-        after: Hidden | None,
-        pre_scales: Mapping[str, Tensor],
+        after: Hidden | None = None,
+        pre_scales: Mapping[str, Tensor] = MappingProxyType({}),
         *,
         aware: bool = True,
     ) -> dict[str, Input]:
@@ -449,7 +450,7 @@ class Walk:
         kind = _kind(block)
         if kind not in self._folds:
             self._folds[kind] = find_folds(block, _axes(block, targets), probe)
-        inputs = self._observe(block, targets, calls, None, {}, aware=False)
+        inputs = self.observe(block, targets, calls, aware=False)
         smoothed = smooth(
             block,
             targets,
@@ -478,17 +479,17 @@ class Walk:
             noise += float((a - b).square().sum(dtype=torch.float64))
         return decibels(signal, noise)
 
-    def _round(
+    def round(
         self,
         prefix: str,
         block: nn.Module,
         originals: Mapping[str, Tensor],
         targets: Mapping[str, Target],
         inputs: Mapping[str, Input],
-        pre_scales: Mapping[str, Tensor],
-    ) -> _Solved:
+        pre_scales: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Solved:
         """A block's weights, one set that shares an input after the other."""
-        method, solved = self.method, _Solved()
+        method, solved = self.method, Solved()
         options = None if method.rounding == "nearest" else method.options
         if method.rounding == "clipped":
             options = method.options | Options(act_order=False)
@@ -545,7 +546,7 @@ class Walk:
 
 
 @dataclass(slots=True)
-class _Solved:
+class Solved:
     """A block's weights while they are solved, by name."""
 
     weights: dict[str, QuantizedTensor] = field(default_factory=dict)
