@@ -96,7 +96,7 @@ def fitting(recipe: Recipe, names: set[str]) -> Recipe:
 def measured(folder: Path, schemes: list[str], methods: list[str], device: str) -> Iterator[dict[str, Any]]:
     """A row for each scheme and method."""
     windows = split_windows(tokenize(folder, TEXT), CONTEXT)
-    batches = Calibration(CALIBRATION, 128, CONTEXT).windows(folder).to(device).split(8)
+    batches = Calibration((CALIBRATION,), 128, CONTEXT).windows(folder).to(device).split(8)
     base = losses(load(folder, device=device), windows)
     yield {"scheme": "bfloat16", "method": "", "perplexity": float(base.mean().exp())}
     for name in schemes:

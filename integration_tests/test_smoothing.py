@@ -36,7 +36,7 @@ def with_outliers(folder):
 def test_smoothquant_mends_a_model_that_needs_it(models, name):
     folder, chosen = models / "lm-tiny", scheme(name)
     ids = tokenize(folder, models / "calibration.txt")[-20000:]
-    batches = Calibration(models / "calibration.txt", 96, 512).windows(folder)[:32].split(8)
+    batches = Calibration((models / "calibration.txt",), 96, 512).windows(folder)[:32].split(8)
     recipe = Recipe((Rule("re:.*_proj.weight", chosen.weight_format(torch.bfloat16), chosen.activation),))
     base = evaluate(with_outliers(folder), ids, context=512).perplexity
     assert base == pytest.approx(evaluate(load(folder), ids, context=512).perplexity, rel=1e-6)

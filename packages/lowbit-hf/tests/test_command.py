@@ -18,7 +18,7 @@ from lowbit.plan import Plan
 from lowbit_hf import command as module
 from lowbit_hf.schemes import SCHEMES, scheme
 
-NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes"]
+NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes", "synthesize"]
 Q = "model.layers.0.self_attn.q_proj"
 
 

@@ -62,7 +62,9 @@ AlgorithmOf = Annotated[
 Algorithms = Annotated[
     list[str], typer.Option("--algorithm", metavar="NAME", help="an algorithm to try, as for quantize; repeatable")
 ]
-Calibrate = Annotated[Path | None, typer.Option(metavar="FILE", help="text to calibrate on: .txt, .jsonl or .parquet")]
+Calibrate = Annotated[
+    list[Path], typer.Option(metavar="FILE", help="text to calibrate on: .txt, .jsonl or .parquet; repeatable")
+]
 Samples = Annotated[int, typer.Option(metavar="N", help="windows of the text to calibrate on")]
 Length = Annotated[int, typer.Option("--seq-len", metavar="N", help="tokens of a window")]
 Seed = Annotated[int, typer.Option(metavar="N", help="which windows are chosen")]
@@ -106,6 +108,11 @@ def diff(argv: list[str]) -> int:
     return _run(_diff, argv)
 
 
+def synthesize(argv: list[str]) -> int:
+    """Let a model write more text to calibrate it on."""
+    return _run(_synthesize, argv)
+
+
 def schemes(argv: list[str]) -> int:
     """List the schemes that --to takes, with their bits per weight."""
     return _run(_schemes, argv)
@@ -135,7 +142,7 @@ def _quantize(
     rule: Rules = [],  # noqa: B006 - typer copies it
     keep: Keep = [],  # noqa: B006
     algorithm: AlgorithmOf = "rtn",
-    calibrate: Calibrate = None,
+    calibrate: Calibrate = [],  # noqa: B006
     samples: Samples = 128,
     seq_len: Length = 512,
     seed: Seed = 0,
@@ -157,7 +164,7 @@ def _quantize(
     if out == Path() and not dry_run:
         raise typer.BadParameter("needed is a folder to write to", param_hint="'-o' / '--out'")
     device = _joined(_device(device))
-    text = None if calibrate is None else _calibration(calibrate, samples, seq_len, seed)
+    text = _calibration(calibrate, samples, seq_len, seed)
     method = _method(algorithm, scale_mode, sequential=not one_pass, calibrated=text is not None)
     job = _job(
         model,
@@ -235,7 +242,7 @@ def _compare(
     model: Model,
     to: Annotated[list[str], typer.Option(metavar="SCHEME", help="a scheme to try; repeatable")] = list(_COMPARED),  # noqa: B006
     algorithm: Algorithms = ["rtn"],  # noqa: B006
-    calibrate: Calibrate = None,
+    calibrate: Calibrate = [],  # noqa: B006
     samples: Samples = 128,
     seq_len: Length = 512,
     seed: Seed = 0,
@@ -252,7 +259,7 @@ def _compare(
     from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), _device(device)
-    data = None if calibrate is None else _calibration(calibrate, samples, seq_len, seed)
+    data = _calibration(calibrate, samples, seq_len, seed)
     jobs = {
         (name, each): _job(
             model,
@@ -365,6 +372,37 @@ def _diff(
     return PROBLEM if lost else DONE
 
 
+def _synthesize(
+    model: Model,
+    source: Annotated[Path, typer.Option("--from", metavar="FILE", help="text to begin with, as for --calibrate")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="JSON lines to make, NAME.jsonl; whole or not at all")],
+    samples: Annotated[int, typer.Option(metavar="N", min=1, help="documents to write")] = 128,
+    seq_len: Annotated[int, typer.Option("--seq-len", metavar="N", help="tokens of a document")] = 512,
+    seed: Annotated[int, typer.Option(metavar="N", help="which beginnings, and what is drawn after them")] = 0,
+    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="tokens of FILE that begin a document")] = 8,
+    device: Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,  # noqa: FBT002
+    as_json: AsJson = False,  # noqa: FBT002
+) -> int:
+    """Let a causal language model write more text to calibrate it on, where there is too little.
+
+    Each document begins with a few tokens of FILE and goes on with what the model predicts, sampled as it is. The same
+    seed writes the same text on the same device.
+    """
+    from lowbit_hf.synthesis import synthesize  # noqa: PLC0415
+    from lowbit_hf.texts import Calibration  # noqa: PLC0415
+
+    folder, where = find_model(model), _device(device)
+    prompts = Calibration((source,), samples, prompt_tokens, seed)
+    with Meter(f"synthesize {out.name}", samples * seq_len) as meter:
+        synthesize(folder, prompts, out, length=seq_len, device=where, overwrite=overwrite, advance=meter.advance)
+    if as_json:
+        _print_json({"out": str(out), "documents": samples, "tokens": samples * seq_len, "seed": seed})
+    else:
+        _print(f"{out}: {samples} documents of {seq_len} tokens\nnext: --calibrate {source} --calibrate {out}")
+    return DONE
+
+
 def _schemes(as_json: AsJson = False) -> int:  # noqa: FBT002
     """List the schemes that --to takes, with bits per weight; schemes of integers in groups also take _G and a size."""
     rows = [
@@ -430,12 +468,13 @@ def _bytes_of(text: str) -> int:
     return int(number * (1024 if match[3] else 1000) ** (" kmgt".index(match[2]) if match[2] else 0))
 
 
-def _calibration(file: Path, samples: int, length: int, seed: int) -> Calibration:
+def _calibration(files: list[Path], samples: int, length: int, seed: int) -> Calibration | None:
     from lowbit_hf.texts import Calibration  # noqa: PLC0415
 
-    if not file.is_file():
-        raise typer.BadParameter(f"there is no file {file}", param_hint="'--calibrate'")
-    return Calibration(file, samples, length, seed)
+    for file in files:
+        if not file.is_file():
+            raise typer.BadParameter(f"there is no file {file}", param_hint="'--calibrate'")
+    return Calibration(tuple(files), samples, length, seed) if files else None
 
 
 def _method(algorithm: str, mode: Mode, *, sequential: bool, calibrated: bool) -> Method:
@@ -585,4 +624,5 @@ _EXAMPLES = {
     "inspect": "example: lowbit inspect ./Qwen3-8B-W4A16",
     "diff": "example: lowbit diff ./Qwen3-8B ./Qwen3-8B-W4A16",
     "schemes": "example: lowbit schemes --json",
+    "synthesize": "example: lowbit synthesize ./Qwen3-8B --from notes.txt --samples 384 -o more.jsonl",
 }

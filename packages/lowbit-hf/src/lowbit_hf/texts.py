@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ _COLUMN = "text"
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What a model is calibrated on: `samples` windows of `length` tokens of a file, chosen by `seed`."""
+    """What a model is calibrated on: `samples` windows of `length` tokens of `files`, chosen by `seed`."""
 
-    file: Path
+    files: tuple[Path, ...]
     samples: int = 128
     length: int = 512
     seed: int = 0
@@ -30,25 +31,25 @@ class Calibration:
     def windows(self, folder: Path) -> Tensor:
         """Token ids (samples, length), by the tokenizer in the model's folder.
 
-        Documents follow one another, the tokenizer's end token between them.
+        Documents of all files follow one another, the tokenizer's end token between them.
 
         Raises:
-            CheckpointError: the file cannot be read, or holds too little text.
+            CheckpointError: a file cannot be read, or they hold too little text.
         """
         if self.samples < 1 or self.length < 2:
             raise CheckpointError(f"--samples {self.samples} and --seq-len {self.length}: needed are 1 and 2 or more")
         tokenizer = load_tokenizer(folder)
         end = tokenizer.eos_token_id
         ids: list[int] = []
-        for document in _documents(self.file):
+        for document in chain.from_iterable(map(_documents, self.files)):
             if ids and end is not None:
                 ids.append(end)
             ids += tokenizer(document, verbose=False).input_ids
         whole = len(ids) // self.length
         if whole < self.samples:
             raise CheckpointError(
-                f"{self.file} holds {len(ids)} tokens, {whole} windows of {self.length}; --samples {self.samples} "
-                f"needs {self.samples * self.length}: give a longer text, or fewer samples"
+                f"{', '.join(map(str, self.files))}: {len(ids)} tokens, {whole} windows of {self.length}; --samples "
+                f"{self.samples} needs {self.samples * self.length}: give a longer text, or fewer samples"
             )
         chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(self.seed))[: self.samples]
         windows = torch.tensor(ids[: whole * self.length], dtype=torch.int64).view(whole, self.length)
@@ -56,14 +57,16 @@ class Calibration:
 
     def described(self) -> dict[str, str | int | float]:
         """What a report tells of it."""
-        told: dict[str, str | int | float] = {"file": self.file.name, "samples": self.samples}
+        told: dict[str, str | int | float] = {
+            "files": ", ".join(file.name for file in self.files),
+            "samples": self.samples,
+        }
         return {**told, "sequence length": self.length, "tokens": self.samples * self.length, "seed": self.seed}
 
     def fingerprint(self) -> str:
         """Names the text and the choice."""
-        with self.file.open("rb") as file:
-            digest = sha256(file.read()).hexdigest()
-        return f"{digest}:{self.samples}:{self.length}:{self.seed}"
+        digests = [sha256(file.read_bytes()).hexdigest() for file in self.files]
+        return ":".join(map(str, [*digests, self.samples, self.length, self.seed]))
 
 
 def _documents(file: Path) -> Iterator[str]:
