@@ -7,57 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from predictor import Predictor, divergence, made, text
 from ranks import ranks
-from torch import distributed, nn
+from torch import distributed
 
 from lowbit import LowbitError, QuantizedTensor, Recipe, RecipeError, Rule
 from lowbit_algos import Method, calibrate_
 from lowbit_algos.learned import _Learning
-
-K, WORDS = 64, 50
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.up, self.down = nn.RMSNorm(K), nn.Linear(K, 128), nn.Linear(128, K)
-
-    def forward(self, x):
-        return x + self.down(self.up(self.norm(x)).relu())
-
-
-class Model(nn.Module):
-    """Predicts a token from the one before; its head is its embedding."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.norm = nn.Embedding(WORDS, K), nn.RMSNorm(K)
-        self.blocks, self.head = nn.ModuleList(Block() for _ in range(2)), nn.Linear(K, WORDS, bias=False)
-        self.head.weight = self.embed.weight
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)) / 16
-
-
-def made():
-    torch.manual_seed(0)
-    return Model().eval()
-
-
-def text(seed):
-    """Few batches, for each step takes them all."""
-    return torch.randint(WORDS, (6, 16, 32), generator=torch.Generator().manual_seed(seed))
-
-
-def divergence(model, original, ids):
-    """Float64, by torch's own."""
-    with torch.no_grad():
-        p, q = original(ids).double().log_softmax(-1), model(ids).double().log_softmax(-1)
-    return float(nn.functional.kl_div(q, p, log_target=True, reduction="sum") / p.shape[:-1].numel())
-
 
 GPTQ = Method()
 DISTILLED = Method(distilled=20)
@@ -125,7 +81,7 @@ def test_two_ranks_distill_the_same():
 
 
 def test_a_model_without_logits_is_refused():
-    class Pair(Model):
+    class Pair(Predictor):
         def forward(self, ids):
             return super().forward(ids), None
 

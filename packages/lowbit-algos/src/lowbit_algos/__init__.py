@@ -4,6 +4,19 @@ from __future__ import annotations
 
 from lowbit_algos.calibrate import Method, calibrate_
 from lowbit_algos.gptq import Solution, gptq, solve
+from lowbit_algos.mixed import Candidate, Mixture, mix
 from lowbit_algos.observed import Observation, ObservedLinear, observe
 
-__all__ = ["Method", "Observation", "ObservedLinear", "Solution", "calibrate_", "gptq", "observe", "solve"]
+__all__ = [
+    "Candidate",
+    "Method",
+    "Mixture",
+    "Observation",
+    "ObservedLinear",
+    "Solution",
+    "calibrate_",
+    "gptq",
+    "mix",
+    "observe",
+    "solve",
+]

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -23,6 +24,43 @@ from lowbit_algos.blocks import Batch, call_model
 from lowbit_algos.learned import Course, Learned, learn, straight, used
 from lowbit_algos.rounding import RoundInputs
 from lowbit_algos.watch import Watch
+
+
+class Student:
+    """Tells how far the predictions of a model with other parameters are from its own."""
+
+    def __init__(self, model: nn.Module, made: Mapping[str, Tensor]) -> None:
+        """`made` is what takes the place of the model's parameters, by name, whether quantized or not."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        # What is not learned gets no gradients; modules that share a parameter share what it became.
+        shared = {id(parameters[name]): weight for name, weight in made.items()}
+        every = {name: made.get(name, shared.get(id(p), p.detach())) for name, p in parameters.items()}
+        self._model = model
+        self.low = {name: weight for name, weight in every.items() if isinstance(weight, QuantizedTensor)}
+        self._plain = {name: weight for name, weight in every.items() if name not in self.low}
+        self._see = partial(straight, RoundInputs(self.low))
+
+    def __call__(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """The divergence, nats, summed over the tokens of a batch, with `values` of the quantized weights."""
+        with torch.no_grad():
+            wanted = log_probabilities(self._model, batch)
+        changed: Any = partial(_call, self._model, {**self._plain, **values})
+        with Watch(values, self._see):
+            found = log_probabilities(changed, batch)
+        # A token that the original rules out (logit -inf) adds nothing, whatever the other says of it.
+        return torch.where(wanted == -torch.inf, 0.0, wanted.exp() * (wanted - found)).sum()
+
+
+@torch.no_grad()
+def divergence(model: nn.Module, made: Mapping[str, Tensor], batches: Sequence[Batch]) -> float:
+    """How far predictions with `made` in place of a model's parameters are from its own, in nats a token."""
+    student = Student(model, made)
+    values = {name: used(q) for name, q in student.low.items()}
+    total = torch.stack([student(values, batch).to(torch.float64) for batch in batches]).sum()
+    total = torch.stack((total, total.new_tensor(sum(tokens_of(model, batches)))))
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return float(total[0] / total[1])
 
 
 def distill(
@@ -40,28 +78,24 @@ def distill(
     Raises:
         LowbitError: the model returns no logits.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    # What is not learned gets no gradients; modules that share a parameter share what it became.
-    shared = {id(parameters[name]): weight for name, weight in made.items()}
-    every = {name: made.get(name, shared.get(id(p), p.detach())) for name, p in parameters.items()}
-    low = {name: weight for name, weight in every.items() if isinstance(weight, QuantizedTensor)}
-    plain = {name: used(w) if isinstance(w, QuantizedTensor) else w for name, w in every.items() if name not in aims}
-    see = partial(straight, RoundInputs(low))
-    with torch.no_grad():
-        tokens = [log_probabilities(model, batch).shape[:-1].numel() for batch in batches]
+    student = Student(model, made)
+    rest = {name: used(q) for name, q in student.low.items() if name not in aims}
 
     def loss(values: Mapping[str, Tensor], i: int) -> Tensor:
-        with torch.no_grad():
-            wanted = log_probabilities(model, batches[i])
-        given = {**plain, **values}
-        changed: Any = partial(_call, model, given)
-        with Watch({name: given[name] for name in low}, see):
-            found = log_probabilities(changed, batches[i])
-        # A token that the original rules out (logit -inf) adds nothing, whatever the other says of it.
-        return torch.where(wanted == -torch.inf, 0.0, wanted.exp() * (wanted - found)).sum()
+        return student({**rest, **values}, batches[i])
 
     course = Course(steps=steps, tokens=8192, reach=0.25)
-    return learn({name: low[name] for name in aims}, aims, loss, tokens, course)
+    return learn({name: student.low[name] for name in aims}, aims, loss, tokens_of(model, batches), course)
+
+
+@torch.no_grad()
+def tokens_of(model: nn.Module, batches: Sequence[Batch]) -> list[int]:
+    """How many tokens each batch has predictions for.
+
+    Raises:
+        LowbitError: the model returns no logits.
+    """
+    return [log_probabilities(model, batch).shape[:-1].numel() for batch in batches]
 
 
 def log_probabilities(model: nn.Module, batch: Batch) -> Tensor:

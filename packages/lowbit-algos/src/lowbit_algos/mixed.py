@@ -9,21 +9,29 @@ predictions add up in proportion to that (docs/quality.md has how closely), so t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lowbit import Activation, Format, LowbitError
-from lowbit_algos.blocks import Call
-from lowbit_algos.calibrate import Method, Walk
+from lowbit import Activation, Format, LowbitError, Recipe, Rule
+from lowbit.plan import plan
+from lowbit_algos.blocks import Batch, Call, capture, find_blocks
+from lowbit_algos.calibrate import Method, Walk, quantize_blocks
+from lowbit_algos.distilled import divergence
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Target
 from lowbit_algos.learned import used
 from lowbit_algos.rounding import RoundInputs
 from lowbit_algos.watch import Watch
+
+# Batches by which harm is measured.
+_WEIGHED = 4
+# Measurements that a search makes at most, but for the most precise choice.
+_TRIALS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +131,90 @@ def _bits(weight: Tensor, candidate: Candidate, axis: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Mixture:
+    """What was chosen for the weights of a model, and what it is measured to do."""
+
+    recipe: Recipe
+    decisions: tuple[Decision, ...]
+    # The candidate of each decision, by number.
+    picks: tuple[int, ...]
+    bits_per_weight: float
+    # The predictions' divergence from the original's, nats a token on held out batches, where that was bounded.
+    kl: float | None
+
+
+def mix(
+    model: nn.Module,
+    weights: str,
+    candidates: Sequence[Candidate],
+    batches: Iterable[Batch],
+    method: Method | None = None,
+    *,
+    bits_per_weight: float | None = None,
+    max_kl: float | None = None,
+) -> Mixture:
+    """Choose one of `candidates` for each of a model's `weights` (a pattern, as rules take it); the model stays.
+
+    Either the least harm for `bits_per_weight`, the mean over all of them, kept ones too; or the fewest bits for a
+    divergence of `max_kl` nats a token on an eighth of the batches, which is not calibrated on.
+
+    Raises:
+        RecipeError: as `lowbit.plan`, for each candidate.
+        LowbitError: as `calibrate_`; none of the candidates meets what is asked; or not one of both was asked.
+    """
+    if (bits_per_weight is None) == (max_kl is None):
+        raise LowbitError("give one of bits_per_weight and max_kl")
+    method, batches = method or Method(), list(batches)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    axes: dict[str, int] = {}
+    for candidate in candidates:
+        if candidate.format is not None:
+            recipe = Recipe((Rule(weights, candidate.format, candidate.activation),))
+            rows = plan(model, recipe, device=device).rows
+            axes |= {row.name: row.k_axis for row in rows if row.action == "quantize"}
+    blocks, decisions = find_blocks(model), list[Decision]()
+    with torch.no_grad():
+        captured = capture(model, blocks, batches[:_WEIGHED])
+        hidden = Hidden.of(captured.hidden)
+        for k, (name, block) in enumerate(blocks.items()):
+            prefix, calls = f"{name}." if name else "", captured.calls[k]
+            mine = {n.removeprefix(prefix): axis for n, axis in axes.items() if n.startswith(prefix)}
+            decisions += weigh(prefix, block, mine, candidates, calls, hidden, method) if mine else []
+            hidden = Hidden.of([call(block, hidden[i]) for i, call in enumerate(calls)])
+    held = batches[-max(len(batches) // 8, 1) :]
+
+    def measure(choice: Choice) -> float:
+        chosen = targets_of(decisions, choice.picks, candidates, axes)
+        made, _ = quantize_blocks(model, chosen, batches[: -len(held)] or held, method)
+        return divergence(model, made, held)
+
+    count = sum(model.get_parameter(name).numel() for d in decisions for name in d.names)
+    if max_kl is None:
+        choice, kl = within(decisions, (bits_per_weight or 0.0) * count), None
+    else:
+        choice, kl = search(decisions, max_kl, measure)
+    chosen = targets_of(decisions, choice.picks, candidates, axes)
+    names = [name for d in decisions for name in d.names]
+    rules = tuple(
+        Rule(name, chosen[name].format, chosen[name].activation, axes[name]) if name in chosen else Rule(name, None)
+        for name in names
+    )
+    return Mixture(Recipe(rules), tuple(decisions), choice.picks, choice.bits / count, kl)
+
+
+def targets_of(
+    decisions: Sequence[Decision], picks: Sequence[int], candidates: Sequence[Candidate], axes: Mapping[str, int]
+) -> dict[str, Target]:
+    """What each weight that does not stay as it is becomes, by name."""
+    chosen = {name: candidates[pick] for d, pick in zip(decisions, picks, strict=True) for name in d.names}
+    return {
+        name: Target(candidate.format, candidate.activation, axes[name])
+        for name, candidate in chosen.items()
+        if candidate.format is not None
+    }
+
+
+@dataclass(frozen=True, slots=True)
 class Choice:
     """A candidate for each decision."""
 
@@ -176,6 +268,39 @@ def within(decisions: Sequence[Decision], bits: float) -> Choice:
         picks[at] = c
 
 
+def search(decisions: Sequence[Decision], most: float, measure: Callable[[Choice], float]) -> tuple[Choice, float]:
+    """The choice of fewest bits whose divergence, as `measure` finds it, is `most` nats a token or less, and that.
+
+    Harm foretells divergence up to a factor, which each measurement corrects; a handful are made.
+
+    Raises:
+        LowbitError: the most precise choice diverges further.
+    """
+    found = choices(decisions)
+    low, high, best, factor = -1, len(found), -1, 2.5
+    told: dict[int, float] = {}
+    while high - low > 1 and len(told) < _TRIALS:
+        guess = next((i for i, choice in enumerate(found) if factor * choice.harm <= most), len(found) - 1)
+        # Without a first bracket the guess itself, and never one that is known to be too far or no gain.
+        at = min(max(guess, low + 1), high - 1)
+        told[at] = measure(found[at])
+        if found[at].harm > 0:
+            factor = told[at] / found[at].harm
+        if told[at] <= most:
+            high = best = at
+        else:
+            low = at
+    if best < 0 and len(found) - 1 not in told:
+        best = len(found) - 1
+        told[best] = measure(found[best])
+    if best < 0 or told[best] > most:
+        raise LowbitError(
+            f"the most precise choice of these candidates diverges by {told[len(found) - 1]:.4g} nats a token, and "
+            f"{most:g} are allowed; allow more, or add a candidate that is more precise, or keeps weights as they are"
+        )
+    return found[best], told[best]
+
+
 def _choice(decisions: Sequence[Decision], picks: Sequence[int]) -> Choice:
     chosen = list(zip(decisions, picks, strict=True))
     return Choice(tuple(picks), math.fsum(d.harms[c] for d, c in chosen), math.fsum(d.bits[c] for d, c in chosen))
@@ -203,5 +328,5 @@ def _gain(decision: Decision, a: int, b: int) -> float:
 def _steps(hulls: Sequence[Sequence[int]], decisions: Sequence[Decision]) -> Iterator[tuple[float, int, int]]:
     """Gain a bit, which decision, and the candidate it goes to."""
     for at, (hull, decision) in enumerate(zip(hulls, decisions, strict=True)):
-        for a, b in zip(hull, hull[1:], strict=False):
+        for a, b in pairwise(hull):
             yield _gain(decision, a, b), at, b
