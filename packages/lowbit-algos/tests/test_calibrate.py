@@ -14,6 +14,7 @@ import lowbit as lb
 from lowbit import FormatError, LowbitError, QuantizedTensor, Recipe, RecipeError, Rule
 from lowbit.numerics import choose_scale, decode, encode
 from lowbit_algos import Method, calibrate_, gptq
+from lowbit_algos.blocks import capture, find_blocks
 from lowbit_algos.gptq import Options
 
 K = 64
@@ -387,3 +388,36 @@ def test_two_ranks_learn_the_same(model, batches):
 def test_recipes_are_checked_before_anything_runs(model):
     with pytest.raises(RecipeError, match="matches no parameter|matches nothing"):
         calibrate_(model, Recipe((Rule.of("nothing.weight", "INT8_ROW"),)), [])
+
+
+class Masked(nn.Module):
+    """Blocks that are called with a mask and two tables of positions, made anew for each batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Embedding(50, K), nn.ModuleList(Looking() for _ in range(2))
+
+    def forward(self, ids):
+        x, n = self.embed(ids), ids.shape[1]
+        mask, positions = torch.ones(n, n).tril(), torch.arange(n)[:, None] / 10
+        for block in self.blocks:
+            x = block(x, [mask], positions=(positions.sin(), positions.cos()))
+        return x
+
+
+class Looking(nn.Module):
+    def forward(self, x, masks, positions):
+        return masks[0] @ x * positions[0] + positions[1]
+
+
+def test_what_batches_are_called_with_is_kept_once_where_it_is_equal():
+    torch.manual_seed(0)
+    model, fed = Masked(), []
+    batches = [torch.randint(50, (2, n)) for n in (8, 8, 6, 8)]
+    captured = capture(model, find_blocks(model), batches, keep=fed.append)
+    assert not captured.hidden
+    assert all(torch.equal(x, model.embed(ids)) for x, ids in zip(fed, batches, strict=True))
+    held = [[(*call.args[1], *call.kwargs["positions"]) for call in calls] for calls in captured.calls]
+    assert len({id(tensor) for calls in held for call in calls for tensor in call}) == 2 * 3
+    for x, ids, first, second in zip(fed, batches, *captured.calls, strict=True):
+        assert torch.equal(second(model.blocks[1], first(model.blocks[0], x)), model(ids))

@@ -67,20 +67,45 @@ class Probe:
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     """Float tensors in nested arguments, in another dtype."""
+    return _mapped(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested arguments with their tensors changed; what is of a class of its own stays as it is."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)([_cast(item, dtype) for item in value])
-    if isinstance(value, dict):
-        return {key: _cast(item, dtype) for key, item in value.items()}
+        return change(value)
+    kind: Any = type(value)
+    if kind in (tuple, list):
+        return kind([_mapped(item, change) for item in value])
+    if kind is dict:
+        return {key: _mapped(item, change) for key, item in value.items()}
     return value
+
+
+class _Sharing:
+    """Makes equal tensors one: masks and positions are those of every batch, and would else be kept for each."""
+
+    # Of the tensors of a shape, the last so many are compared; positions come as two, and layers may be of two kinds.
+    _COMPARED = 4
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], list[Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor, or one before it that is equal."""
+        known = self._known.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
+        for other in reversed(known[-self._COMPARED :]):
+            if other is tensor or torch.equal(other, tensor):
+                return other
+        known.append(tensor)
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Captured:
     """What the first block is fed, and how every block is called."""
 
-    # By batch.
+    # By batch; empty where it was given away.
     hidden: list[Tensor]
     # By block, then by batch.
     calls: list[list[Call]]
@@ -129,12 +154,18 @@ def hidden_of(output: Any) -> Tensor:
 
 
 def capture(
-    model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[Batch], *, probe: bool = False
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    probe: bool = False,
+    keep: Callable[[Tensor], None] | None = None,
 ) -> Captured:
     """Run `model` on batches with blocks that only hand on, and tell what they were called with.
 
-    With `probe`, a few tokens of the first batch come extra. Of the blocks, the first has to hold its weights: it runs
-    once, to show what a block returns.
+    With `probe`, a few tokens of the first batch come extra. What the first block is fed goes to `keep`, batch by
+    batch, and otherwise into `hidden`. Of the blocks, the first has to hold its weights: it runs once, to show what a
+    block returns.
 
     Raises:
         LowbitError: a block is not called exactly once, or is fed anything else than what the one before it returned.
@@ -142,20 +173,20 @@ def capture(
     if probe:
         batches = list(batches)
         extra = capture(model, blocks, [_few(batch) for batch in batches[:1]])
-        found = capture(model, blocks, batches)
+        found = capture(model, blocks, batches, keep=keep)
         return replace(found, few=(extra.hidden[0], [calls[0] for calls in extra.calls]))
     if list(blocks.values()) == [model]:
-        return _as_one_block(batches)
+        return _as_one_block(batches, keep)
     captured = Captured([], [[] for _ in blocks])
-    with _stubbed(list(blocks), list(blocks.values()), captured), torch.no_grad():
-        for batch in batches:
-            before = len(captured.hidden)
+    keep = keep or captured.hidden.append
+    with _stubbed(list(blocks), list(blocks.values()), captured.calls, keep), torch.no_grad():
+        for count, batch in enumerate(batches, 1):
             with suppress(_Done):
                 call_model(model, batch)
-            uneven = [name for name, calls in zip(blocks, captured.calls, strict=True) if len(calls) != before + 1]
+            uneven = [name for name, calls in zip(blocks, captured.calls, strict=True) if len(calls) != count]
             if uneven:
                 raise LowbitError(f"block {uneven[0]} was not called once; calibration needs blocks that run in order")
-    if not captured.hidden:
+    if not captured.calls[0]:
         raise LowbitError("there are no batches to calibrate with")
     return captured
 
@@ -178,19 +209,23 @@ class _Done(Exception):  # noqa: N818 - not an error: nothing after the last blo
     """The last block was reached."""
 
 
-def _as_one_block(batches: Iterable[Batch]) -> Captured:
+def _as_one_block(batches: Iterable[Batch], keep: Callable[[Tensor], None] | None) -> Captured:
     captured = Captured([], [[]])
+    keep = keep or captured.hidden.append
     for batch in batches:
         named = {} if isinstance(batch, Tensor) else dict(batch)
         at: int | str = 0 if isinstance(batch, Tensor) else next(k for k, v in named.items() if isinstance(v, Tensor))
-        captured.hidden.append(batch if isinstance(batch, Tensor) else named[str(at)])
+        keep(batch if isinstance(batch, Tensor) else named[str(at)])
         captured.calls[0].append(Call((None,) if at == 0 else (), named, at))
     return captured
 
 
 @contextmanager
-def _stubbed(names: Sequence[str], blocks: Sequence[nn.Module], captured: Captured) -> Generator[None]:
+def _stubbed(
+    names: Sequence[str], blocks: Sequence[nn.Module], calls: Sequence[list[Call]], keep: Callable[[Tensor], None]
+) -> Generator[None]:
     """Blocks that record what they are called with and return their hidden states as they are."""
+    shared = _Sharing()
     # What the block before returned, and what comes with hidden states in what a block returns.
     state: dict[str, Any] = {}
 
@@ -198,10 +233,10 @@ def _stubbed(names: Sequence[str], blocks: Sequence[nn.Module], captured: Captur
         def run(*args: Any, **kwargs: Any) -> Any:
             at, hidden = _find_hidden(args, kwargs, state.get("returned") if index else None, names[index])
             if index == 0:
-                captured.hidden.append(hidden)
-            rest = tuple(None if i == at else arg for i, arg in enumerate(args))
-            named = {key: value for key, value in kwargs.items() if key != at}
-            captured.calls[index].append(Call(rest, named, at))
+                keep(hidden)
+            rest = tuple(None if i == at else _mapped(arg, shared) for i, arg in enumerate(args))
+            named = {key: _mapped(value, shared) for key, value in kwargs.items() if key != at}
+            calls[index].append(Call(rest, named, at))
             if index == len(blocks) - 1:
                 raise _Done
             if "like" not in state:

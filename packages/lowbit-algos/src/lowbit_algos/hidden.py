@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -24,10 +23,12 @@ class Hidden:
         `device` is where they are to be read to, by default that of `like`.
         """
         self.path = path
-        self._like = [torch.empty_like(tensor, device="meta") for tensor in like]
         self._device = device or like[0].device
-        self._kept: list[Tensor | None] = [None] * len(like)
-        self._offsets = [0, *accumulate(t.numel() * t.element_size() for t in self._like)]
+        self._like: list[Tensor] = []
+        self._kept: list[Tensor | None] = []
+        self._offsets = [0]
+        for tensor in like:
+            self.make_room(tensor)
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], path: Path | None = None) -> Self:
@@ -36,6 +37,12 @@ class Hidden:
         for i, tensor in enumerate(tensors):
             self[i] = tensor
         return self
+
+    def make_room(self, like: Tensor) -> None:
+        """Room for one more tensor, like `like`, at the end."""
+        self._like.append(torch.empty(like.shape, dtype=like.dtype, device="meta"))
+        self._kept.append(None)
+        self._offsets.append(self._offsets[-1] + like.numel() * like.element_size())
 
     def after(self, path: Path | None) -> Hidden:
         """Where the tensors go that come of these: their own place, or another file, so that these stay."""

@@ -81,11 +81,13 @@ def _fit(w: Tensor, hessian: Tensor, cross: Tensor, squares: Tensor, tokens: int
     if tokens <= k:
         return w
     mean = hessian.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     # As much damping as GPTQ itself would come to.
     for step in STEPS:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * step * mean)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        # In place, and column by column in memory: LAPACK would else work on a copy of what may be most of memory.
+        factor = hessian.clone(memory_format=torch.contiguous_format).mT
+        factor.diagonal().add_(damping * step * mean)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not int(failed):
             break
     else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf, log10
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -103,10 +103,11 @@ def output_sqnr(weight: Tensor, q: QuantizedTensor, moments: Moments, k_axis: in
     whose second part has errors of channels that are taken to be independent. Of weights with many rows, rows at equal
     distances stand for all.
     """
-    w = weight.movedim(k_axis, -1)
-    step = max(w.shape[-2] // _ROWS, 1)
-    w = w[..., ::step, :].to(torch.float32)
-    error = w - q.dequantize(torch.float32).movedim(k_axis, -1)[..., ::step, :]
+    axis = k_axis if k_axis < 0 else k_axis - weight.dim()
+    step = max(weight.movedim(axis, -1).shape[-2] // _ROWS, 1)
+    w = weight.movedim(axis, -1)[..., ::step, :].to(torch.float32)
+    read = [each.dequantize(torch.float32).movedim(axis, -1)[::step] for _, each in _matrices(weight, q)]
+    error = w - torch.stack(read).view_as(w)
     signal, noise = (_product(m, moments.hessian, m) for m in (w, error))
     if moments.cross is not None and moments.squares is not None:
         lost = float((w.square().sum(-2) * moments.squares).sum(dtype=torch.float64))
@@ -122,9 +123,20 @@ def _product(a: Tensor, matrix: Tensor, b: Tensor) -> float:
 
 def weight_sqnr(weight: Tensor, q: QuantizedTensor) -> float:
     """`|W|^2 / |W - Wq|^2` in dB."""
-    w = weight.to(torch.float32)
-    parts = w, w - q.dequantize(torch.float32)
-    return decibels(*(float(part.square().sum(dtype=torch.float64)) for part in parts))
+    signal = noise = 0.0
+    for matrix, each in _matrices(weight, q):
+        w = matrix.to(torch.float32)
+        signal += float(w.square().sum(dtype=torch.float64))
+        noise += float((w - each.dequantize(torch.float32)).square().sum(dtype=torch.float64))
+    return decibels(signal, noise)
+
+
+def _matrices(weight: Tensor, q: QuantizedTensor) -> Iterator[tuple[Tensor, QuantizedTensor]]:
+    """A weight as it was and as it is, or each expert's: all in float32 would be more than whatever else is held."""
+    if weight.dim() == 2:
+        yield weight, q
+    else:
+        yield from ((weight[e], cast("QuantizedTensor", q[e])) for e in range(len(weight)))
 
 
 def decibels(signal: float, noise: float) -> float:
