@@ -267,6 +267,16 @@ def test_terms_and_tiles_tell_the_numbers_of_this_run():
     assert "More memory was used than was allowed." in _Page(_report(max_memory=5 << 30).to_html()).text
 
 
+def test_a_gpus_memory_has_a_tile_of_its_own():
+    assert "GPU" not in _Page(_report().to_html()).text
+    gpu = _report(peak_gpu=2 << 30, planned_gpu=3 << 30, max_gpu=4 << 30)
+    assert "Peak GPU memory2 GiB3 GiB planned, 4 GiB allowed" in _Page(gpu.to_html()).text
+    assert Report.from_json(gpu.to_json()) == gpu
+    text = _Page(replace(gpu, max_gpu=1 << 30).to_html()).text
+    assert "More GPU memory was used than was allowed." in text
+    assert "More memory" not in text
+
+
 def test_the_worst_layers_are_the_worst():
     report = _report()
     heading, *rows = _table(report.to_html(), "Worst layers")

@@ -7,6 +7,8 @@ import mmap
 import sys
 from pathlib import Path
 
+import torch
+
 
 def peak_memory() -> int:
     """The most memory, in bytes, that this process has held."""
@@ -25,8 +27,10 @@ def memory_in_use() -> int:
 def release() -> None:
     """Give memory that was freed back to the system; the C library keeps what lies between pieces still in use.
 
-    Only glibc has a way to; others do it by themselves, or not at all.
+    Only glibc has a way to; others do it by themselves, or not at all. What torch keeps of a GPU goes back too.
     """
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

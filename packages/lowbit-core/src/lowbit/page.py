@@ -66,11 +66,9 @@ def _foldable(rows: int, noun: str, content: Markup) -> Markup:
 
 def _header(report: Report) -> Markup:
     before, after = report.bytes_before, report.bytes_after
-    peak, allowed = report.peak_memory, report.max_memory
-    bounds = [
-        f"{bytesize(bound)} {word}"
-        for bound, word in ((report.planned_memory, "planned"), (allowed, "allowed"))
-        if bound is not None
+    memory = [
+        ("memory", report.peak_memory, report.planned_memory, report.max_memory),
+        ("GPU memory", report.peak_gpu, report.planned_gpu, report.max_gpu),
     ]
     tiles = [
         ("Size", f"{bytesize(before)} → {bytesize(after)}", f"{before / max(after, 1):.3g} times smaller"),
@@ -78,11 +76,21 @@ def _header(report: Report) -> Markup:
         ("Coverage", part(report.coverage), "of all bytes became low-bit"),
         ("Time", duration(report.seconds), f"for {count(len(report.layers), 'layer')}"),
     ]
-    if peak is not None:
-        tiles.append(("Peak memory", bytesize(peak), ", ".join(bounds)))
-    elif bounds:
-        tiles.append(("Memory", bounds[0], ", ".join(bounds[1:])))
-    over = element("p", "More memory was used than was allowed.", class_="warning")
+    for name, peak, planned, allowed in memory:
+        bounds = [
+            f"{bytesize(bound)} {word}"
+            for bound, word in ((planned, "planned"), (allowed, "allowed"))
+            if bound is not None
+        ]
+        if peak is not None:
+            tiles.append((f"Peak {name}", bytesize(peak), ", ".join(bounds)))
+        elif bounds:
+            tiles.append((f"{name[0].upper()}{name[1:]}", bounds[0], ", ".join(bounds[1:])))
+    over = [
+        element("p", f"More {name} was used than was allowed.", class_="warning")
+        for name, peak, _, allowed in memory
+        if peak is not None and allowed is not None and peak > allowed
+    ]
     return element(
         "header",
         element("h1", report.title),
@@ -95,7 +103,7 @@ def _header(report: Report) -> Markup:
             ),
             class_="tiles",
         ),
-        *([over] if peak is not None and allowed is not None and peak > allowed else []),
+        *over,
     )
 
 

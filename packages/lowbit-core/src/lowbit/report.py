@@ -107,6 +107,10 @@ class Report:
     peak_memory: int | None
     planned_memory: int | None
     max_memory: int | None
+    # The same of the GPU's memory, by what tensors took of it; None also where there was no GPU.
+    peak_gpu: int | None = None
+    planned_gpu: int | None = None
+    max_gpu: int | None = None
     # Such as file, tokens, samples, sequence length, seed; empty: nothing was calibrated.
     calibration: Mapping[str, str | int | float]
     # What `environment()` told.
