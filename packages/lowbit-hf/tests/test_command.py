@@ -249,6 +249,41 @@ def test_plan(lowbit, folder, tmp_path, name, monkeypatch):
         assert row["bytes_after"] == sum(parts) - (16 if row["action"] == "quantize" else 0)
 
 
+def test_memory_is_told_before_and_after(lowbit, folder, text, tmp_path):
+    line = ["quantize", folder, "--to", "W4A16_G32", "--algorithm", "gptq", "--calibrate", text, "--samples", 4]
+    line += ["--seq-len", 16, "--device", "cpu", "--max-memory", "64GiB"]
+    code, said, _ = lowbit(*line, "--dry-run")
+    assert code == 0
+    assert re.search(r"\n\ntakes at most [\d.]+ [MG]iB of memory \(64 GiB allowed\), with 4096 tokens at once\n$", said)
+    planned = json.loads(lowbit(*line, "--dry-run", "--json")[1])["planned_memory"]
+    assert planned["host"] > 1 << 28
+    assert planned["gpu"] == 0
+    _, said, _ = lowbit(*line, "-o", tmp_path / "out")
+    assert re.search(r"\nmemory: [\d.]+ [MG]iB at most, [\d.]+ [MG]iB planned, 64 GiB allowed\n", said)
+    found = json.loads(lowbit(*line, "--json", "-o", tmp_path / "again")[1])["memory"]
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert found["host"] == {
+        "peak": report["peak_memory"],
+        "planned": report["planned_memory"],
+        "allowed": 64 << 30,
+    }
+    assert found["gpu"] == {"peak": None, "planned": None, "allowed": None}
+
+
+def test_a_bound_that_cannot_be_kept_is_refused(lowbit, folder, text, tmp_path):
+    line = ["quantize", folder, "--to", "W4A16_G32", "--device", "cpu", "-o", tmp_path / "out"]
+    code, _, err = lowbit(*line, "--max-gpu", "4GiB")
+    assert code == 2
+    assert "bounds a GPU's memory, and this run computes on cpu" in re.sub(r"\s+", " ", err)
+    code, _, err = lowbit(*line, "--max-gpu", "four")
+    assert code == 2
+    for more in ([], ["--algorithm", "gptq", "--calibrate", text, "--samples", 4, "--seq-len", 16]):
+        code, said, err = lowbit(*line, *more, "--max-memory", "1MiB", "--dry-run")
+        assert (code, said) == (1, "")
+        assert re.search(r"needs .*iB of memory, of which the program itself holds .*, and may take 1 MiB", err)
+    assert not list(tmp_path.iterdir())
+
+
 # eval and compare
 
 

@@ -29,8 +29,6 @@ _POWERS = (1.0, 0.5, 2.0)
 _BLOCK = 128
 # Values of a weight that are worked on at a time.
 _ELEMENTS = 1 << 24
-WORKING = 6 * 4 * _ELEMENTS
-"""Bytes that they take with what is made of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +42,14 @@ class Solution:
 
 DAMPING = 0.01
 """What is added to the diagonal of a Hessian, as a share of its mean, where nothing else is asked for."""
+
+
+def working(n: int, k: int, *, cuda: bool) -> int:
+    """Bytes at most that a matrix (N, K) is worked on in, besides it, its Hessian, and that one's factors."""
+    rows = min(n, max(_ELEMENTS // k, 1))
+    # In float32: what is rounded, its order, targets, errors, and codes in the making. On a GPU, a block of columns is
+    # there for every candidate, as it is by then, what it errs by, and the next of both.
+    return 4 * rows * (6 * k + (3 * len(_SHARES) * _BLOCK if cuda else 0))
 
 
 class Options(TypedDict, total=False):

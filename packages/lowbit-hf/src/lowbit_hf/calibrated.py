@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,19 @@ from torch import Tensor
 from lowbit.hadamard import Rotation
 from lowbit.memory import release
 from lowbit.shards import Checkpoint
-from lowbit_algos.blocks import capture, find_blocks
+from lowbit_algos.blocks import Captured, capture, find_blocks
 from lowbit_algos.calibrate import BlockResult, Method, Walk, outside
-from lowbit_algos.gptq import WORKING
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Target
 from lowbit_algos.rotation import Ends, find_ends
 from lowbit_hf.experts import use_lowbit_experts
+from lowbit_hf.footprint import Footprint, Held, Running, of_calibration
 from lowbit_hf.schemes import Scheme
 from lowbit_hf.skeleton import Owner, Skeleton
 from lowbit_hf.stream import Part, Stream
 
 # Tokens that run through a block at once, where memory allows.
 BATCH_TOKENS = 4096
-# Bytes that a token takes for each of a block's widest outputs: a few of them live at once, some in float32.
-_ACTIVATIONS = 16
-# Bytes that learning takes for each value of a weight: float32 values, gradients, and what comes of rounding them.
-_LEARNING = 28
 
 Write = Callable[[str, Tensor | None], None]
 """Takes the name of a tensor of the checkpoint, and what became of it; None: it stays as it is."""
@@ -72,7 +67,7 @@ class Calibrated:
         Raises:
             LowbitError: the model is to be `rotated`, and cannot be.
         """
-        self._skeleton = skeleton
+        self._skeleton, self._checkpoint = skeleton, checkpoint
         self._device = device
         # Where nothing is rotated, there is neither.
         self.ends: Ends | None = None
@@ -94,47 +89,39 @@ class Calibrated:
             self.targets[part.parameter] = Target(scheme.weight_format(skeleton.dtype), scheme.activation, axis)
         if rotated:
             self.ends = find_ends(self._stream.model, self._blocks)
-            self.rotation = Rotation(self._hidden_size)
+            self.rotation = Rotation(int(skeleton.config.get_text_config().hidden_size))
         # Every tensor of a block is written when the block is done: factors may go into those that stay plain.
         self.names = {name for parts in self.parts.values() for name in parts}
 
-    def memory(self, method: Method, tokens: int, samples: int) -> int:
-        """Bytes that a run holds at most besides what the process holds now.
-
-        `tokens` run through a block at once, of `samples` tokens in all. An upper bound: it counts a Hessian for every
-        weight, though those that share an input share it.
-        """
+    def memory(self, method: Method, tokens: int, length: int) -> Footprint:
+        """What a run takes at most besides what the process holds, with `tokens` of windows of `length` at once."""
+        parameters = dict(self._stream.model.named_parameters())
+        stored = dict.fromkeys(parameters, 0)
+        for name, part in self._stream.parts.items():
+            # Buffers are in no plan; they are tiny.
+            if part.parameter in stored:
+                stored[part.parameter] += self._checkpoint.entries[name].nbytes
         itemsize = self._skeleton.dtype.itemsize
-        shapes = {name: tuple(p.shape) for name, p in self._stream.model.named_parameters()}
-        bytes_of = {name: prod(shape) * itemsize for name, shape in shapes.items()}
-        inside = sum(b for n, b in bytes_of.items() if n.startswith(tuple(f"{block}." for block in self._blocks)))
-        head = f"{self._skeleton.output_embedding}."
-        before = sum(bytes_of.values()) - inside - sum(b for n, b in bytes_of.items() if n.startswith(head))
-        # Rotated, what the first block is fed is there twice.
-        fed = samples * self._hidden_size * itemsize * (1 if self.rotation is None else 2)
-        most = 0
-        for block in self._blocks:
-            mine = {n for n in bytes_of if n.startswith(f"{block}.")}
-            weights = sum(bytes_of[n] for n in mine)
-            quantized = mine & self.targets.keys()
-            squares = sorted(_square(shapes[n], self.targets[n]) for n in quantized)
-            # What comes of weights lies beside them, and for a while several as one; those changed first are float32.
-            exact = method.probes or any(self.targets[n].activation is not None for n in quantized)
-            solving = (4.5 if exact else 2.5) * weights
-            widest = max((max(shapes[n]) for n in mine), default=0)
-            running = weights + sum(squares) + tokens * widest * _ACTIVATIONS
-            # Hessians go one by one, the smallest first; the one at hand has its factors beside it.
-            squared = max((sum(squares[i:]) + squares[i] for i in range(len(squares))), default=0)
-            if method.learned:
-                # Values and gradients in float32, and all that the way back through a block needs.
-                learning = weights // itemsize * _LEARNING + sum(squares) + 4 * tokens * widest * _ACTIVATIONS
-                squared = max(squared + sum(squares), learning - int(solving))
-            most = max(most, running, before + weights + fed, int(solving) + squared + WORKING)
-        return most
+        held = {
+            name: Held(tuple(p.shape), p.numel() * itemsize, stored[name], self.targets.get(name))
+            for name, p in parameters.items()
+        }
+        blocks = [[each for n, each in held.items() if n.startswith(f"{block}.")] for block in self._blocks]
+        left = outside(held, self._blocks)
+        before = [held[name] for name in left if not name.startswith(f"{self._skeleton.output_embedding}.")]
+        running = Running(tokens, length, self._width(length, blocks))
+        cuda = torch.device(self._device).type == "cuda"
+        return of_calibration(blocks, before, method, running, threads=torch.get_num_threads(), cuda=cuda)
 
-    @property
-    def _hidden_size(self) -> int:
-        return int(self._skeleton.config.get_text_config().hidden_size)
+    def _width(self, length: int, blocks: Sequence[Sequence[Held]]) -> int:
+        """The most values that a block makes of a token, in a window of `length`, before they become fewer again."""
+        config = self._skeleton.config.get_text_config()
+        # Those of all experts that see it are there at once.
+        copies = getattr(config, "num_experts_per_tok", None)
+        widths = [max(p.shape[-2:]) * ((copies or p.shape[0]) if p.stacked else 1) for block in blocks for p in block]
+        if getattr(config, "_attn_implementation", None) == "eager":
+            widths.append(length * int(config.num_attention_heads))
+        return max(widths)
 
     def run(self, windows: Tensor, method: Method, progress: Progress, write: Write, *, tokens: int) -> None:
         """Quantize block after block, from the first that is not done; `write` is given every tensor.
@@ -144,36 +131,16 @@ class Calibrated:
         Raises:
             LowbitError: the model's blocks cannot be run one by one, or values are not finite.
         """
-        model, names = self._stream.model, list(self._blocks)
+        names = list(self._blocks)
         use_lowbit_experts(self._skeleton.model)
         rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        batches = [
-            {"input_ids": batch.to(self._device), "use_cache": False}
-            for batch in windows[rank::count].split(max(tokens // windows.shape[1], 1))
-        ]
-        first = self._stream.names([f"{names[0]}."])
-        # Of what lies outside the blocks, the output head is never reached.
-        head = f"{self._skeleton.output_embedding}."
-        before = [n for n in self._stream.names([f"{n}." for n in names], outside=True) if not self._is(n, head)]
-        self._stream.load([*before, *first])
-        captured = capture(model, self._blocks, _without_cache(model, batches), probe=method.probes)
-        self._stream.drop(before)
-        begin = next((k for k, name in enumerate(names) if not progress.is_done(name)), len(names))
-        if dist.is_initialized():
-            told = [begin]
-            dist.broadcast_object_list(told)
-            begin = told[0]
+        batches = windows[rank::count].split(max(tokens // windows.shape[1], 1))
+        begin = _agreed(next((k for k, name in enumerate(names) if not progress.is_done(name)), len(names)))
 
         def paths(k: int) -> tuple[Path, Path]:
             return progress.scratch / f"hidden-{rank}-{k}", progress.scratch / f"other-{rank}-{k}"
 
-        if begin:
-            self._stream.drop(first)
-        hidden = captured.turned(self.rotation)
-        fed, other = self._start(hidden, begin, paths, Walk.beside(method, len(hidden)))
-        del hidden
-        walk = Walk(method, fed, self.rotation, other)
-        captured.hidden.clear()
+        captured, walk = self._start(batches, method, begin, paths(begin))
         for k in range(begin, len(names)):
             name = names[k]
             block = self._stream.names([f"{name}."])
@@ -196,25 +163,50 @@ class Calibrated:
             for path in paths(k):
                 path.unlink(missing_ok=True)
 
+    def _start(
+        self, batches: Sequence[Tensor], method: Method, begin: int, paths: tuple[Path, Path]
+    ) -> tuple[Captured, Walk]:
+        """How blocks are called, and the way through them from block `begin`; what that one is fed is in `paths`.
+
+        It goes there batch by batch, unless an earlier run left it there.
+        """
+        fed, beside = (Hidden((), path, torch.device(self._device)) for path in paths)
+        rooms = (fed, len(batches)), (beside, Walk.beside(method, len(batches)))
+
+        def keep(hidden: Tensor) -> None:
+            # Later blocks are fed what has the same shape.
+            turned = hidden if begin or self.rotation is None else self.rotation(hidden)
+            for room, most in rooms:
+                if len(room) < most:
+                    room.make_room(hidden)
+                    if not begin:
+                        room[len(room) - 1] = turned
+
+        first = self._stream.names([f"{next(iter(self._blocks))}."])
+        # Of what lies outside the blocks, the output head is never reached.
+        head, rest = (
+            f"{self._skeleton.output_embedding}.",
+            self._stream.names([f"{n}." for n in self._blocks], outside=True),
+        )
+        before = [name for name in rest if not self._is(name, head)]
+        self._stream.load([*before, *first])
+        inputs = ({"input_ids": batch.to(self._device), "use_cache": False} for batch in batches)
+        model = self._stream.model
+        captured = capture(model, self._blocks, _without_cache(model, inputs), probe=method.probes, keep=keep)
+        self._stream.drop([*before, *(first if begin else [])])
+        return captured, Walk(method, fed, self.rotation, beside)
+
     def _is(self, tensor: str, prefix: str) -> bool:
         part = self._stream.parts.get(tensor)
         return part is not None and part.parameter.startswith(prefix)
 
-    @staticmethod
-    def _start(
-        hidden: Sequence[Tensor], k: int, paths: Callable[[int], tuple[Path, Path]], count: int
-    ) -> tuple[Hidden, Hidden]:
-        """What block k is fed, and the first `count` of it beside; an earlier run left them if it is not the first."""
-        fed, beside = paths(k)
-        if k == 0:
-            return Hidden.of(hidden, fed), Hidden.of(hidden[:count], beside)
-        return Hidden(hidden, fed), Hidden(hidden[:count], beside)
 
-
-def _square(shape: tuple[int, ...], target: Target) -> int:
-    """Bytes of the Hessians of a weight, and of what is known of its inputs' rounding errors."""
-    k = shape[target.k_axis]
-    return 4 * k * k * (shape[0] if len(shape) == 3 else 1) * (1 if target.activation is None else 2)
+def _agreed(begin: int) -> int:
+    """The block that process 0 begins with."""
+    told = [begin]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)
+    return told[0]
 
 
 def _without_cache(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lowbit.command import DONE, PROBLEM
 from lowbit.errors import CheckpointError, RecipeError
+from lowbit.report import Report
 from lowbit.table import align, fold, size
 from lowbit_hf.hub import find_model
 from lowbit_hf.progress import Meter
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lowbit_algos import Method
+    from lowbit_hf.budget import Budget
     from lowbit_hf.evaluate import Evaluation
     from lowbit_hf.job import Job
     from lowbit_hf.quantize import Account
@@ -69,6 +71,10 @@ Seed = Annotated[int, typer.Option(metavar="N", help="which windows are chosen")
 MaxMemory = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="memory the run may take, such as 4GiB; one that needs more is refused"),
+]
+MaxGpu = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="the GPU's memory that it may take, with --device cuda; held to in the same way"),
 ]
 OnePass = Annotated[bool, typer.Option("--one-pass", help="feed blocks what the original model makes")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -141,6 +147,7 @@ def _quantize(
     seed: Seed = 0,
     one_pass: OnePass = False,  # noqa: FBT002
     max_memory: MaxMemory = None,
+    max_gpu: MaxGpu = None,
     device: Device = None,
     scale_mode: ScaleModes = "even",
     min_coverage: Coverage = 0.0,
@@ -157,6 +164,8 @@ def _quantize(
     if out == Path() and not dry_run:
         raise typer.BadParameter("needed is a folder to write to", param_hint="'-o' / '--out'")
     device = _joined(_device(device))
+    if max_gpu is not None and not device.startswith("cuda"):
+        raise typer.BadParameter(f"bounds a GPU's memory, and this run computes on {device}", param_hint="'--max-gpu'")
     text = None if calibrate is None else _calibration(calibrate, samples, seq_len, seed)
     method = _method(algorithm, scale_mode, sequential=not one_pass, calibrated=text is not None)
     job = _job(
@@ -171,15 +180,17 @@ def _quantize(
         calibration=text,
         method=method,
         max_memory=None if max_memory is None else _bytes_of(max_memory),
+        max_gpu=None if max_gpu is None else _bytes_of(max_gpu, "--max-gpu"),
     )
     _require_data(job)
     if dry_run:
-        return _show_plan(job, as_json=as_json)
+        return _show_plan(job, _foreseen(job, device), as_json=as_json)
     account = _carry_out(job, out, _device(device), overwrite=overwrite)
     if account is None:
         return DONE
+    report = Report.from_json((out / "report.json").read_text(encoding="utf-8"))
     if as_json:
-        _print_json(_account_json(job, account, out))
+        _print_json(_account_json(job, account, out) | {"memory": _memory_json(report)})
         return DONE
     _print(
         f"{out}: {account.quantized} of {len(account.tensors)} tensors, {job.plan.coverage:.1%} of the bytes, "
@@ -187,6 +198,8 @@ def _quantize(
         f"{size(job.checkpoint.nbytes)} -> {size(job.output_bytes)}"
     )
     _print(_nothing_lost(account))
+    if told := _memory_taken(report):
+        _print(told)
     _print(f"report: {out / 'report.html'}")
     _print(f"next: lowbit eval {out} --against {model}\n      vllm serve {out}")
     return DONE
@@ -399,6 +412,7 @@ def _job(
     calibration: Calibration | None = None,
     method: Method | None = None,
     max_memory: int | None = None,
+    max_gpu: int | None = None,
 ) -> Job:
     from lowbit_hf.job import prepare  # noqa: PLC0415
 
@@ -415,10 +429,11 @@ def _job(
         calibration=calibration,
         method=method,
         max_memory=max_memory,
+        max_gpu=max_gpu,
     )
 
 
-def _bytes_of(text: str) -> int:
+def _bytes_of(text: str, option: str = "--max-memory") -> int:
     """A size such as 4GiB, 500 MB or 1e9."""
     match = re.fullmatch(r"([\d.]+(?:e\d+)?) *(?:([kmgt])(i?)b?|b)?", text.strip().lower())
     try:
@@ -426,7 +441,7 @@ def _bytes_of(text: str) -> int:
     except ValueError:
         number = 0.0
     if match is None or number <= 0:
-        raise typer.BadParameter(f"{text!r} is not a size, such as 4GiB", param_hint="'--max-memory'")
+        raise typer.BadParameter(f"{text!r} is not a size, such as 4GiB", param_hint=f"'{option}'")
     return int(number * (1024 if match[3] else 1000) ** (" kmgt".index(match[2]) if match[2] else 0))
 
 
@@ -510,9 +525,42 @@ def _evaluate(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor,
         return evaluate(model, ids, context=min(context, 2048), base=base, advance=meter.advance)
 
 
-def _show_plan(job: Job, *, as_json: bool) -> int:
-    _print(job.plan.to_json() if as_json else str(job.plan))
+def _foreseen(job: Job, device: str) -> Budget:
+    """What a run would take of memory."""
+    from lowbit_hf.quantize import foresee  # noqa: PLC0415
+
+    return foresee(job, device)
+
+
+def _show_plan(job: Job, budget: Budget | None = None, *, as_json: bool) -> int:
+    if as_json:
+        planned = {} if budget is None else {"planned_memory": asdict(budget.planned)}
+        _print_json(json.loads(job.plan.to_json()) | planned)
+    else:
+        _print(str(job.plan) if budget is None else f"{job.plan}\n\n{budget}")
     return DONE
+
+
+def _memory_json(report: Report) -> dict[str, Any]:
+    return {
+        "host": {"peak": report.peak_memory, "planned": report.planned_memory, "allowed": report.max_memory},
+        "gpu": {"peak": report.peak_gpu, "planned": report.planned_gpu, "allowed": report.max_gpu},
+    }
+
+
+def _memory_taken(report: Report) -> str:
+    """What a calibrated run took of memory, in a line; rounding to nearest takes next to none."""
+    if not report.calibration:
+        return ""
+    sides = {"memory": (report.peak_memory, report.planned_memory, report.max_memory)}
+    sides["GPU memory"] = report.peak_gpu, report.planned_gpu, report.max_gpu
+    told = [
+        f"{name}: {size(peak)} at most, {size(planned)} planned"
+        + ("" if allowed is None else f", {size(allowed)} allowed")
+        for name, (peak, planned, allowed) in sides.items()
+        if peak is not None and planned is not None
+    ]
+    return "; ".join(told)
 
 
 def _account_json(job: Job, account: Account, out: Path) -> dict[str, Any]:

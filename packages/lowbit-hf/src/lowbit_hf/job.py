@@ -50,8 +50,9 @@ class Job:
     # What blocks are calibrated on, and how; None: everything is rounded to nearest.
     calibration: Calibration | None = None
     method: Method | None = None
-    # Bytes of memory that the process may take; None: as many as it needs.
+    # Bytes of memory that the process may take, and of the GPU's; None: as many as it needs.
     max_memory: int | None = None
+    max_gpu: int | None = None
     # Tensors that are turned in two ways, and so become two: what the other one is called.
     untied: Mapping[str, str] = field(default_factory=dict)
 
@@ -131,6 +132,7 @@ def prepare(
     calibration: Calibration | None = None,
     method: Method | None = None,
     max_memory: int | None = None,
+    max_gpu: int | None = None,
 ) -> Job:
     """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
 
@@ -189,6 +191,7 @@ def prepare(
         calibration,
         method,
         max_memory,
+        max_gpu,
         untied,
     )
     _check_outputs(job)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowbit.errors import RecipeError
 from lowbit.journal import sync_path
 from lowbit_algos import Method
+from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import Calibrated, Progress
 from lowbit_hf.job import Job
 
@@ -58,12 +59,15 @@ def together() -> None:
         dist.barrier()
 
 
-def follow(job: Job, calibrated: Calibrated, windows: Tensor, scratch: Path) -> None:
+def follow(job: Job, calibrated: Calibrated, windows: Tensor, budget: Budget, scratch: Path) -> None:
     """Take part in the calibration that process 0 carries out and writes.
 
     That one makes the folder of `scratch`, or fails, upon which torchrun ends all.
+
+    Raises:
+        LowbitError: this process takes more memory than is allowed.
     """
-    tokens = agree(0)
+    budget.agree(agree(0))
     together()
 
     def done(block: str, files: Sequence[Path]) -> None:
@@ -72,12 +76,13 @@ def follow(job: Job, calibrated: Calibrated, windows: Tensor, scratch: Path) -> 
             if path.suffix != ".json":
                 sync_path(path)
         together()
+        budget.check()
 
     def write(name: str, weight: Tensor | None) -> None:
         del name, weight
 
     progress = Progress(scratch, lambda _: False, done)
-    calibrated.run(windows, job.method or Method(), progress, write, tokens=tokens)
+    calibrated.run(windows, job.method or Method(), progress, write, tokens=budget.tokens)
 
 
 def agree(tokens: int) -> int:

@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowbit.errors import CheckpointError, RecipeError
-from lowbit.memory import memory_in_use
 from lowbit.report import Report
 from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, lies_inside, row_slices
 from lowbit.staging import Staging, scratch_of
-from lowbit.table import size
-from lowbit_algos import Method
-from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
+from lowbit_hf.budget import Budget
+from lowbit_hf.calibrated import Calibrated
 from lowbit_hf.job import Job, prepare, require_data
 from lowbit_hf.processes import agree, follow, rank, require_windows, together
 from lowbit_hf.reporting import REPORTS, report_of
 from lowbit_hf.schemes import Scheme, quantization_config
-from lowbit_hf.writing import STREAMING, NonfiniteError, Reader, Run, write_calibrated, write_rest
+from lowbit_hf.writing import NonfiniteError, Reader, Run, write_calibrated, write_rest
 
-__all__ = ["Account", "NonfiniteError", "prepare", "run"]
+__all__ = ["Account", "NonfiniteError", "foresee", "prepare", "run"]
 
 # The same weights in forms that other programs load; keeping them would double the folder and contradict its config.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
@@ -70,22 +69,18 @@ def run(
     Raises:
         CheckpointError: the output exists or cannot be written, space runs out, or a weight holds NaN or infinity.
         RecipeError: a scheme needs calibration data, and there is none; or memory cannot hold a block.
+        LowbitError: the run took more memory than it may; what is done is kept.
     """
     started = time.monotonic()
     _check_target(job.folder, out)
     require_data(job)
-    windows = None if job.calibration is None else job.calibration.windows(job.folder)
-    calibrated = None
-    if windows is not None:
-        require_windows(windows)
-        rotated = job.method is not None and job.method.rotation
-        calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, rotated=rotated, device=device)
-        _require_observed(job, calibrated)
-    tokens, planned = memory_plan(job, calibrated, 0 if windows is None else windows.numel())
+    windows, calibrated = _calibration(job, device)
+    budget = Budget(job, calibrated, device)
     if rank():
         # Only calibration is shared out.
         if windows is not None and calibrated is not None:
-            follow(job, calibrated, windows, scratch_of(out))
+            with budget.kept():
+                follow(job, calibrated, windows, budget, scratch_of(out))
         return None
     carried, left_behind = _other_files(job.folder, job.checkpoint)
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
@@ -93,24 +88,47 @@ def run(
             return _account(job, out, carried, left_behind)
         _require_space(job, staging, carried)
         try:
-            with Run(device, advance) as run_:
+            with budget.kept(), Run(device, advance) as run_:
                 if windows is None or calibrated is None:
                     for file in job.checkpoint.shards:
                         write_rest(job, staging, file, run_, set(), Reader(job)).finish()
+                        budget.check()
                 else:
-                    tokens = agree(_agreed(staging, tokens))
+                    budget.agree(agree(_agreed(staging, budget.tokens)))
                     together()
-                    write_calibrated(job, calibrated, windows, tokens, staging, run_)
+                    write_calibrated(job, calibrated, windows, budget, staging, run_)
         except NonfiniteError:
             # No later run could use what is there: the input itself has to change.
             staging.discard()
             raise
         seconds = time.monotonic() - started
-        report = report_of(job, staging.scratch, command=command, seconds=seconds, planned_memory=planned)
+        report = report_of(job, staging.scratch, command=command, seconds=seconds, budget=budget)
         _write_others(job, staging, carried, report)
         account = _account(job, staging.files, carried, left_behind)
         staging.publish()
     return account
+
+
+def foresee(job: Job, device: str) -> Budget:
+    """What a run would take of memory; nothing is written.
+
+    Raises:
+        RecipeError: it would be refused.
+    """
+    _, calibrated = _calibration(job, device)
+    return Budget(job, calibrated, device)
+
+
+def _calibration(job: Job, device: str) -> tuple[Tensor, Calibrated] | tuple[None, None]:
+    """What a job calibrates on, and what it calibrates, if it does."""
+    if job.calibration is None:
+        return None, None
+    windows = job.calibration.windows(job.folder)
+    require_windows(windows)
+    rotated = job.method is not None and job.method.rotation
+    calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, rotated=rotated, device=device)
+    _require_observed(job, calibrated)
+    return windows, calibrated
 
 
 def _require_observed(job: Job, calibrated: Calibrated) -> None:
@@ -154,29 +172,6 @@ def _agreed(staging: Staging, tokens: int) -> int:
     staging.wrote(path)
     staging.sync()
     return tokens
-
-
-def memory_plan(job: Job, calibrated: Calibrated | None, samples: int) -> tuple[int, int]:
-    """How many of `samples` tokens run through a block at once, and the bytes that the process will hold at most.
-
-    Raises:
-        RecipeError: that is more than the job allows, however few run at once.
-    """
-    held, allowed = memory_in_use(), job.max_memory
-    method, length = job.method or Method(), 1 if job.calibration is None else job.calibration.length
-    tokens = max(BATCH_TOKENS, length)
-    while True:
-        planned = held + (STREAMING if calibrated is None else calibrated.memory(method, tokens, samples))
-        if allowed is None or planned <= allowed:
-            return tokens, planned
-        if calibrated is None or tokens // 2 < length:
-            break
-        tokens //= 2
-    raise RecipeError(
-        f"this run needs {size(planned)} of memory, of which the program itself holds {size(held)}, and may take "
-        f"{size(allowed)}; allow that much by --max-memory"
-        + (", or round to nearest, which streams weights a few rows at a time" if calibrated is not None else "")
-    )
 
 
 def _check_target(folder: Path, out: Path) -> None:

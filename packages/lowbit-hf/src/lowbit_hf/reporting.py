@@ -8,9 +8,9 @@ from math import nan, prod
 from pathlib import Path
 from typing import Any
 
-from lowbit.memory import peak_memory
 from lowbit.plan import Row
 from lowbit.report import Block, Experts, Kept, Layer, Report, environment
+from lowbit_hf.budget import Budget
 from lowbit_hf.job import Job
 from lowbit_hf.writing import ROUNDED
 
@@ -18,7 +18,7 @@ REPORTS = ("report.json", "report.html")
 """Names of the two forms of a report in an output folder."""
 
 
-def report_of(job: Job, scratch: Path, *, command: str, seconds: float, planned_memory: int) -> Report:
+def report_of(job: Job, scratch: Path, *, command: str, seconds: float, budget: Budget) -> Report:
     """The report of a job that is done, whose notes are in `scratch`."""
     blocks = [json.loads(path.read_text()) for path in sorted(scratch.glob("block-*.json"), key=_number)]
     calibrated = {layer["name"]: (k, layer) for k, block in enumerate(blocks) for layer in block["layers"]}
@@ -51,9 +51,13 @@ def report_of(job: Job, scratch: Path, *, command: str, seconds: float, planned_
         bits_per_weight=job.bits_per_weight,
         coverage=job.plan.coverage,
         seconds=seconds,
-        peak_memory=peak_memory(),
-        planned_memory=planned_memory,
+        peak_memory=budget.measured.host,
+        planned_memory=budget.planned.host,
         max_memory=job.max_memory,
+        # Where there is no GPU, nothing of it is held.
+        peak_gpu=budget.measured.gpu or None,
+        planned_gpu=budget.planned.gpu or None,
+        max_gpu=job.max_gpu,
         calibration={} if text is None else text.described(),
         environment=environment(),
     )

@@ -23,6 +23,7 @@ from lowbit.staging import ShardWriter, Staging
 from lowbit_algos import Method
 from lowbit_algos.rotation import Ends
 from lowbit_algos.rounding import decibels
+from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import Calibrated, Progress
 from lowbit_hf.job import Job
 from lowbit_hf.layout import input_tensors, row_alignment, tensors_of, to_compressed
@@ -33,8 +34,6 @@ R = TypeVar("R")
 
 # Small enough that a slice's float32 intermediates stay in the processor's caches, large enough to hide Python.
 _SLICE_BYTES = 2 << 20
-STREAMING = 512 << 20
-"""Bytes that streaming rows takes at most: slices of a few MiB in every thread, and what is made of them."""
 # Of a slice's rows, one in so many is decoded again, to tell what rounding cost.
 _JUDGED = 8
 # Projections that serving engines fuse into one, which then has one tensor scale.
@@ -134,11 +133,16 @@ def _note(staging: Staging, name: str, sqnr: float) -> None:
 
 
 def write_calibrated(
-    job: Job, calibrated: Calibrated, windows: Tensor, tokens: int, staging: Staging, run: Run
+    job: Job, calibrated: Calibrated, windows: Tensor, budget: Budget, staging: Staging, run: Run
 ) -> None:
-    """Write everything: what lies outside the blocks first, then each block when it is done."""
+    """Write everything: what lies outside the blocks first, then each block when it is done.
+
+    Raises:
+        LowbitError: the run takes more memory than is allowed.
+    """
     reader = Reader(job, calibrated.ends, calibrated.rotation)
     writers = {file: write_rest(job, staging, file, run, calibrated.names, reader) for file in job.checkpoint.shards}
+    budget.check()
     file_of = {entry.name: file for file, entries in job.checkpoint.shards.items() for entry in entries}
     entries = job.checkpoint.entries
 
@@ -161,9 +165,10 @@ def write_calibrated(
             staging.wrote(path)
         staging.done(f"block:{block}")
         staging.sync()
+        budget.check()
 
     progress = Progress(staging.scratch, lambda block: staging.is_done(f"block:{block}"), done)
-    calibrated.run(windows, job.method or Method(), progress, write, tokens=tokens)
+    calibrated.run(windows, job.method or Method(), progress, write, tokens=budget.tokens)
     for writer in writers.values():
         writer.finish()
 
