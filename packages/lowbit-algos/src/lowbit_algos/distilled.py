@@ -56,8 +56,8 @@ def divergence(model: nn.Module, made: Mapping[str, Tensor], batches: Sequence[B
     """How far predictions with `made` in place of a model's parameters are from its own, in nats a token."""
     student = Student(model, made)
     values = {name: used(q) for name, q in student.low.items()}
-    total = torch.stack([student(values, batch).to(torch.float64) for batch in batches]).sum()
-    total = torch.stack((total, total.new_tensor(sum(tokens_of(model, batches)))))
+    parts = [student(values, batch).to(torch.float64) for batch in batches]
+    total = torch.stack((torch.stack(parts).sum(), parts[0].new_tensor(sum(tokens_of(model, batches)))))
     if dist.is_initialized():
         dist.all_reduce(total)
     return float(total[0] / total[1])

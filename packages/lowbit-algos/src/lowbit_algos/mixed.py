@@ -28,8 +28,8 @@ from lowbit_algos.learned import used
 from lowbit_algos.rounding import RoundInputs
 from lowbit_algos.watch import Watch
 
-# Batches by which harm is measured.
-_WEIGHED = 4
+WEIGHED = 4
+"""Batches by which harm is measured."""
 # Measurements that a search makes at most, but for the most precise choice.
 _TRIALS = 6
 
@@ -174,7 +174,7 @@ def mix(
             axes |= {row.name: row.k_axis for row in rows if row.action == "quantize"}
     blocks, decisions = find_blocks(model), list[Decision]()
     with torch.no_grad():
-        captured = capture(model, blocks, batches[:_WEIGHED])
+        captured = capture(model, blocks, batches[:WEIGHED])
         hidden = Hidden.of(captured.hidden)
         for k, (name, block) in enumerate(blocks.items()):
             prefix, calls = f"{name}." if name else "", captured.calls[k]

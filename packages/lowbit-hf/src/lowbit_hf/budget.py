@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from lowbit.errors import LowbitError, RecipeError
-from lowbit.memory import memory_in_use, peak_memory
+from lowbit.memory import keep_little, memory_in_use, peak_memory
 from lowbit.table import size
 from lowbit_algos import Method
 from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
@@ -36,6 +36,8 @@ class Budget:
         self._job, self._calibrated, self._gpu = job, calibrated, _gpu(device)
         if job.max_gpu is not None and self._gpu is None:
             raise RecipeError(f"max_gpu={job.max_gpu} bounds a GPU's memory, and this run computes on {device}")
+        # Plans count what is held, and not what the C library would keep of what was.
+        keep_little()
         self._held = _held(self._gpu)
         # The high-water mark tells of this run only once it has passed what it was before.
         self._before, self._seen = peak_memory(), self._held.host

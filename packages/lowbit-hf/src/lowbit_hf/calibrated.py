@@ -8,7 +8,7 @@ the same weights, which the first one writes; the others keep what they feed in 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
 from pathlib import Path
@@ -22,12 +22,13 @@ from lowbit.hadamard import Rotation
 from lowbit.memory import release
 from lowbit.shards import Checkpoint
 from lowbit_algos.blocks import Captured, capture, find_blocks
-from lowbit_algos.calibrate import BlockResult, Method, Walk, outside
+from lowbit_algos.calibrate import BlockResult, Method, Walk, outside, quantize_blocks
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Target
+from lowbit_algos.mixed import WEIGHED, Candidate, Decision, weigh
 from lowbit_algos.rotation import Ends, find_ends
 from lowbit_hf.experts import use_lowbit_experts
-from lowbit_hf.footprint import Footprint, Held, Running, of_calibration
+from lowbit_hf.footprint import Footprint, Held, Running, of_calibration, of_distilling
 from lowbit_hf.schemes import Scheme
 from lowbit_hf.skeleton import Owner, Skeleton
 from lowbit_hf.stream import Part, Stream
@@ -74,19 +75,22 @@ class Calibrated:
         self.rotation: Rotation | None = None
         self._stream = Stream(checkpoint, skeleton, dict(owners), device)
         self._blocks = find_blocks(self._stream.model)
+        # By parameter: of the blocks, and of what lies outside them.
         self.targets: dict[str, Target] = {}
+        self._outside: dict[str, Target] = {}
         # Tensors of the checkpoint by the parameter they are part of.
         self.parts: dict[str, dict[str, Part]] = {}
         left = set(outside([owner.name for owner in owners.values() if owner is not None], self._blocks))
         for name, part in self._stream.parts.items():
-            if part.parameter in left:
-                continue
             owner, scheme = owners[name], schemes.get(name)
+            if part.parameter in left:
+                if owner is not None and scheme is not None:
+                    self._outside[part.parameter] = _target(owner, scheme, skeleton.dtype)
+                continue
             self.parts.setdefault(part.parameter, {})[name] = part
             if owner is None or scheme is None:
                 continue
-            axis = 0 if "Conv1D" in owner.classes else -1
-            self.targets[part.parameter] = Target(scheme.weight_format(skeleton.dtype), scheme.activation, axis)
+            self.targets[part.parameter] = _target(owner, scheme, skeleton.dtype)
         if rotated:
             self.ends = find_ends(self._stream.model, self._blocks)
             self.rotation = Rotation(int(skeleton.config.get_text_config().hidden_size))
@@ -108,10 +112,13 @@ class Calibrated:
         }
         blocks = [[each for n, each in held.items() if n.startswith(f"{block}.")] for block in self._blocks]
         left = outside(held, self._blocks)
+        ends = [held[name] for name in left]
         before = [held[name] for name in left if not name.startswith(f"{self._skeleton.output_embedding}.")]
         running = Running(tokens, length, self._width(length, blocks))
         cuda = torch.device(self._device).type == "cuda"
-        return of_calibration(blocks, before, method, running, threads=torch.get_num_threads(), cuda=cuda)
+        threads = torch.get_num_threads()
+        needed = of_calibration(blocks, before, method, running, threads=threads, cuda=cuda)
+        return needed.more(of_distilling(blocks, ends, running)) if method.distilled else needed
 
     def _width(self, length: int, blocks: Sequence[Sequence[Held]]) -> int:
         """The most values that a block makes of a token, in a window of `length`, before they become fewer again."""
@@ -132,14 +139,27 @@ class Calibrated:
             LowbitError: the model's blocks cannot be run one by one, or values are not finite.
         """
         names = list(self._blocks)
-        use_lowbit_experts(self._skeleton.model)
-        rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        batches = windows[rank::count].split(max(tokens // windows.shape[1], 1))
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        batches = _share(windows, tokens)
         begin = _agreed(next((k for k, name in enumerate(names) if not progress.is_done(name)), len(names)))
 
         def paths(k: int) -> tuple[Path, Path]:
             return progress.scratch / f"hidden-{rank}-{k}", progress.scratch / f"other-{rank}-{k}"
 
+        def take(result: BlockResult, weights: Mapping[str, Tensor]) -> None:
+            for parameter, parts in self.parts.items():
+                for tensor, part in parts.items() if parameter.startswith(f"{result.name}.") else ():
+                    write(tensor, part.of(weights[parameter]) if parameter in weights else None)
+            k = names.index(result.name)
+            record = progress.scratch / f"block-{k}.json"
+            record.write_text(json.dumps(asdict(result)))
+            progress.done(result.name, [record, *([] if method.distilled else paths(k + 1))])
+
+        if method.distilled:
+            if begin < len(names):
+                model, inputs = self.whole(windows, tokens)
+                quantize_blocks(model, {**self.targets, **self._outside}, inputs, method, take)
+            return
         captured, walk = self._start(batches, method, begin, paths(begin))
         for k in range(begin, len(names)):
             name = names[k]
@@ -148,20 +168,37 @@ class Calibrated:
                 # The first is there, to have been captured.
                 self._stream.load(block)
 
-            def take(result: BlockResult, weights: Mapping[str, Tensor], k: int = k) -> None:
-                for parameter, parts in self.parts.items():
-                    for tensor, part in parts.items() if parameter.startswith(f"{result.name}.") else ():
-                        write(tensor, part.of(weights[parameter]) if parameter in weights else None)
-                record = progress.scratch / f"block-{k}.json"
-                record.write_text(json.dumps(asdict(result)))
-                progress.done(result.name, [record, *paths(k + 1)])
-
             runs = captured.probe(k, self._blocks[name])
             walk.step(name, self._blocks[name], self.targets, captured.calls[k], take, probe=runs, paths=paths(k + 1))
             self._stream.drop(block)
             release()
             for path in paths(k):
                 path.unlink(missing_ok=True)
+
+    def whole(self, windows: Tensor, tokens: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
+        """The model with all its weights in memory, and this process's batches of `windows` as it takes them."""
+        self._stream.load(self._stream.names([""]))
+        # A head that is tied to the embedding has no tensor of its own.
+        self._skeleton.model.tie_weights()
+        use_lowbit_experts(self._skeleton.model)
+        return self._stream.model, list(self._inputs(_share(windows, tokens)))
+
+    def weigh(self, windows: Tensor, candidates: Sequence[Candidate], method: Method, *, tokens: int) -> list[Decision]:
+        """Every candidate's harm to each weight that is quantized, block by block, by a few batches of `windows`."""
+        batches = _share(windows, tokens)[:WEIGHED]
+        captured = self._capture(batches)
+        hidden, found = Hidden.of(captured.hidden), list[Decision]()
+        for k, (name, block) in enumerate(self._blocks.items()):
+            stored, prefix, calls = self._stream.names([f"{name}."]), f"{name}.", captured.calls[k]
+            if k:
+                self._stream.load(stored)
+            axes = {n.removeprefix(prefix): t.k_axis for n, t in self.targets.items() if n.startswith(prefix)}
+            found += weigh(prefix, block, axes, candidates, calls, hidden, method) if axes else []
+            for i, call in enumerate(calls):
+                hidden[i] = call(block, hidden[i])
+            self._stream.drop(stored)
+            release()
+        return found
 
     def _start(
         self, batches: Sequence[Tensor], method: Method, begin: int, paths: tuple[Path, Path]
@@ -182,19 +219,29 @@ class Calibrated:
                     if not begin:
                         room[len(room) - 1] = turned
 
-        first = self._stream.names([f"{next(iter(self._blocks))}."])
-        # Of what lies outside the blocks, the output head is never reached.
-        head, rest = (
-            f"{self._skeleton.output_embedding}.",
-            self._stream.names([f"{n}." for n in self._blocks], outside=True),
-        )
-        before = [name for name in rest if not self._is(name, head)]
-        self._stream.load([*before, *first])
-        inputs = ({"input_ids": batch.to(self._device), "use_cache": False} for batch in batches)
-        model = self._stream.model
-        captured = capture(model, self._blocks, _without_cache(model, inputs), probe=method.probes, keep=keep)
-        self._stream.drop([*before, *(first if begin else [])])
+        captured = self._capture(batches, keep, probe=method.probes)
+        if begin:
+            self._stream.drop(self._stream.names([f"{next(iter(self._blocks))}."]))
         return captured, Walk(method, fed, self.rotation, beside)
+
+    def _capture(
+        self, batches: Iterable[Tensor], keep: Callable[[Tensor], None] | None = None, *, probe: bool = False
+    ) -> Captured:
+        """What `capture` tells of batches of token ids; the first block stays loaded."""
+        use_lowbit_experts(self._skeleton.model)
+        # Of what lies outside the blocks, the output head is never reached.
+        head = f"{self._skeleton.output_embedding}."
+        rest = self._stream.names([f"{name}." for name in self._blocks], outside=True)
+        before = [name for name in rest if not self._is(name, head)]
+        self._stream.load([*before, *self._stream.names([f"{next(iter(self._blocks))}."])])
+        captured = capture(self._stream.model, self._blocks, self._inputs(batches), probe=probe, keep=keep)
+        self._stream.drop(before)
+        return captured
+
+    def _inputs(self, batches: Iterable[Tensor]) -> Iterator[dict[str, Any]]:
+        """Batches of token ids as the model takes them: not all have a cache to leave out."""
+        known = {"use_cache": False} if "use_cache" in signature(self._stream.model.forward).parameters else {}
+        return ({"input_ids": batch.to(self._device), **known} for batch in batches)
 
     def _is(self, tensor: str, prefix: str) -> bool:
         part = self._stream.parts.get(tensor)
@@ -209,7 +256,12 @@ def _agreed(begin: int) -> int:
     return told[0]
 
 
-def _without_cache(model: torch.nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-    """Batches as the model takes them: not all have a cache to leave out."""
-    known = "use_cache" in signature(model.forward).parameters
-    return ({k: v for k, v in batch.items() if known or k != "use_cache"} for batch in batches)
+def _share(windows: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """This process's share of the windows, in batches of so many tokens."""
+    rank, count = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return windows[rank::count].split(max(tokens // windows.shape[1], 1))
+
+
+def _target(owner: Owner, scheme: Scheme, dtype: torch.dtype) -> Target:
+    """What a scheme makes of a weight of a module."""
+    return Target(scheme.weight_format(dtype), scheme.activation, 0 if "Conv1D" in owner.classes else -1)

@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from lowbit_hf.budget import Budget
     from lowbit_hf.evaluate import Evaluation
     from lowbit_hf.job import Job
+    from lowbit_hf.mixing import Mix
     from lowbit_hf.quantize import Account
     from lowbit_hf.texts import Calibration
 
+# What `--to auto` chooses from.
+_AUTO: tuple[str, ...] = ("W3A16", "W4A16", "W4A16_G32", "W8A16")
 _COMPARED = ("W8A8", "W4A16", "FP8_DYNAMIC", "MXFP8", "MXFP4A16", "NVFP4A16")
 
 Mode = Literal["floor", "ceil", "even", "rceil"]
@@ -46,6 +49,18 @@ Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")
 ]
 To = Annotated[str, typer.Option(metavar="SCHEME", help="scheme of every Linear and expert; see: lowbit schemes")]
+Tos = Annotated[
+    str,
+    typer.Option(
+        metavar="SCHEME",
+        help="scheme of every Linear and expert (see: lowbit schemes); or several and KEEP by commas, or auto",
+    ),
+]
+Bits = Annotated[float | None, typer.Option(metavar="BITS", help="of several schemes, the least harm within this mean")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option("--max-kl", metavar="NATS", help="of several schemes, the fewest bits within this divergence"),
+]
 Rules = Annotated[
     list[str], typer.Option("--rule", metavar="'GLOB=SCHEME'", help="another scheme for these; repeatable")
 ]
@@ -58,7 +73,7 @@ AlgorithmOf = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="rtn or gptq, smoothquant or awq, rotation, learned; or some joined by +. All but rtn need --calibrate",
+        help="rtn or gptq, smoothquant or awq, rotation, learned, distilled; or some joined by +. Needs --calibrate",
     ),
 ]
 Algorithms = Annotated[
@@ -143,7 +158,7 @@ def _run(command: Callable[..., int], argv: list[str]) -> int:
 
 def _quantize(
     model: Model,
-    to: To,
+    to: Tos,
     out: Annotated[Path, typer.Option("-o", "--out", help="folder to make; appears whole or not at all")] = Path(),
     rule: Rules = [],  # noqa: B006 - typer copies it
     keep: Keep = [],  # noqa: B006
@@ -153,6 +168,8 @@ def _quantize(
     seq_len: Length = 512,
     seed: Seed = 0,
     one_pass: OnePass = False,  # noqa: FBT002
+    bits_per_weight: Bits = None,
+    max_kl: MaxKl = None,
     max_memory: MaxMemory = None,
     max_gpu: MaxGpu = None,
     device: Device = None,
@@ -175,20 +192,31 @@ def _quantize(
         raise typer.BadParameter(f"bounds a GPU's memory, and this run computes on {device}", param_hint="'--max-gpu'")
     text = _calibration(calibrate, samples, seq_len, seed)
     method = _method(algorithm, scale_mode, sequential=not one_pass, calibrated=text is not None)
-    job = _job(
-        model,
-        to,
-        rule,
-        keep,
-        _device(device),
-        scale_mode,
-        min_coverage,
-        allow_nonfinite=allow_nonfinite,
-        calibration=text,
-        method=method,
-        max_memory=None if max_memory is None else _bytes_of(max_memory),
-        max_gpu=None if max_gpu is None else _bytes_of(max_gpu, "--max-gpu"),
-    )
+    most = None if max_memory is None else _bytes_of(max_memory)
+    most_gpu = None if max_gpu is None else _bytes_of(max_gpu, "--max-gpu")
+
+    def job_of(to: str, rules: list[str], kept: list[str]) -> Job:
+        return _job(
+            model,
+            to,
+            rules,
+            kept,
+            device,
+            scale_mode,
+            min_coverage,
+            allow_nonfinite=allow_nonfinite,
+            calibration=text,
+            method=method,
+            max_memory=most,
+            max_gpu=most_gpu,
+        )
+
+    if (names := _several(to)) or bits_per_weight is not None or max_kl is not None:
+        mix = _mix(names, rule, keep, job_of, device, bits_per_weight, max_kl, calibrated=text is not None)
+        _print_note(str(mix))
+        rule = [*rule, *(f"{name}={scheme.name}" for name, scheme in mix.rules)]
+        to, keep = mix.to.name, [*keep, *mix.keep]
+    job = job_of(to, rule, keep)
     _require_data(job)
     if dry_run:
         return _show_plan(job, _foreseen(job, device), as_json=as_json)
@@ -507,6 +535,36 @@ def _method(algorithm: str, mode: Mode, *, sequential: bool, calibrated: bool) -
     return method
 
 
+def _several(to: str) -> list[str]:
+    """The schemes that --to leaves a choice of, in upper case; none where it names one."""
+    names = list(_AUTO) if to.lower() == "auto" else list(dict.fromkeys(name.strip().upper() for name in to.split(",")))
+    return names if len(names) > 1 else []
+
+
+def _mix(
+    names: list[str],
+    rules: list[str],
+    keep: list[str],
+    job_of: Callable[[str, list[str], list[str]], Job],
+    device: str,
+    bits_per_weight: float | None,
+    max_kl: float | None,
+    *,
+    calibrated: bool,
+) -> Mix:
+    """What is chosen of several schemes, for which there has to be a text and one bound."""
+    from lowbit_hf.mixing import KEEP, choose  # noqa: PLC0415
+
+    schemes = [name for name in names if name != KEEP]
+    if (bits_per_weight is None) == (max_kl is None) or len(names) < 2 or not schemes:
+        msg = "several schemes (--to auto, or names joined by commas) go with one of --bits-per-weight and --max-kl"
+        raise typer.BadParameter(msg, param_hint="'--to'")
+    if not calibrated:
+        raise typer.BadParameter("needs a text to choose schemes by: --calibrate FILE", param_hint="'--to'")
+    jobs = [(_scheme(name, "--to"), job_of(name, rules, keep)) for name in schemes]
+    return choose(jobs, keep=KEEP in names, device=device, bits_per_weight=bits_per_weight, max_kl=max_kl)
+
+
 def _require_data(job: Job) -> None:
     from lowbit_hf.job import require_data  # noqa: PLC0415
 
@@ -649,6 +707,11 @@ def _device(wanted: str | None) -> str:
 
 def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+def _print_note(text: str) -> None:
+    """Say something beside the result, which may be JSON."""
+    sys.stderr.write(text + "\n")
 
 
 def _print_json(value: Any) -> None:

@@ -26,6 +26,8 @@ _CUDA_CODE = 1 << 30
 _RUNNING, _ROUNDING, _BACK = 16, 32, 32
 # Bytes that learning takes for each value of a weight: float32 values, gradients, and what comes of rounding them.
 _LEARNING = 16
+# Bytes that a token takes for each token that might be next: predictions of two models, and the way back.
+_LOGITS = 40
 # Bytes that each value of a matrix takes in float32 while it is rounded, while it is read back, and while outputs are
 # judged by some of its rows, of which there are fewer than so many.
 _WORKING, _READING, _JUDGING, _JUDGED = 24, 16, 28, 1024
@@ -40,6 +42,10 @@ class Footprint:
 
     host: int
     gpu: int = 0
+
+    def more(self, computed: int) -> Footprint:
+        """With so many bytes more where the run computes."""
+        return Footprint(self.host, self.gpu + computed) if self.gpu else Footprint(self.host + computed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +136,17 @@ def of_calibration(
     largest = max(p.numel for block in blocks for p in block)
     passing = 8 * running.tokens * running.width + _READING * largest
     return Footprint(max(loading + _CUDA_CODE, passing + _CUDA_CODE, rest.host), max(work, rest.gpu) + _CODE)
+
+
+def of_distilling(blocks: Sequence[Sequence[Held]], ends: Sequence[Held], running: Running) -> int:
+    """Bytes that running and learning the whole model takes, besides what a block takes; `ends` lie outside blocks."""
+    inside = [p for block in blocks for p in block]
+    codes = sum(p.numel for p in inside if p.target is not None)
+    vocabulary = max((p.shape[0] for p in ends), default=0)
+    # Weights as they were, what they become and what they were rounded from, while all is learned.
+    weights = sum(p.nbytes for p in (*inside, *ends)) + codes + (4 + _LEARNING + _READING) * codes
+    back = running.tokens * running.width * (_RUNNING + _BACK) * len(blocks)
+    return weights + back + running.tokens * vocabulary * _LOGITS
 
 
 def _of_loading(parameters: Sequence[Held]) -> int:
