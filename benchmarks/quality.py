@@ -58,8 +58,9 @@ METHODS = {
     "GPTQ + distilled": Method.of("gptq+distilled"),
     "GPTQ + learned + distilled": Method.of("gptq+learned+distilled"),
     "the same, own text too": Method.of("gptq+learned+distilled"),
+    "and SmoothQuant": Method.of("smoothquant+gptq+learned+distilled"),
 }
-OWN = ("the same, own text too",)
+OWN = ("the same, own text too", "and SmoothQuant")
 # Not offered by schemes: e8m0 scales rounded down, as others' figures for MXFP4 are.
 FLOOR = {
     "rtn": Method(rounding="nearest", mode="floor"),
@@ -67,7 +68,13 @@ FLOOR = {
     "+ act-order": Method(options=Options(scale_search=False), refit=False, mode="floor"),
 }
 # Left out where inputs stay as they are, and where they do not.
-WITH_INPUTS = ("+ fit to inputs", "SmoothQuant", "SmoothQuant + GPTQ", "SmoothQuant + GPTQ + learned")
+WITH_INPUTS = (
+    "+ fit to inputs",
+    "SmoothQuant",
+    "SmoothQuant + GPTQ",
+    "SmoothQuant + GPTQ + learned",
+    "and SmoothQuant",
+)
 WITHOUT = ("AWQ", "AWQ + GPTQ", "AWQ + GPTQ + learned")
 
 

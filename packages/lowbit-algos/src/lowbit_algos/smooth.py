@@ -33,6 +33,8 @@ _SMOOTHQUANT = tuple(i / 10 for i in range(3, 10))
 _AWQ = tuple(i / 20 for i in range(1, 21))
 # Beyond these a factor would move a whole dtype's range.
 _LEAST, _MOST = 1e-5, 1e5
+# Where inputs are rounded too, a sample of them tells losses: factors have to lower it by more than that may be wrong.
+_CLEARLY = 0.9
 # Rows of a weight by which factors are judged.
 _ROWS = 512
 
@@ -138,6 +140,8 @@ def _choose(
         return candidates[0]
     none = torch.ones_like(candidates[0])
     losses = [_loss(layers, found, factors[source], mode) for factors in (none, *candidates)]
+    if any(layer.target.activation is not None for layer in layers):
+        losses[0] *= _CLEARLY
     best = min(range(len(losses)), key=losses.__getitem__)
     return None if best == 0 else candidates[best - 1]
 
