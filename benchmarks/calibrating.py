@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,7 +42,7 @@ def main() -> None:
                 shutil.copy(path, model)
         shutil.rmtree(out, ignore_errors=True)
         command = [
-            f"{sysconfig.get_path('scripts')}/lowbit",
+            shutil.which("lowbit") or sys.exit("the lowbit command is not on PATH"),
             "quantize",
             str(model),
             "--to",

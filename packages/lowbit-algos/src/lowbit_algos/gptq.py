@@ -28,7 +28,7 @@ _SHARES = tuple(1 - i / 32 for i in range(-1, 15))
 _POWERS = (1.0, 0.5, 2.0)
 _BLOCK = 128
 # Values of a weight that are worked on at a time.
-_ELEMENTS = 1 << 24
+_ELEMENTS = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
