@@ -69,6 +69,10 @@ def moe(kind="plain", starving=(-8.5, -7.5)):
     made = Moe(kind).eval()
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) / 8
+    # Each expert's hidden channels are large and small in an order of its own.
+    for e in range(E):
+        size = torch.logspace(0, -1, N)[torch.randperm(N, generator=generator)]
+        made.gate_up.data[e] *= torch.cat((torch.ones(N), size))[:, None] * 3
     made.router.weight.data = kinds() * 0.5
     made.router.bias.data = torch.tensor([*starving, *[0.0] * (E - len(starving))])
     return made
@@ -111,6 +115,7 @@ def logits_of(block, batch):
     return rows, rows @ block.router.weight.double().T + block.router.bias.double()
 
 
+@torch.no_grad()
 def closest(block, batches, counts, needed):
     """By expert, the rows that are sent to it besides, in float64: a plain statement of what is to happen."""
     sent = {e: [] for e in sorted(range(E), key=lambda e: counts[e]) if counts[e] < needed}
@@ -153,10 +158,12 @@ def test_starved_experts_know_what_the_closest_tokens_tell(activation):
             x = extra[e] if name == "gate_up" else through(block, e, extra[e])
             q = x if activation is None else lb.quantize(x.float(), "INT8_ROW").dequantize().double()
             added = [q.T @ q, torch.tensor(len(x)), (x - q).T @ q, (x - q).square().sum(0)][: len(parts)]
-            # Where a row's scale is rounded otherwise than in float64, its codes are others.
-            bound = 1e-5 if activation is None else 2e-3
+            # A hidden value that is half way between two codes may go either way: one step, in one row.
+            code = (
+                float((x.abs().amax(1) / 127 * x.norm(dim=1)).amax()) * 2 * (activation is not None and name == "down")
+            )
             for (old, new), more in zip(parts, added, strict=True):
-                assert float((new[e] - old[e] - more).norm()) <= bound * float(more.double().norm())
+                assert float((new[e] - old[e] - more).double().norm()) <= 1e-5 * float(more.double().norm()) + code
             assert int(b.hessian.tokens[e]) >= needed
         assert torch.equal(b.extra, b.hessian.tokens - a.hessian.tokens)
         assert torch.equal(a.channels.high, b.channels.high)
@@ -190,15 +197,21 @@ def test_it_is_worth_it_and_touches_no_other(monkeypatch):
     assert len(rows) > 100
 
     @torch.no_grad()
-    def error(model, name):
-        x = rows if name == "gate_up" else through(block, 0, rows)
-        lost = model.blocks[0].get_parameter(name)[0].dequantize(torch.float64) - block.get_parameter(name)[0].double()
-        return float((x @ lost.T).norm() / (x @ block.get_parameter(name)[0].double().T).norm())
+    def outputs(values):
+        """Of each matrix alone, and of the expert."""
+        gate_up, down = (values(name).double() for name in STACKS)
+        gate, up = (rows @ gate_up.T).chunk(2, -1)
+        return rows @ gate_up.T, through(block, 0, rows) @ down.T, (F.silu(gate) * up) @ down.T
 
-    print({name: (error(mean, name), error(better, name)) for name in STACKS})
+    original = outputs(lambda name: block.get_parameter(name)[0])
+    made = [
+        outputs(lambda name, model=model: model.blocks[0].get_parameter(name)[0].dequantize())
+        for model in (better, mean)
+    ]
+    for true, a, b, share in zip(original, *made, (0.8, 0.95, 0.9), strict=True):
+        assert float((a - true).norm()) < share * float((b - true).norm())
     for layer in told[0].layers:
         name = layer.name.rpartition(".")[2]
-        assert error(better, name) < 0.9 * error(mean, name)
         a, b = (model.blocks[0].get_parameter(name).dequantize() for model in (better, mean))
         assert {e for e in range(E) if not torch.equal(a[e], b[e])} == set(layer.topped)
 
@@ -206,13 +219,13 @@ def test_it_is_worth_it_and_touches_no_other(monkeypatch):
 @pytest.mark.parametrize("kind", ["cast", "two", "by rule"])
 def test_where_no_router_is_found_all_stays(kind):
     block, batches = moe(kind), tokens()
-    before, after = observe(block, batches, more=False), observe(block, batches)
-    assert int(before["gate_up"].hessian.tokens[0]) < K
+    before, after = observe(block, batches, more=False), observe(block, batches, least=150)
+    assert int(before["gate_up"].hessian.tokens[0]) < 150
     experts = [0] if kind == "by rule" else range(E)
     for name in STACKS:
         for a, b in zip(before[name].by_expert(), after[name].by_expert(), strict=True):
             assert all(torch.equal(a[e], b[e]) for e in experts)
-        assert 0 in moments_of(after[name], None)[1]
+        assert 0 in moments_of(after[name], 150)[1]
 
 
 def test_an_expert_that_nobody_comes_near_never_stops_a_run():

@@ -38,16 +38,17 @@ class Router:
     def bend(self, logits: Tensor) -> Tensor:
         """Logits (.., E) that send each starved expert its quota of tokens it did not get, the closest, and no others.
 
-        A token is sent to at most k of them.
+        A token is sent to at most k of them; where there are too few tokens for that, quotas shrink alike.
         """
         rows = logits.reshape(-1, logits.shape[-1])
         top, bent = rows.topk(self.k), rows.clone()
         routed = torch.zeros_like(rows, dtype=torch.bool).scatter_(1, top.indices, value=True)
         room = torch.full((len(rows),), self.k, device=rows.device)
         high, low = rows.amax(1) + 1, rows.amin(1) - 1
+        share = min(self.k * len(rows) / sum(self.quotas.values()), 1)
         for e, quota in self.quotas.items():
             gap = (top.values[:, -1] - rows[:, e]).masked_fill(routed[:, e] | (room == 0), inf)
-            nearest, chosen = gap.topk(min(quota, len(gap)), largest=False)
+            nearest, chosen = gap.topk(min(int(quota * share), len(gap)), largest=False)
             chosen = chosen[nearest.isfinite()]
             bent[:, e] = low
             bent[chosen, e] = high[chosen]
