@@ -176,7 +176,7 @@ def _calibration_terms(report: Report) -> Iterator[Markup]:
     if few := sum(len(experts.fallback) for experts in report.experts):
         yield _term(
             "Shared Hessian",
-            f"Rounding weighs errors by the inputs that an expert saw. {few:,} of {count(total, 'expert')} had too few "
+            f"Rounding weighs errors by the inputs that an expert saw. {few:,} of {count(total, 'expert')} saw too few "
             "tokens for that, and what they lacked was made up by what all experts of their layer saw together.",
         )
 
