@@ -306,6 +306,11 @@ def test_tables_hold_every_layer_kernel_expert_and_kept_parameter():
     assert ["INT4_G128", "28", "808.5 MiB", "4.9 %"] in _table(page, "Sizes")
     assert _table(page, "Calibration tokens by expert")[1][-3:] == ["0", "700", "0, 1"]
     assert page.count('class="bar marked"') == 8
+    assert "Topped up" not in page
+    topped = tuple(replace(experts, topped=(1, 2, 5)) for experts in report.experts)
+    more = replace(report, experts=topped).to_html()
+    assert _table(more, "Calibration tokens by expert")[1][-4:] == ["0", "700", "1, 2, 5", "0, 1"]
+    assert "12 of 32 experts saw too few tokens for that, and were sent more" in _Page(more).text
     outliers = _table(page, "Outlier channels")
     assert [row[2] for row in outliers[1:]] == sorted((row[2] for row in outliers[1:]), key=float, reverse=True)
     # Names of as many letters were given the same channel.

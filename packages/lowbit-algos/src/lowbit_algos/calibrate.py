@@ -34,6 +34,7 @@ from lowbit_algos.learned import learn_block, used
 from lowbit_algos.moments import Moments, fit, moments_of
 from lowbit_algos.rotation import Ends, Turns, find_ends, find_turns
 from lowbit_algos.rounding import RoundInputs, decibels, output_sqnr, round_weights, weight_sqnr, with_use
+from lowbit_algos.routing import top_up
 from lowbit_algos.smooth import Smoothed, Smoothing, smooth
 from lowbit_algos.watch import Watch
 
@@ -86,8 +87,8 @@ class Method:
     distilled: int = 0
     # How static activations choose their range.
     static: Static = "histogram"
-    # Tokens an expert should have seen; what it lacks, it is given of the mean of all experts. None: as many as it has
-    # columns.
+    # Tokens an expert should have seen; for GPTQ, it is sent what it lacks of those that came closest to it. What it
+    # lacks then, it is given of the mean of all experts. None: as many as it has columns.
     expert_tokens: int | None = None
     # How e8m0 scales are rounded.
     mode: ScaleMode = DEFAULT_MODE
@@ -162,8 +163,10 @@ class LayerResult:
     output_sqnr: float
     # Largest input channels: (channel, its amax over the median channel's).
     outliers: tuple[tuple[int, float], ...]
-    # Tokens that each expert saw, and the experts that were given of the mean of all; () for matrices.
+    # Tokens that the model sent to each expert; the experts that were sent more of them to be rounded by, and those
+    # that were given of the mean of all; () for matrices.
     tokens: tuple[int, ...]
+    topped: tuple[int, ...]
     starved: tuple[int, ...]
     notes: tuple[str, ...]
     # Of all weights that share its input.
@@ -370,7 +373,14 @@ class Walk:
             if sequential:
                 self._run(block, calls, self.other, beside)
             smoothed = self._smooth(block, mine, calls, probe, turned)
-            seen = self.observe(block, mine, calls, None if sequential else after, smoothed.pre_scales)
+            stacks = self.method.rounding == "gptq" and any(p.dim() == 3 for p in parameters.values())
+            # What the block is fed is not to be written over as long as it may have to run again.
+            seen = self.observe(block, mine, calls, None if sequential or stacks else after, smoothed.pre_scales)
+            if stacks:
+                least = self.method.expert_tokens
+                top_up(block, seen, mine, calls, self.hidden, smoothed.pre_scales, least=least)
+                if not sequential:
+                    self._run(block, calls, self.hidden, after)
             originals = {key: smoothed.exact.get(key, parameter.detach()) for key, parameter in parameters.items()}
             solved = self.round(prefix, block, originals, mine, seen, smoothed.pre_scales)
             rounding = RoundInputs(solved.weights)
@@ -500,6 +510,7 @@ class Walk:
             release()
             started, group = time.monotonic(), {key: originals[key] for key in found.names}
             moments, starved = moments_of(found, method.expert_tokens)
+            extra = torch.zeros_like(found.hessian.tokens) if found.extra is None else found.extra
             # Without what joins columns, no error travels, and what is left is the search for scales.
             hessian = moments.hessian
             if method.rounding == "clipped":
@@ -525,7 +536,8 @@ class Walk:
                         weight_sqnr=nan,
                         output_sqnr=nan,
                         outliers=_outliers(found),
-                        tokens=tuple(found.hessian.tokens.tolist()) if q.dim() == 3 else (),
+                        tokens=tuple((found.hessian.tokens - extra).tolist()) if q.dim() == 3 else (),
+                        topped=tuple(extra.nonzero().flatten().tolist()),
                         starved=starved,
                         notes=notes,
                         seconds=time.monotonic() - started,

@@ -84,6 +84,19 @@ class Input:
     lost: Lost | None = None
     # Some rows; None for experts.
     sample: Tensor | None = None
+    # (E,): of the Hessian's tokens, those that experts were topped up with.
+    extra: Tensor | None = None
+
+    def take(self, rows: Tensor, ends: Tensor | None, activation: Activation | None) -> None:
+        """Take in rows (M, K), for the Hessian alone; those of expert e end before row `ends[e]`."""
+        if self.lost is not None and activation is not None and len(rows):
+            x, rows = rows, rounded_input(rows, activation).to(torch.float32)
+            self.lost.update(x, rows, ends)
+        self.hessian.update(rows, ends)
+
+    def by_expert(self) -> list[Tensor]:
+        """What is known of each expert's inputs, (E, ..)."""
+        return [self.hessian.hessian, self.hessian.tokens, *(() if self.lost is None else self.lost.buffers())]
 
     def observers(self) -> list[Observer]:
         """All of them."""
@@ -135,11 +148,7 @@ class Observing:
         found.channels.update(rows)
         if found.range is not None:
             found.range.update(rows)
-        activation = self._targets[name].activation
-        if found.lost is not None and activation is not None and len(rows):
-            x, rows = rows, rounded_input(rows, activation).to(torch.float32)
-            found.lost.update(x, rows, product.ends)
-        found.hessian.update(rows, product.ends)
+        found.take(rows, product.ends, self._targets[name].activation)
 
     def _meet(self, name: str, x: Tensor) -> None:
         target, parameter = self._targets[name], self._parameters[name]

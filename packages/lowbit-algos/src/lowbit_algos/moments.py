@@ -32,6 +32,12 @@ class Moments:
     squares: Tensor | None = None
 
 
+def lacking(found: Input, least: int | None) -> Tensor:
+    """How many tokens (E,) experts lack of `least`, by default of as many as columns."""
+    hessian = found.hessian.hessian
+    return ((hessian.shape[-1] if least is None else least) - found.hessian.tokens).clamp_min(0)
+
+
 def moments_of(found: Input, least: int | None) -> tuple[Moments, tuple[int, ...]]:
     """The moments of an input, and the experts that saw fewer than `least` tokens (by default as many as columns).
 
@@ -42,20 +48,20 @@ def moments_of(found: Input, least: int | None) -> tuple[Moments, tuple[int, ...
     whole = Moments(hessian, tuple(tokens.tolist()), *lost)
     if hessian.dim() == 2:
         return whole, ()
-    lacking = ((hessian.shape[-1] if least is None else least) - tokens).clamp_min(0)
-    starved = tuple(lacking.nonzero().flatten().tolist())
+    lacks = lacking(found, least)
+    starved = tuple(lacks.nonzero().flatten().tolist())
     if not starved:
         return whole, ()
 
     def fed(part: Tensor | None) -> Tensor | None:
         if part is None:
             return None
-        share = (lacking / tokens.sum()).view(-1, *(1,) * (part.dim() - 1))
+        share = (lacks / tokens.sum()).view(-1, *(1,) * (part.dim() - 1))
         return torch.addcmul(part, share.to(part.dtype), part.sum(0))
 
     joined = fed(hessian)
     assert joined is not None
-    return Moments(joined, tuple((tokens + lacking).tolist()), *map(fed, lost)), starved
+    return Moments(joined, tuple((tokens + lacks).tolist()), *map(fed, lost)), starved
 
 
 def fit(weight: Tensor, moments: Moments, k_axis: int, damping: float) -> Tensor:

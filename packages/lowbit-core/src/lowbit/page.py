@@ -175,11 +175,17 @@ def _calibration_terms(report: Report) -> Iterator[Markup]:
             f", peaks at {fixed(ratio, 1)} times what the median channel peaks at.",
         )
     total = sum(len(experts.tokens) for experts in report.experts)
+    if topped := sum(len(experts.topped) for experts in report.experts):
+        yield _term(
+            "Topped up",
+            f"Rounding weighs errors by the inputs that an expert saw. {topped:,} of {count(total, 'expert')} saw too "
+            "few tokens for that, and were sent more to be rounded by: those that came closest to being theirs.",
+        )
     if few := sum(len(experts.fallback) for experts in report.experts):
         yield _term(
             "Shared Hessian",
             f"Rounding weighs errors by the inputs that an expert saw. {few:,} of {count(total, 'expert')} saw too few "
-            "tokens for that, and were rounded by what all experts of their layer saw together.",
+            "tokens for that, and what they lacked was made up by what all experts of their layer saw together.",
         )
 
 
@@ -307,7 +313,7 @@ def _experts(report: Report) -> Markup:
     listed = report.experts
     if not listed:
         return Markup()
-    few = any(experts.fallback for experts in listed)
+    few, topped = any(experts.fallback for experts in listed), any(experts.topped for experts in listed)
     legend = [" ", element("span", "Marked", class_="marked"), " experts used the shared Hessian."] if few else []
     shown = table(
         "Calibration tokens by expert",
@@ -315,6 +321,7 @@ def _experts(report: Report) -> Markup:
         Column("Tokens by expert", [bars(e.tokens, e.fallback, label=f"Tokens by expert of {e.name}") for e in listed]),
         Column("Fewest", [f"{min(experts.tokens, default=0):,}" for experts in listed], numeric=True),
         Column("Most", [f"{max(experts.tokens, default=0):,}" for experts in listed], numeric=True),
+        *([Column("Topped up", [_brief(experts.topped) for experts in listed])] if topped else []),
         Column("Shared Hessian", [_brief(experts.fallback) for experts in listed]),
     )
     intro = element("p", "Calibration tokens that each expert saw, each row on a scale of its own.", *legend)

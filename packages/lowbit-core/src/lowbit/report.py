@@ -67,8 +67,10 @@ class Experts:
     name: str
     # Calibration tokens of each expert.
     tokens: tuple[int, ...]
-    # Indices of the experts that used the Hessian shared by all.
+    # Indices of the experts whose Hessian is in part, or all, that shared by all.
     fallback: tuple[int, ...]
+    # Indices of the experts that were sent more tokens for their Hessian, those that came closest to being theirs.
+    topped: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -37,7 +37,12 @@ def report_of(job: Job, scratch: Path, *, command: str, seconds: float, budget: 
             for k, block in enumerate(blocks)
         ),
         experts=tuple(
-            Experts(name=name, tokens=tuple(layer["tokens"]), fallback=tuple(layer["starved"]))
+            Experts(
+                name=name,
+                tokens=tuple(layer["tokens"]),
+                topped=tuple(layer["topped"]),
+                fallback=tuple(layer["starved"]),
+            )
             for name, (_, layer) in calibrated.items()
             if layer["tokens"]
         ),
