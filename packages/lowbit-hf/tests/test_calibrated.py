@@ -99,17 +99,23 @@ def test_from_disk_as_in_memory(make, tmp_path, kind):
 EVERYTHING = replace(Method.of("rotation+smoothquant+gptq+learned", pre_scale=False), learned=3)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "qwen3-moe"])
-def test_rotated_and_learned_from_disk_as_in_memory(make, tmp_path, kind, tied):
+DISTILLED = replace(EVERYTHING, learned=0, distilled=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied", "method"),
+    [(kind, tied, EVERYTHING) for kind in ("llama", "qwen3", "qwen3-moe") for tied in (True, False)]
+    + [("llama", True, DISTILLED), ("qwen3-moe", False, DISTILLED)],
+)
+def test_rotated_and_learned_from_disk_as_in_memory(make, tmp_path, kind, tied, method):
     folder = make(kind, num_hidden_layers=2, tie_word_embeddings=tied)
-    account = run(job_of(folder, "MXFP4", EVERYTHING), tmp_path / "out")
+    account = run(job_of(folder, "MXFP4", method), tmp_path / "out")
     streamed = load(tmp_path / "out")
     assert not streamed.config.tie_word_embeddings
     model = load(folder)
     wanted = tuple(Rule(key, scheme("MXFP4").weight, scheme("MXFP4").activation) for key in quantized(streamed))
     batches = [{"input_ids": Windows().windows(folder), "use_cache": False}]
-    calibrate_(model, Recipe(wanted), batches, EVERYTHING)
+    calibrate_(model, Recipe(wanted), batches, method)
     assert not model.config.tie_word_embeddings
     theirs = dict(streamed.named_parameters())
     for key, weight in model.named_parameters():
@@ -120,6 +126,18 @@ def test_rotated_and_learned_from_disk_as_in_memory(make, tmp_path, kind, tied):
     kept = {key for key in plain if "mlp.gate.weight" not in key and "q_norm" not in key and "k_norm" not in key}
     assert kept <= set(account.changed) <= plain
     assert ("lm_head.weight" in account.tensors["model.embed_tokens.weight"]) == tied
+
+
+def test_distillation_is_planned_told_and_refused_where_there_are_no_predictions(make, tmp_path):
+    folder, method = make("llama"), Method(distilled=2)
+    plain, more = (foresee(job_of(folder, method=each), "cpu").planned.host for each in (Method(), method))
+    assert more > plain
+    run(job_of(folder, method=method), tmp_path / "out")
+    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
+    assert all("nats a token on held out text" in layer.notes[-1] for layer in report.layers)
+    assert {block.name for block in report.blocks} == {"model.layers.0", "model.layers.1"}
+    with pytest.raises(LowbitError, match="without logits"):
+        run(job_of(make("bert"), method=method), tmp_path / "bert")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
