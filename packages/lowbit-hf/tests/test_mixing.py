@@ -61,7 +61,7 @@ def stored(folder):
 
 def test_the_files_keep_to_the_budget_and_siblings_are_alike(lowbit, folder, text, tmp_path):
     out, plain = tmp_path / "out", stored(folder)
-    line = ["quantize", folder, "--to", "w4a16_g32,W8A16,KEEP", "--calibrate", text, *SIZES, "--device", "cpu"]
+    line = ["quantize", folder, "--to", "w4a16_g32,W8A16_G32,KEEP", "--calibrate", text, *SIZES, "--device", "cpu"]
     code, said, told = lowbit(*line, "--bits-per-weight", 7, "-o", out)
     assert code == 0, told
     assert told.startswith("chosen: ")
@@ -95,7 +95,7 @@ def test_the_files_keep_to_the_budget_and_siblings_are_alike(lowbit, folder, tex
 
 
 def test_a_bound_on_the_divergence(lowbit, folder, text, tmp_path):
-    line = ["quantize", folder, "--to", "W4A16_G32,W8A16", "--calibrate", text, *SIZES, "--device", "cpu"]
+    line = ["quantize", folder, "--to", "W4A16_G32,W8A16_G32", "--calibrate", text, *SIZES, "--device", "cpu"]
     code, _, told = lowbit(*line, "--max-kl", 1e-3, "-o", tmp_path / "out")
     assert code == 0, told
     assert float(told.split(" nats a token")[0].rpartition(" ")[2]) <= 1e-3
@@ -113,12 +113,12 @@ def test_a_bound_on_the_divergence(lowbit, folder, text, tmp_path):
 @pytest.mark.parametrize(
     ("more", "code", "words"),
     [
-        (["--to", "W4A16_G32,W8A16"], 2, "one of --bits-per-weight and --max-kl"),
+        (["--to", "W4A16_G32,W8A16_G32"], 2, "one of --bits-per-weight and --max-kl"),
         (["--to", "auto", "--bits-per-weight", "5", "--max-kl", "1"], 2, "one of --bits-per-weight and --max-kl"),
-        (["--to", "W8A16", "--bits-per-weight", "5"], 2, "several schemes"),
-        (["--to", "W8A16,NOPE", "--bits-per-weight", "5", "--calibrate"], 2, "no scheme is named"),
-        (["--to", "W4A16_G32,W8A16", "--bits-per-weight", "5"], 2, "needs a text to choose schemes by"),
-        (["--to", "W4A16_G32,W8A16", "--bits-per-weight", "3", "--calibrate"], 1, "are allowed; allow more"),
+        (["--to", "W8A16_G32", "--bits-per-weight", "5"], 2, "several schemes"),
+        (["--to", "W8A16_G32,NOPE", "--bits-per-weight", "5", "--calibrate"], 2, "no scheme is named"),
+        (["--to", "W4A16_G32,W8A16_G32", "--bits-per-weight", "5"], 2, "needs a text to choose schemes by"),
+        (["--to", "W4A16_G32,W8A16_G32", "--bits-per-weight", "3", "--calibrate"], 1, "are allowed; allow more"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(lowbit, folder, text, tmp_path, more, code, words):

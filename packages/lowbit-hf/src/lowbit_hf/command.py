@@ -561,7 +561,8 @@ def _mix(
         raise typer.BadParameter(msg, param_hint="'--to'")
     if not calibrated:
         raise typer.BadParameter("needs a text to choose schemes by: --calibrate FILE", param_hint="'--to'")
-    jobs = [(_scheme(name, "--to"), job_of(name, rules, keep)) for name in schemes]
+    found = [_scheme(name, "--to") for name in schemes]
+    jobs = [(each, job_of(name, rules, keep)) for each, name in zip(found, schemes, strict=True)]
     return choose(jobs, keep=KEEP in names, device=device, bits_per_weight=bits_per_weight, max_kl=max_kl)
 
 
