@@ -129,7 +129,9 @@ def test_smoothquant_mends_what_outliers_cost(model, batches, recipe, pre_scale,
     calibrate_(model, recipe, batches[:4], method)
     assert rise(model, plain, batches[4:]) < 0.5 * rise(nearest, plain, batches[4:])
     held = [p.pre_scale is not None for p in model.parameters() if isinstance(p, lb.QuantizedTensor)]
-    assert any(held) == pre_scale
+    assert pre_scale or not any(held)
+    # Of factors that are searched, only those that gain clearly stay.
+    assert alpha is None or any(held) == pre_scale
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "clipped", "gptq"])
