@@ -128,7 +128,7 @@ def test_rotated_and_learned_from_disk_as_in_memory(make, tmp_path, kind, tied, 
     assert ("lm_head.weight" in account.tensors["model.embed_tokens.weight"]) == tied
 
 
-def test_distillation_is_planned_told_and_refused_where_there_are_no_predictions(make, tmp_path):
+def test_distillation_is_planned_and_told(make, tmp_path):
     folder, method = make("llama"), Method(distilled=2)
     plain, more = (foresee(job_of(folder, method=each), "cpu").planned.host for each in (Method(), method))
     assert more > plain
@@ -136,8 +136,6 @@ def test_distillation_is_planned_told_and_refused_where_there_are_no_predictions
     report = Report.from_json((tmp_path / "out" / "report.json").read_text())
     assert all("nats a token on held out text" in layer.notes[-1] for layer in report.layers)
     assert {block.name for block in report.blocks} == {"model.layers.0", "model.layers.1"}
-    with pytest.raises(LowbitError, match="without logits"):
-        run(job_of(make("bert"), method=method), tmp_path / "bert")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
