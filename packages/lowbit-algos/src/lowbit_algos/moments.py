@@ -33,15 +33,20 @@ class Moments:
 
 
 def lacking(found: Input, least: int | None) -> Tensor:
-    """How many tokens (E,) experts lack of `least`, by default of as many as columns."""
-    hessian = found.hessian.hessian
-    return ((hessian.shape[-1] if least is None else least) - found.hessian.tokens).clamp_min(0)
+    """How many tokens of their own (E,) experts lack of `least`, by default of as many as columns."""
+    return ((found.hessian.hessian.shape[-1] if least is None else least) - own_tokens(found)).clamp_min(0)
+
+
+def own_tokens(found: Input) -> Tensor:
+    """How many tokens (E,) the model itself sent to each expert."""
+    return found.hessian.tokens if found.extra is None else found.hessian.tokens - found.extra
 
 
 def moments_of(found: Input, least: int | None) -> tuple[Moments, tuple[int, ...]]:
     """The moments of an input, and the experts that saw fewer than `least` tokens (by default as many as columns).
 
-    What these lack they are given of the mean of all experts' tokens; an expert that saw none has that alone.
+    What these lack they are given of the mean of all experts' tokens, also where they were topped up: of hardly more
+    tokens than columns alone, GPTQ would learn the noise. An expert that saw none has the mean alone.
     """
     hessian, tokens = found.hessian.hessian, found.hessian.tokens
     lost = (None, None) if found.lost is None else (found.lost.cross, found.lost.squares)
@@ -61,7 +66,7 @@ def moments_of(found: Input, least: int | None) -> tuple[Moments, tuple[int, ...
 
     joined = fed(hessian)
     assert joined is not None
-    return Moments(joined, tuple((tokens + lacks).tolist()), *map(fed, lost)), starved
+    return Moments(joined, tuple((own_tokens(found) + lacks).tolist()), *map(fed, lost)), starved
 
 
 def fit(weight: Tensor, moments: Moments, k_axis: int, damping: float) -> Tensor:
