@@ -61,7 +61,8 @@ def moments_of(found: Input, least: int | None) -> tuple[Moments, tuple[int, ...
     def fed(part: Tensor | None) -> Tensor | None:
         if part is None:
             return None
-        share = (lacks / tokens.sum()).view(-1, *(1,) * (part.dim() - 1))
+        # Tokens that were sent besides make the mean weigh more, as they do each expert's own part.
+        share = (lacks / own_tokens(found).sum()).view(-1, *(1,) * (part.dim() - 1))
         return torch.addcmul(part, share.to(part.dtype), part.sum(0))
 
     joined = fed(hessian)
