@@ -247,7 +247,7 @@ def test_a_run_that_was_cut_short_anywhere_ends_the_same(make, tmp_path, monkeyp
 
 def cut_off(patch, block, where):
     seen = {"blocks": -1}
-    step, rounding, done = calibrated.Walk.step, calibrated.Walk._round, calibrated.Progress
+    step, rounding, done = calibrated.Walk.step, calibrated.Walk.round, calibrated.Progress
 
     def begin(self, *args, **kwargs):
         seen["blocks"] += 1
@@ -270,7 +270,7 @@ def cut_off(patch, block, where):
         return done(scratch, is_done, told)
 
     patch.setattr(calibrated.Walk, "step", begin)
-    patch.setattr(calibrated.Walk, "_round", rounded)
+    patch.setattr(calibrated.Walk, "round", rounded)
     patch.setattr("lowbit_hf.writing.Progress", progress)
 
 
