@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import lowbit as lb
 from lowbit import Recipe, Rule
 from lowbit_algos import Method, calibrate_
 from lowbit_algos.folds import find_folds
+from lowbit_algos.inputs import Input
 from lowbit_algos.smooth import _factors
+from lowbit_algos.walk import Walk
 
 K, HEAD = 64, 16
 
@@ -171,6 +174,47 @@ def test_factors_are_smoothquants_equation():
     assert found.tolist() == [4.0, 1.0, pytest.approx(1e5), 1.0]
     centred = _factors(torch.tensor([1.0, 4.0]), torch.ones(2), 1.0, "awq")
     assert centred.tolist() == [0.5, 2.0]
+
+
+@pytest.mark.parametrize("pre_scale", [True, False])
+@pytest.mark.parametrize(
+    ("recipe", "method"),
+    [
+        (W4, Method(smoothing="awq")),
+        (W8A8_STATIC, Method(smoothing="smoothquant", static="minmax", activation_aware=False, alpha=0.5)),
+    ],
+    ids=["awq", "static"],
+)
+def test_one_look_at_inputs_tells_what_a_second_would(model, batches, recipe, method, pre_scale, monkeypatch):
+    method = replace(method, pre_scale=pre_scale)
+    again, rounded, looks = copy.deepcopy(model), [], []
+    solve, observe = Walk.round, Walk.observe
+
+    def seen(self, prefix, block, originals, targets, inputs, pre_scales):
+        rounded.append({name: copy.deepcopy(found) for name, found in inputs.items()})
+        return solve(self, prefix, block, originals, targets, inputs, pre_scales)
+
+    def looked(*args, **kwargs):
+        looks.append(1)
+        return observe(*args, **kwargs)
+
+    monkeypatch.setattr(Walk, "round", seen)
+    monkeypatch.setattr(Walk, "observe", looked)
+    calibrate_(model, recipe, batches[:4], method)
+    monkeypatch.setattr(Input, "divide", lambda *_: False)
+    calibrate_(again, recipe, batches[:4], method)
+    count = len(model.blocks)
+    assert len(looks) == count + 2 * count
+    # Later blocks may be fed something else, where rounding turned.
+    for name, one in rounded[0].items():
+        two = rounded[count][name]
+        most = float(two.hessian.hessian.amax())
+        torch.testing.assert_close(one.hessian.hessian, two.hessian.hessian, rtol=0, atol=1e-5 * most)
+        torch.testing.assert_close(one.sample, two.sample, rtol=1e-4, atol=1e-5)
+        for a, b in zip(one.channels.buffers(), two.channels.buffers(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(*(x.range.buffers() if x.range else () for x in (one, two)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_a_method_is_never_written_to(model, batches):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lowbit_hf.quantize import prepare, run
 from lowbit_hf.schemes import scheme
@@ -65,6 +66,25 @@ def make(tmp_path_factory):
                         parameter.data.normal_(0.0 if name.endswith("bias") else 1.0, 0.1)
             made[key] = tmp_path_factory.mktemp(kind) / "model"
             model.save_pretrained(made[key], max_shard_size=shard)
+        return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def worded(make, tmp_path_factory):
+    """`worded(kind, **config)`: a random model with a tokenizer of its 96 words; the second is the end token."""
+    made = {}
+
+    def of(kind="llama", **changes):
+        key = json.dumps([kind, changes], sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("worded") / kind
+            shutil.copytree(make(kind, **changes), made[key])
+            words = Tokenizer(models.WordLevel({"?": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 96)}, unk_token="?"))
+            words.pre_tokenizer = pre_tokenizers.Whitespace()
+            tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+            tokenizer.save_pretrained(made[key])
         return made[key]
 
     return of

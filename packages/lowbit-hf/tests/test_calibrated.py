@@ -26,13 +26,14 @@ from lowbit.report import Report
 from lowbit.table import size
 from lowbit_algos import Method, calibrate_
 from lowbit_algos.blocks import capture, find_blocks
-from lowbit_algos.calibrate import Walk
 from lowbit_algos.folds import find_folds
 from lowbit_algos.gptq import Options
+from lowbit_algos.walk import Walk
 from lowbit_hf import calibrated, footprint
 from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
-from lowbit_hf.command import _bytes_of, quantize
+from lowbit_hf.commands.options import bytes_of
+from lowbit_hf.commands.quantizing import quantize
 from lowbit_hf.loading import load
 from lowbit_hf.quantize import foresee, prepare, run
 from lowbit_hf.schemes import scheme
@@ -524,18 +525,18 @@ def test_what_a_gpu_has_no_room_for_ends_a_run_that_continues(make, tmp_path, mo
     [("4GiB", 4 << 30), ("1.5 GB", 15 * 10**8), ("300m", 3 * 10**8), ("1e9", 10**9), ("64KiB", 1 << 16)],
 )
 def test_sizes_are_read(text, count):
-    assert _bytes_of(text) == count
+    assert bytes_of(text) == count
 
 
 @pytest.mark.parametrize("text", ["", "four", "-1", "0", "4 GiBs", "1..2"])
 def test_what_is_no_size_is_wrong_use(text):
     with pytest.raises(BadParameter, match="is not a size, such as 4GiB"):
-        _bytes_of(text)
+        bytes_of(text)
 
 
 # Calibration text
 
-LINES = ["the first of a few texts", "another one, a little longer than the first", "and a third"]
+LINES = ["the first of a few texts", "another one, a little\u2028longer than the first", "and a third"]
 
 
 @pytest.fixture(scope="session")
@@ -549,7 +550,9 @@ def test_text_of_every_kind_gives_the_same_windows(speaking, tmp_path):
     for line in LINES * 20:
         ids += ([tokenizer.eos_token_id] if ids else []) + tokenizer(line).input_ids
     whole = torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16)
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line, "id": 1}) for line in LINES * 20) + "\n")
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"text": line, "id": 1}, ensure_ascii=False) for line in LINES * 20) + "\n"
+    )
     (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(line) for line in LINES * 20))
     parquet.write_table(table({"text": LINES * 20, "other": [1] * 60}), tmp_path / "c.parquet")
     for name in ("a.jsonl", "b.jsonl", "c.parquet"):
@@ -650,7 +653,7 @@ def test_text_that_does_not_do_is_told(speaking, tmp_path, make):
 
 KILL = """
 import os, signal, sys
-from lowbit_algos.calibrate import Walk
+from lowbit_algos.walk import Walk
 step, seen = Walk.step, []
 def counted(self, *args, **kwargs):
     seen.append(1)

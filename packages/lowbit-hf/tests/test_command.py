@@ -3,19 +3,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import shutil
 from importlib.metadata import entry_points
 from math import inf
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lowbit.command import main
-from lowbit.plan import Plan
-from lowbit_hf import command as module
 from lowbit_hf.schemes import SCHEMES, scheme
 
 NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes", "synthesize"]
@@ -36,14 +31,9 @@ def lowbit(capsys, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def folder(make, tmp_path_factory):
+def folder(worded):
     """A model with a tokenizer of its 96 words."""
-    path = tmp_path_factory.mktemp("command") / "model"
-    shutil.copytree(make("llama"), path)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
-    return path
+    return worded()
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +49,7 @@ def text(tmp_path_factory, folder):
 
 def test_every_subcommand_is_there():
     found = {point.name: point.value for point in entry_points(group="lowbit.commands")}
-    assert {name: found.get(name) for name in NAMES} == {name: f"lowbit_hf.command:{name}" for name in NAMES}
+    assert {name for name, value in found.items() if value.startswith("lowbit_hf.commands.")} == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -422,8 +412,3 @@ def test_ctrl_c_says_how_to_go_on(lowbit, folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert lowbit("quantize", folder, "--to", "W8A8", "-o", tmp_path / "out")[0] == 0
-
-
-def test_functions_are_named_by_their_commands():
-    assert all(callable(getattr(module, name)) for name in NAMES)
-    assert Plan.to_json

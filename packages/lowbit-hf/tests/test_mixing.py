@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lowbit.command import main
 from lowbit_hf import load
@@ -18,14 +15,9 @@ SIZES = ["--samples", 8, "--seq-len", 16]
 
 
 @pytest.fixture(scope="module")
-def folder(make, tmp_path_factory):
+def folder(worded):
     """A mixture of experts with a tokenizer of its 96 words."""
-    path = tmp_path_factory.mktemp("mixing") / "model"
-    shutil.copytree(make("qwen3-moe", num_hidden_layers=2), path)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
-    return path
+    return worded("qwen3-moe", num_hidden_layers=2)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from lowbit.command import main
 from lowbit_hf import load
@@ -35,23 +33,6 @@ def lowbit(capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return called
-
-
-@pytest.fixture(scope="session")
-def worded(make, tmp_path_factory):
-    """`worded(kind)`: a random model with a tokenizer of its 96 words, the second of which is the end token."""
-    made = {}
-
-    def of(kind):
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp("worded") / kind
-            shutil.copytree(make(kind), made[kind])
-            words = Tokenizer(models.WordLevel({"?": 0, "</s>": 1} | {f"w{i}": i for i in range(2, 96)}, unk_token="?"))
-            words.pre_tokenizer = pre_tokenizers.Whitespace()
-            PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>").save_pretrained(made[kind])
-        return made[kind]
-
-    return of
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,24 @@ class Input:
         """What is known of each expert's inputs, (E, ..)."""
         return [self.hessian.hessian, self.hessian.tokens, *(() if self.lost is None else self.lost.buffers())]
 
+    def divide(self, factors: Tensor) -> bool:
+        """Make it what channels divided by positive `factors` (K,) would have been; False if that cannot be told.
+
+        It can where all that is asked of inputs is their products and the largest of them.
+        """
+        if self.lost is not None or type(self.range) not in {type(None), MinMax}:
+            return False
+        by = factors.to(self.hessian.hessian.device)
+        self.hessian.hessian.div_(torch.outer(by, by))
+        self.channels.low.div_(by)
+        self.channels.high.div_(by)
+        if self.sample is not None:
+            self.sample = self.sample / by.to(self.sample.dtype)
+        if isinstance(self.range, MinMax):
+            self.range.low.copy_(self.channels.low.amin())
+            self.range.high.copy_(self.channels.high.amax())
+        return True
+
     def observers(self) -> list[Observer]:
         """All of them."""
         return [self.hessian, self.channels, *([] if self.range is None else [self.range])]

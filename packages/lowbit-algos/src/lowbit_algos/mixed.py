@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from lowbit import Activation, Format, LowbitError, Recipe, Rule
 from lowbit.plan import plan
 from lowbit_algos.blocks import Batch, Call, capture, find_blocks
-from lowbit_algos.calibrate import Method, Walk, quantize_blocks
+from lowbit_algos.calibrate import quantize_blocks
 from lowbit_algos.distilled import divergence
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Target
 from lowbit_algos.learned import used
+from lowbit_algos.method import Method
 from lowbit_algos.rounding import RoundInputs
+from lowbit_algos.walk import Walk
 from lowbit_algos.watch import Watch
 
 WEIGHED = 4

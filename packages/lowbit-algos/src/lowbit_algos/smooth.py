@@ -58,6 +58,8 @@ class Smoothed:
     pre_scales: Mapping[str, Tensor]
     # All parameters that changed.
     changed: frozenset[str]
+    # By what the input of a weight is divided now.
+    factors: Mapping[str, Tensor]
 
 
 def smooth(
@@ -78,6 +80,7 @@ def smooth(
     rounded.
     """
     exact = dict(exact)
+    divided: dict[str, Tensor] = {}
     pre_scales: dict[str, Tensor] = {}
     changed: set[str] = set()
     left = dict.fromkeys(targets)
@@ -93,7 +96,9 @@ def smooth(
             continue
         factors = _choose(layers, inputs[names[0]], source, fold.producer.channels, kind, alpha, mode)
         if factors is not None:
-            changed |= _fold(block, fold, factors, targets, exact)
+            factors = _fold(block, fold, factors, targets, exact)
+            changed |= {name for name, _ in fold.producer.parameters} | set(fold.consumers)
+            divided |= {name: factors[fold.consumers[name].to(factors.device)] for name in names}
         for name in names:
             del left[name]
     for name in list(left) if pre_scale else ():
@@ -107,8 +112,8 @@ def smooth(
             del left[layer.name]
             if factors is not None:
                 exact[layer.name] = scale_axis(layer.weight, factors, -1).movedim(-1, layer.target.k_axis)
-                pre_scales[layer.name] = factors.reciprocal()
-    return Smoothed(exact, pre_scales, frozenset(changed))
+                pre_scales[layer.name], divided[layer.name] = factors.reciprocal(), factors
+    return Smoothed(exact, pre_scales, frozenset(changed), divided)
 
 
 def _layer(block: nn.Module, name: str, target: Target, exact: Mapping[str, Tensor]) -> _Layer:
@@ -179,8 +184,8 @@ def _loss(layers: Sequence[_Layer], found: Input, s: Tensor, mode: ScaleMode) ->
 
 def _fold(
     block: nn.Module, fold: Fold, factors: Tensor, targets: Mapping[str, Target], exact: MutableMapping[str, Tensor]
-) -> set[str]:
-    """Divide what the producer makes by factors, and multiply its consumers' columns; the names of what changed."""
+) -> Tensor:
+    """Divide what the producer makes by factors, and multiply its consumers' columns; the factors it could hold."""
     producer, by = fold.producer, factors
     for name, _ in producer.parameters:
         parameter = block.get_parameter(name)
@@ -202,7 +207,7 @@ def _fold(
         if name in targets:
             exact[name] = scaled
         parameter.data = scaled.to(parameter.dtype)
-    return {name for name, _ in producer.parameters} | set(fold.consumers)
+    return by
 
 
 def _told_apart(old: Tensor, new: Tensor, factors: Tensor, producer: Producer) -> Tensor:

@@ -22,11 +22,13 @@ from lowbit.hadamard import Rotation
 from lowbit.memory import release
 from lowbit.shards import Checkpoint
 from lowbit_algos.blocks import Captured, capture, find_blocks
-from lowbit_algos.calibrate import BlockResult, Method, Walk, outside, quantize_blocks
+from lowbit_algos.calibrate import outside, quantize_blocks
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Target
+from lowbit_algos.method import Method
 from lowbit_algos.mixed import WEIGHED, Candidate, Decision, weigh
 from lowbit_algos.rotation import Ends, find_ends
+from lowbit_algos.walk import BlockResult, Walk
 from lowbit_hf.experts import use_lowbit_experts
 from lowbit_hf.footprint import Footprint, Held, Running, of_calibration, of_distilling
 from lowbit_hf.schemes import Scheme

@@ -86,7 +86,8 @@ def _documents(file: Path) -> Iterator[str]:
     if kind not in (".jsonl", ".ndjson"):
         yield text
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines: strings in JSON may hold what Unicode too takes for ends of lines.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield _text_of(line, f"{file}, line {number}")
 

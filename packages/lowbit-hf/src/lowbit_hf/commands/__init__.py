@@ -1,0 +1,1 @@
+"""The subcommands that `lowbit-hf` adds to the `lowbit` command."""
