@@ -118,7 +118,7 @@ def test_compressed_tensors_itself_reads_what_others_become(foreign, tmp_path, k
 
 def test_a_model_computes_the_same_from_either_layout(foreign, tmp_path):
     ids = torch.arange(16).view(1, -1)
-    for kind in ("gptq", "awq", "modelopt nvfp4", "fp8"):
+    for kind in ("gptq", "awq", "modelopt nvfp4", "modelopt fp8"):
         folder, _ = foreign(kind, 1)
         convert(folder, tmp_path / kind, WRITERS["compressed-tensors"])
         with torch.inference_mode():
@@ -190,7 +190,7 @@ DAMAGE = {
     "a flat scale": (
         "modelopt mxfp8",
         lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"][0]}),
-        "quant_algo",
+        "of 2 dims",
     ),
     "a wide weight": ("modelopt fp8", lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].float()}), "quant_algo"),
     "a smoothed weight": (
@@ -212,7 +212,7 @@ def test_damaged_files_of_others_are_refused(foreign, tmp_path, case):
 
 CONFIGS = {
     "5 bits": ("gptq", {"bits": 5}, "lowbit reads bits"),
-    "no bits": ("gptq", {"bits": None}, "needed are two integers"),
+    "no bits": ("gptq", {"bits": None}, "bits None"),
     "gemv": ("awq", {"version": "gemv"}, "version 'gemv'"),
     "other blocks": ("fp8", {"weight_block_size": [64, 64]}, "weight_block_size"),
     "another method": ("fp8", {"quant_method": "hqq"}, "quantized by 'hqq'; lowbit reads compressed-tensors, gptq"),

@@ -244,9 +244,13 @@ def groups_of(**groups):
 
 
 CONFIGS = {
-    "another method": ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'"),
+    "another method": ({"quant_method": "hqq", "bits": 4}, "quantized by 'hqq'; lowbit reads"),
+    "another method's tensors": (
+        {"quant_method": "gptq", "bits": 4},
+        "quantized by 'gptq', but none of its tensors are",
+    ),
     # ModelOpt's config has groups too, but its scales mean something else.
-    "another with groups": (groups_of() | {"quant_method": "modelopt"}, "quantized by 'modelopt'"),
+    "another with groups": (groups_of() | {"quant_method": "modelopt"}, "needed are a matrix `weight`"),
     "a string": ("int4", "quantized by 'int4'"),
     "no groups": ({"quant_method": "compressed-tensors"}, "no object of config_groups"),
     "a group of null": (groups_of(group_0=None), "'group_0' must be an object"),

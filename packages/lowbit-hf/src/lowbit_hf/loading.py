@@ -64,12 +64,25 @@ def read_tensors(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, Ten
     if layout is None:
         return {name: checkpoint.read(entry) for name, entry in checkpoint.entries.items()}
     tensors: dict[str, Tensor] = {}
-    for module, names in layout.modules(checkpoint.entries).items():
+    for module, names in modules_of(checkpoint, layout).items():
         if module is None:
             tensors |= {layout.plain_name(name): checkpoint.read(checkpoint.entries[name]) for name in names}
         else:
             tensors[layout.weight_name(module)] = read_weight(checkpoint, layout, module, names)
     return tensors
+
+
+def modules_of(checkpoint: Checkpoint, layout: Layout) -> dict[str | None, list[str]]:
+    """Tensors of each quantized module; under None those that are stored as they are.
+
+    Raises:
+        CheckpointError: there is no quantized module.
+    """
+    found = layout.modules(checkpoint.entries)
+    if set(found) == {None}:
+        msg = f"config.json says that it is quantized by {layout.method!r}, but none of its tensors are"
+        raise CheckpointError(msg)
+    return found
 
 
 def read_weight(checkpoint: Checkpoint, layout: Layout, module: str, names: Iterable[str]) -> QuantizedTensor:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint, TensorEntry
 from lowbit_hf.layouts import Layout, Outline, layout_of
-from lowbit_hf.loading import outline_of, read_weight
+from lowbit_hf.loading import modules_of, outline_of, read_weight
 from lowbit_hf.skeleton import Skeleton
 
 
@@ -33,7 +32,7 @@ class Plain(Checkpoint):
         self.outlines: dict[str, Outline] = {}
         self._modules: dict[str, tuple[str, list[str]]] = {}
         first: dict[str, str] = {}
-        for module, names in layout.modules(stored.entries).items():
+        for module, names in modules_of(stored, layout).items():
             if module is not None:
                 weight = layout.weight_name(module)
                 self.outlines[weight] = outline_of(stored, layout, module, names)
@@ -98,9 +97,6 @@ def open_plain(folder: Path, config: Mapping[str, Any], skeleton: Skeleton | Non
     with ExitStack() as opened:
         opened.callback(stored.close)
         plain = Plain(stored, layout)
-        if not plain.outlines:
-            msg = f"{folder}: config.json says that it is quantized by {layout.method!r}, but none of its tensors are"
-            raise CheckpointError(msg)
         opened.pop_all()
     return plain
 

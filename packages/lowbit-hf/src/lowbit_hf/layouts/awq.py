@@ -19,8 +19,8 @@ from lowbit.errors import CheckpointError
 from lowbit.numerics import Scales
 from lowbit.packing import pack, unpack
 from lowbit.tensor import QuantizedTensor
-from lowbit_hf.layouts.gptq import columns_of, integers, integers_refusal, scale_dtype, zeros_of
-from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, take
+from lowbit_hf.layouts.gptq import columns_of, integers, integers_refusal, zeros_of
+from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, scale_element, take
 from lowbit_hf.words import flip_signs, transposed
 
 _ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -56,10 +56,10 @@ class Awq(Layout):
         if group < 1 or k % group:
             msg = f"it has {k} columns in groups of {group}, which do not divide them"
             raise CheckpointError(msg)
-        scale = scale_dtype(parts, self.dtype)
+        scale = scale_element(parts, ("scales",), self.dtype)
         fits(parts, [("qzeros", torch.int32, (k // group, count)), ("scales", parts["scales"].dtype, (k // group, n))])
         symmetric = bool((_columns(parts["qzeros"]) == 8).all())
-        return Outline((n, k), integers(4, self._group, symmetric=symmetric, scale=scale), None, self.dtype)
+        return Outline((n, k), integers(4, self._group, scale, symmetric=symmetric), None, self.dtype)
 
     def read(self, module: str, parts: Mapping[str, Tensor]) -> QuantizedTensor:
         """See `Layout`."""

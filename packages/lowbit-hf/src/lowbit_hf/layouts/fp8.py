@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
-from lowbit.element import BFLOAT16, E4M3FN, FLOAT16, FLOAT32
+from lowbit.element import E4M3FN, FLOAT32
 from lowbit.errors import CheckpointError
 from lowbit.format import FP8_TENSOR, Format, FP8_1x128, FP8_128x128
 from lowbit.numerics import Scales
 from lowbit.tensor import QuantizedTensor
-from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, only, take
+from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, only, scale_element, take
 
 _BLOCKS = (replace(FP8_128x128, scale=FLOAT32), Activation(FP8_1x128))
 _STATIC = (replace(FP8_TENSOR, scale=FLOAT32), Activation(FP8_TENSOR, "static"))
@@ -37,6 +37,7 @@ class Fp8(Layout):
     method = "fp8"
     marks = frozenset({"weight_scale_inv", "weight_scale"})
     parts = frozenset({"weight", "weight_scale_inv", "weight_scale", "input_scale"})
+    told = parts - {"weight"}
 
     def __init__(self, quantization: Mapping[str, Any], skeleton: Any) -> None:
         """Read a config."""
@@ -62,7 +63,7 @@ class Fp8(Layout):
             given = "missing" if scale is None else f"{scale.dtype} {tuple(scale.shape)}"
             msg = f"{name} is {given}; needed is float32 {shape}"
             raise CheckpointError(msg)
-        return replace(found, format=replace(fmt, scale=_stored(scale.dtype)))
+        return replace(found, format=replace(fmt, scale=scale_element(parts, (name, "input_scale"), self.dtype)))
 
     def read(self, module: str, parts: Mapping[str, Tensor]) -> QuantizedTensor:
         """See `Layout`."""
@@ -73,7 +74,7 @@ class Fp8(Layout):
             raise CheckpointError("activation_scheme is static, and it has no input_scale")
         return QuantizedTensor.from_parts(
             parts["weight"],
-            Scales(scale.reshape(found.format.scale_shape(found.shape)), None, None),
+            Scales(scale.reshape(found.format.scale_shape(found.shape)).to(found.format.scale.storage), None, None),
             found.format,
             k=found.shape[1],
             dtype=found.dtype,
@@ -84,14 +85,6 @@ class Fp8(Layout):
     @property
     def _blocks(self) -> bool:
         return self._kind is _BLOCKS
-
-
-def _stored(dtype: torch.dtype) -> Any:
-    for element in (FLOAT32, BFLOAT16, FLOAT16):
-        if element.storage == dtype:
-            return element
-    msg = f"a scale is {dtype}; needed is float32, bfloat16 or float16"
-    raise CheckpointError(msg)
 
 
 class Fp8Writer(Writer):

@@ -19,34 +19,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.element import BFLOAT16, ELEMENTS, FLOAT16, FLOAT32
+from lowbit.element import BFLOAT16, ELEMENTS, FLOAT16, FLOAT32, Element
 from lowbit.errors import CheckpointError
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import Scales
 from lowbit.tensor import QuantizedTensor
-from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, take
+from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, scale_element, take
 from lowbit_hf.words import flip_signs, pack_zeros, to_bytes, to_words, transposed, unpack_zeros, words
 
 _BITS = (2, 3, 4, 8)
 _SCALES = (FLOAT16, BFLOAT16, FLOAT32)
 
 
-def integers(bits: int, group: int, *, symmetric: bool, scale: torch.dtype = torch.float16) -> Format:
-    """Integers in groups of `group` columns (-1: a row) with scales of this dtype; those with zeros are unsigned.
-
-    Raises:
-        CheckpointError: no format has them.
-    """
-    if bits not in _BITS or not (group == -1 or group > 0):
-        msg = f"the config has {bits} bits in groups of {group}; lowbit reads bits {_BITS}, in groups or -1"
-        raise CheckpointError(msg)
-    stored = next((element for element in _SCALES if element.storage == scale), None)
-    if stored is None:
-        msg = f"scales are {scale}; needed is float16, bfloat16 or float32"
-        raise CheckpointError(msg)
+def integers(bits: int, group: int, scale: Element, *, symmetric: bool) -> Format:
+    """Integers in groups of `group` columns (-1: a row); those with zeros are unsigned."""
     codes = ELEMENTS[f"int{bits}" if symmetric else f"uint{bits}"]
     block = (1, WHOLE if group == -1 else group)
-    return Format(element=codes, block=block, scale=stored, zero=None if symmetric else codes)
+    return Format(element=codes, block=block, scale=scale, zero=None if symmetric else codes)
 
 
 class Gptq(Layout):
@@ -62,7 +51,7 @@ class Gptq(Layout):
         bits, group = self._sizes(module)
         rows, n = take(parts, "qweight", torch.int32, 2).shape
         k = rows * 32 // bits
-        scale, size = scale_dtype(parts, self.dtype), k if group == -1 else group
+        scale, size = scale_element(parts, ("scales",), self.dtype), k if group == -1 else group
         if size < 1 or k % size:
             msg = f"it has {k} columns in groups of {size}, which do not divide them"
             raise CheckpointError(msg)
@@ -77,7 +66,7 @@ class Gptq(Layout):
                 )
                 raise CheckpointError(msg)
         symmetric = bool((self._zeros(parts, bits, n) == 1 << (bits - 1)).all())
-        return Outline((n, k), integers(bits, group, symmetric=symmetric, scale=scale), None, self.dtype)
+        return Outline((n, k), integers(bits, group, scale, symmetric=symmetric), None, self.dtype)
 
     def read(self, module: str, parts: Mapping[str, Tensor]) -> QuantizedTensor:
         """See `Layout`."""
@@ -109,10 +98,10 @@ class Gptq(Layout):
                 said |= other
                 break
         bits, group = said.get("bits"), said.get("group_size", -1)
-        if not isinstance(bits, int) or not isinstance(group, int):
-            msg = f"the config has bits {bits!r} and group_size {group!r}; needed are two integers"
+        if bits not in _BITS or not isinstance(group, int):
+            msg = f"the config has bits {bits!r} and group_size {group!r}; lowbit reads bits {_BITS}, and an integer"
             raise CheckpointError(msg)
-        return bits, group
+        return int(bits), group
 
 
 class GptqWriter(Writer):
@@ -185,18 +174,6 @@ class GptqWriter(Writer):
     def files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """See `Writer`."""
         return {"quantize_config.json": {key: value for key, value in config.items() if key != "quant_method"}}
-
-
-def scale_dtype(parts: Mapping[str, Tensor], wanted: torch.dtype) -> torch.dtype:
-    """In what scales are kept: the model's dtype where that holds every one of them, else as they are stored.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    if "scales" not in parts:
-        raise CheckpointError("tensor 'scales' is missing")
-    scales = parts["scales"]
-    return wanted if torch.equal(scales.to(wanted).to(torch.float64), scales.to(torch.float64)) else scales.dtype
 
 
 def _settings(outline: Outline) -> dict[str, Any]:

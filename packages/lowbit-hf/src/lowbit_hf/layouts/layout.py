@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
+from lowbit.element import BFLOAT16, FLOAT16, FLOAT32, Element
 from lowbit.errors import CheckpointError
 from lowbit.format import Format
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.skeleton import Skeleton
+
+_SCALES = (FLOAT32, BFLOAT16, FLOAT16)
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Local name, dtype and shape of a stored tensor."""
@@ -172,6 +175,23 @@ def fits(parts: Mapping[str, Tensor], entries: Iterable[Entry]) -> None:
         if tuple(take(parts, name, dtype, len(shape)).shape) != shape:
             msg = f"{name} has shape {tuple(parts[name].shape)}; needed is {shape}"
             raise CheckpointError(msg)
+
+
+def scale_element(parts: Mapping[str, Tensor], names: Iterable[str], wanted: torch.dtype) -> Element:
+    """What the scales among parts are kept as: the model's dtype where that holds all of them, else as they are stored.
+
+    Raises:
+        CheckpointError: they are missing, or no floating-point numbers.
+    """
+    scales = [parts[name] for name in names if name in parts]
+    stored = next((element for element in _SCALES if scales and element.storage == scales[0].dtype), None)
+    if stored is None:
+        given = f"{scales[0].dtype}" if scales else "missing"
+        msg = f"tensor {', '.join(map(repr, names))} is {given}; needed is float16, bfloat16 or float32"
+        raise CheckpointError(msg)
+    narrow = next((element for element in _SCALES if element.storage == wanted), None)
+    exact = all(torch.equal(s.to(wanted).to(torch.float64), s.to(torch.float64)) for s in scales)
+    return narrow if narrow is not None and exact else stored
 
 
 def only(scale: Tensor) -> Tensor:

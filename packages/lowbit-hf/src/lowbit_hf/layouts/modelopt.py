@@ -28,7 +28,7 @@ from lowbit.errors import CheckpointError
 from lowbit.format import FP8_ROW, FP8_TENSOR, MXFP8, NVFP4, Format, FP8_128x128
 from lowbit.numerics import Scales
 from lowbit.tensor import QuantizedTensor
-from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, only
+from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, only, scale_element
 
 _E4M3, _WIDE = E4M3FN.storage, FLOAT32
 # What each quant_algo means: weights, and what becomes of inputs.
@@ -49,6 +49,7 @@ class ModelOpt(Layout):
     method = "modelopt"
     marks = frozenset({"weight_scale", "weight_scale_2"})
     parts = frozenset({"weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale"})
+    told = frozenset({"weight_scale", "input_scale"})
 
     def outline(self, module: str, parts: Mapping[str, Tensor]) -> Outline:
         """See `Layout`."""
@@ -63,9 +64,11 @@ class ModelOpt(Layout):
         n, k = weight.shape
         shape = (n, k * 2) if fmt is NVFP4 else (n, k)
         stored: list[Entry] = [("weight", weight.dtype, (n, k))]
-        if scale.dim() == 2:
+        if fmt.scale is not _WIDE or scale.dim() == 2:
             stored.append(("weight_scale", scale.dtype, fmt.scale_shape(shape)))
         fits(parts, stored)
+        if fmt.scale is _WIDE:
+            fmt = replace(fmt, scale=scale_element(parts, ("weight_scale", "input_scale"), self.dtype))
         return Outline(shape, fmt, activation, self.dtype)
 
     def read(self, module: str, parts: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -77,7 +80,7 @@ class ModelOpt(Layout):
         stored = activation is not None and activation.scaling != "dynamic"
         return QuantizedTensor.from_parts(
             parts["weight"],
-            Scales(scale.reshape(fmt.scale_shape(found.shape)), None, two),
+            Scales(scale.reshape(fmt.scale_shape(found.shape)).to(fmt.scale.storage), None, two),
             fmt,
             k=found.shape[1],
             dtype=found.dtype,
