@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from lowbit.command import main
 from lowbit_hf.schemes import SCHEMES, scheme
 
-NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes", "synthesize", "export", "dequantize"]
+NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes", "synthesize"]
+NAMES += ["export", "dequantize", "lint"]
 Q = "model.layers.0.self_attn.q_proj"
 
 
