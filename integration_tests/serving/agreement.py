@@ -4,16 +4,17 @@ An engine's log-probabilities are exact ones and an error: bfloat16 rounds every
 scheme that rounds inputs does so a little differently in every engine (vLLM's int8 scale is amax/127, lowbit's
 amax/127.5), so that codes at an edge fall on either side. How large such errors are is measured on lowbit's own answers,
 against float32 arithmetic without rounded inputs on the same dequantized weights: `single` is the root mean square of
-the error of one log-probability, `between` that of the difference of the two likeliest. The other engine is taken for
-no worse, its errors for independent ones. Then what two engines say of one token is `sqrt(2) single` apart, and where
-they take different tokens after the same prefix, lowbit preferred its own by something of the order of
-`sqrt(2) between`. Four times that is the bound of a preference, of which there are twenty; six times that of one
-log-probability, of which there are hundreds.
+the error of one log-probability, `between` that of the difference of the two likeliest. The other engine's are taken for
+independent ones, and no worse than lowbit's where it computes the same. So two engines are apart by the root of the sum
+of both squares: in what they say of one token, by way of `single`; and in which token they prefer, by way of `between`,
+which is what lowbit preferred its own by where they take different ones after the same prefix. Four times that is the
+bound of a preference, of which there are twenty; six times that of one log-probability, of which there are hundreds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import hypot
 
 import torch
 from torch import Tensor
@@ -45,6 +46,24 @@ def greedy(model, prompts):
 
 
 @dataclass(frozen=True)
+class Errors:
+    """Root mean squares of an engine's errors: in one log-probability, and in the difference of the likeliest two."""
+
+    single: float
+    between: float
+
+
+def errors(exact, prompts, answers):
+    """Errors of answers, against a model that computes exactly."""
+    ids = torch.cat([prompts, answers.tokens[:, :-1]], dim=1)
+    with torch.inference_mode():
+        wanted = exact(ids).logits[:, prompts.shape[1] - 1 :].float().log_softmax(-1)
+    likeliest = answers.logs.topk(2).indices
+    off = answers.logs.gather(-1, likeliest) - wanted.gather(-1, likeliest)
+    return Errors(*(float(each.square().mean().sqrt()) for each in (off, off[..., 0] - off[..., 1])))
+
+
+@dataclass(frozen=True)
 class Bounds:
     """How far rounding alone may bring two engines apart: in a preference, and in one log-probability."""
 
@@ -52,15 +71,9 @@ class Bounds:
     apart: float
 
 
-def bounds(exact, prompts, answers):
-    """What the errors of answers allow, against a model that computes exactly."""
-    ids = torch.cat([prompts, answers.tokens[:, :-1]], dim=1)
-    with torch.inference_mode():
-        wanted = exact(ids).logits[:, prompts.shape[1] - 1 :].float().log_softmax(-1)
-    likeliest = answers.logs.topk(2).indices
-    errors = answers.logs.gather(-1, likeliest) - wanted.gather(-1, likeliest)
-    single, between = (float(each.square().mean().sqrt()) for each in (errors, errors[..., 0] - errors[..., 1]))
-    return Bounds(4 * 2**0.5 * between, 6 * 2**0.5 * single)
+def bounds(ours, theirs):
+    """What the errors of two engines allow."""
+    return Bounds(4 * hypot(ours.between, theirs.between), 6 * hypot(ours.single, theirs.single))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class LowbitConfig(_tensors.CompressedTensorsConfig):
         except (NotImplementedError, ValueError) as refusal:
             if len(_schemes_of(self, layer, prefix)) > 1:  # which is what it was refused for
                 raise
-            LOG.info_once("vLLM has no kernel for these experts: %s", refusal)
+            LOG.info_once("vLLM has no kernel for these experts: %s", str(refusal))
         else:
             # For MXFP4, vLLM names a kernel without asking whether it is one for this device.
             chosen = getattr(method, "experts_cls", None)
