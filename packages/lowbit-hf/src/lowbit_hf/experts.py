@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lowbit_hf.routing import through_experts
+
 NAME = "lowbit"
 
 
@@ -21,22 +23,15 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
     `self` is a transformers experts module: weights (E, N, K), or (E, K, N) where it says `is_transposed`.
     """
-    copies = top_k_index.shape[-1]
-    experts = top_k_index.reshape(-1)
-    order = torch.argsort(experts, stable=True)
-    ids = experts[order]
-    ends = torch.bincount(ids, minlength=self.num_experts).cumsum(0).to(torch.int32)
-    tokens = hidden_states[order // copies]
-    gated = bool(self.has_gate)
-    out = _project(self, "gate_up_proj" if gated else "up_proj", tokens, ends, ids)
-    out = self._apply_gate(out) if gated else self.act_fn(out)
-    out = _project(self, "down_proj", out, ends, ids)
-    if getattr(self, "has_post_expert_norm", False):
-        out = self.post_expert_norm(out)
-    out = out * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-    restored = torch.empty_like(out)
-    restored[order] = out
-    return restored.view(-1, copies, out.shape[-1]).sum(1).to(hidden_states.dtype)
+
+    def experts(tokens: Tensor, ends: Tensor, ids: Tensor) -> Tensor:
+        gated = bool(self.has_gate)
+        out = _project(self, "gate_up_proj" if gated else "up_proj", tokens, ends, ids)
+        out = self._apply_gate(out) if gated else self.act_fn(out)
+        out = _project(self, "down_proj", out, ends, ids)
+        return self.post_expert_norm(out) if getattr(self, "has_post_expert_norm", False) else out
+
+    return through_experts(hidden_states, top_k_index, top_k_weights, self.num_experts, experts)
 
 
 def use_lowbit_experts(model: PreTrainedModel) -> None:
