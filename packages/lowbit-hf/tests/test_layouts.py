@@ -100,6 +100,24 @@ def test_files_of_others_come_in_and_go_out_bit_for_bit(foreign, tmp_path, kind,
     assert_same_tensors(folder, tmp_path / "back")
 
 
+OURS = [
+    *[(name, layout) for name in ("W4A16_G32", "W8A16_G32", "W3A16_G64") for layout in ("gptq", "gptq_v2")],
+    *[(name, layout) for name in ("W4A16_ASYM_G32",) for layout in ("gptq_v2", "awq")],
+    *[("W4A16_G32", "awq"), ("FP8_BLOCK", "deepseek-fp8")],
+    *[(name, "modelopt") for name in ("NVFP4A16", "FP8_DYNAMIC", "MXFP8")],
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), OURS)
+def test_ours_go_out_and_come_back_bit_for_bit(make, quantize, tmp_path, name, layout):
+    folder = quantize(make("llama"), name)
+    assert convert(folder, tmp_path / "out", WRITERS[layout]).inexact == {}
+    assert convert(tmp_path / "out", tmp_path / "back", WRITERS["compressed-tensors"]).inexact == {}
+    assert_same_tensors(folder, tmp_path / "back")
+    one, two = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back"))
+    assert one == two
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compressed_tensors_itself_reads_what_others_become(foreign, tmp_path, kind):
     folder, weights = foreign(kind, 4)
