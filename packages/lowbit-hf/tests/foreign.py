@@ -138,6 +138,22 @@ def fp8_blocks(draw: random.Random, n: int, k: int) -> Weight:
     return Weight({"weight": codes, "weight_scale_inv": scale}, torch.tensor(values, dtype=torch.float64))
 
 
+def mxfp4_experts(draw: random.Random, experts: int, n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+    """gpt-oss's blocks and scales of a stack of experts, and its values (experts, k, n)."""
+    blocks = [
+        [[[draw.randrange(256) for _ in range(16)] for _ in range(k // 32)] for _ in range(n)] for _ in range(experts)
+    ]
+    scales = [[[draw.randint(120, 130) for _ in range(k // 32)] for _ in range(n)] for _ in range(experts)]
+
+    def value(e: int, i: int, j: int) -> float:
+        code = blocks[e][i][j // 32][j % 32 // 2] >> (4 * (j % 2)) & 15
+        return E2M1[code] * 2.0 ** (scales[e][i][j // 32] - 127)
+
+    values = [[[value(e, i, j) for i in range(n)] for j in range(k)] for e in range(experts)]
+    tensors = {"blocks": torch.tensor(blocks, dtype=torch.uint8), "scales": torch.tensor(scales, dtype=torch.uint8)}
+    return tensors, torch.tensor(values, dtype=torch.float64)
+
+
 class Kind(NamedTuple):
     """A layout with its options: its `quantization_config`, a weight of it, and what `lowbit export --as` calls it."""
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
-from foreign import KINDS, Weight, nvfp4, options
+from foreign import KINDS, Weight, mxfp4_experts, nvfp4, options
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig
 
 from lowbit.errors import CheckpointError
 from lowbit.tensor import QuantizedTensor
@@ -275,6 +275,46 @@ def test_dynamic_settings_of_gptqmodel_are_followed(foreign, tmp_path):
     for module, weight in (weights | {Q: other}).items():
         assert isinstance(held[f"{module}.weight"], QuantizedTensor)
         assert torch.equal(held[f"{module}.weight"].dequantize(torch.float32), weight.values.to(torch.float32))
+
+
+def test_stacks_of_experts_of_gpt_oss(tmp_path):
+    """Read, computed with, made plain and written again, all to the bit."""
+    config = GptOssConfig(
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        vocab_size=32,
+        head_dim=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=131072,
+        layer_types=["full_attention"],
+    )
+    folder, plain, again = (tmp_path / name for name in ("oss", "plain", "again"))
+    GptOssForCausalLM(config).bfloat16().save_pretrained(folder)
+    tensors, values, draw = load_file(folder / "model.safetensors"), {}, random.Random(0)
+    for name, (n, k) in {"gate_up_proj": (64, 64), "down_proj": (64, 32)}.items():
+        stack = f"model.layers.0.mlp.experts.{name}"
+        del tensors[stack]
+        parts, values[stack] = mxfp4_experts(draw, 2, n, k)
+        tensors |= {f"{stack}_{part}": tensor for part, tensor in parts.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    raw = json.loads((folder / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert convert(folder, plain, None).weights == 2
+    stored = load_file(plain / "model.safetensors")
+    assert all(torch.equal(stored[name], value.bfloat16()) for name, value in values.items())
+    assert convert(folder, again, WRITERS["mxfp4-gptoss"]).inexact == {}
+    assert_same_tensors(folder, again)
+    model, ids = load(folder), torch.arange(8).view(1, -1)
+    assert isinstance(model.get_parameter("model.layers.0.mlp.experts.gate_up_proj"), QuantizedTensor)
+    with torch.inference_mode():
+        assert torch.equal(model(ids).logits, load(plain)(ids).logits)
 
 
 def test_an_encoder_that_is_wrong_is_told():
