@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import lowbit as lb
 from lowbit import Recipe, Rule
-from lowbit_algos import Method, calibrate, calibrate_
+from lowbit_algos import Method, calibrate_, walk
 from lowbit_algos.blocks import Call
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Observing, Target
@@ -177,7 +177,7 @@ def run(batches, monkeypatch=None, blocks=1, **method):
     """A calibrated model, and what is told of its blocks."""
     model, told = Model([moe() for _ in range(blocks)]), []
     if monkeypatch is not None:
-        monkeypatch.setattr(calibrate, "top_up", lambda *_, **__: None)
+        monkeypatch.setattr(walk, "top_up", lambda *_, **__: None)
     calibrate_(model, RECIPE, batches, Method(**method), take=lambda block, _: told.append(block))
     if monkeypatch is not None:
         monkeypatch.undo()
