@@ -240,6 +240,9 @@ def test_views(fmt):
         for dim in range(free + 1):
             check(q.unsqueeze(dim), d.unsqueeze(dim))
             assert q.unsqueeze(dim).scale.data_ptr() == q.scale.data_ptr()
+            if dim < free or block[dim] == 1:
+                check(q.unsqueeze(dim).squeeze(dim), d)
+        check(q.squeeze(0), d)
         if free >= 2:
             for view in (
                 lambda t: t.flatten(0, 1),
