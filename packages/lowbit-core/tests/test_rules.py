@@ -243,6 +243,10 @@ def test_views(fmt):
             if dim < free or block[dim] == 1:
                 check(q.unsqueeze(dim).squeeze(dim), d)
         check(q.squeeze(0), d)
+        if 1 not in shape:
+            check(q.squeeze(), d)
+            if free:
+                check(q.unsqueeze(0).squeeze(), d)
         if free >= 2:
             for view in (
                 lambda t: t.flatten(0, 1),
@@ -297,7 +301,7 @@ UNSUPPORTED = {
     "aten.equal.default": lambda q: torch.equal(q, q),
     "aten.index.Tensor": lambda q: q[torch.tensor([0, 1])],
     "aten.expand.default": lambda q: q.expand(2, 6, 96),
-    "aten.squeeze.default": lambda q: q.squeeze(),
+    "aten.roll.default": lambda q: q.roll(1, 0),
     "aten.zero_.default": lambda q: q.zero_(),
     "aten.fill_.Scalar": lambda q: q.fill_(0),
     "aten.bmm.default": lambda q: torch.bmm(torch.zeros(1, 2, 96), q.unsqueeze(0).mT),
