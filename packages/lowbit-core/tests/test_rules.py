@@ -230,6 +230,21 @@ def test_join_refuses_what_does_not_match():
 
 
 @each_format
+def test_squeezing(fmt):
+    for shape in shapes(fmt):
+        q = quantize(sample(shape), fmt)
+        d, block = q.dequantize(), fmt.block_for(len(shape))
+        check(q.squeeze(0), d.squeeze(0))
+        # What one scale covers has to stay.
+        for dim in (dim for dim in range(len(shape)) if block[dim] == 1):
+            check(q.unsqueeze(dim).squeeze(dim), d)
+        if 1 not in shape:
+            check(q.squeeze(), d)
+            if block[0] == 1:
+                check(q.unsqueeze(0).squeeze(), d)
+
+
+@each_format
 def test_views(fmt):
     for shape in shapes(fmt):
         q = quantize(sample(shape), fmt)
@@ -294,7 +309,7 @@ UNSUPPORTED = {
     "aten.equal.default": lambda q: torch.equal(q, q),
     "aten.index.Tensor": lambda q: q[torch.tensor([0, 1])],
     "aten.expand.default": lambda q: q.expand(2, 6, 96),
-    "aten.squeeze.default": lambda q: q.squeeze(),
+    "aten.roll.default": lambda q: q.roll(1, 0),
     "aten.zero_.default": lambda q: q.zero_(),
     "aten.fill_.Scalar": lambda q: q.fill_(0),
     "aten.bmm.default": lambda q: torch.bmm(torch.zeros(1, 2, 96), q.unsqueeze(0).mT),

@@ -41,6 +41,7 @@ MODELS = {
         | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
         | {"first_k_dense_replace": 2, "num_key_value_heads": 4},
     ),
+    "olmo": ("OlmoForCausalLM", SMALL),  # its norms have no weights
     "gpt2": (
         "GPT2LMHeadModel",
         {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 32} | SPECIAL,

@@ -61,7 +61,7 @@ def dequantize_(model: nn.Module) -> None:
         NotPortableError: a weight was packed for a kernel that cannot unpack it; nothing is changed then.
     """
     plain = {
-        id(p): nn.Parameter(_plain(p.unpack() if isinstance(p, PackedTensor) else p), requires_grad=False)
+        id(p): nn.Parameter(plain_weight(p.unpack() if isinstance(p, PackedTensor) else p), requires_grad=False)
         for p in model.parameters()
         if isinstance(p, QuantizedTensor | PackedTensor)
     }
@@ -83,13 +83,14 @@ def _check_values(name: str, parameter: Tensor) -> None:
         )
 
 
-def _plain(weight: QuantizedTensor) -> Tensor:
+def plain_weight(weight: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The plain weight of a layer with the same function, but for the rounding of inputs: `pre_scale` is in it."""
     if weight.pre_scale is None:
-        return weight.dequantize().contiguous()
+        return weight.dequantize(dtype).contiguous()
     shape = [1] * weight.dim()
     shape[weight.permutation.index(weight.dim() - 1)] = -1
     values = weight.dequantize(torch.float32) * weight.pre_scale.to(torch.float32).reshape(shape)
-    return values.to(weight.dtype).contiguous()
+    return values.to(dtype or weight.dtype).contiguous()
 
 
 def _swap(model: nn.Module, fresh: Mapping[int, nn.Parameter]) -> None:

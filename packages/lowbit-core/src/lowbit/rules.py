@@ -210,6 +210,20 @@ def _unsqueeze(tensor: QuantizedTensor, dim: int) -> QuantizedTensor:
     return _reshape(tensor, (*tensor.shape[:dim], 1, *tensor.shape[dim:]))
 
 
+@_view_rule(aten.squeeze.dim)
+def _squeeze(tensor: QuantizedTensor, dim: int) -> QuantizedTensor:
+    dim = check_axis(dim, tensor.dim())
+    return _select(tensor, dim, 0) if tensor.shape[dim] == 1 else tensor.with_inner(tensor.inner_tensors())
+
+
+@_view_rule(aten.squeeze.default)
+def _squeeze_all(tensor: QuantizedTensor) -> QuantizedTensor:
+    squeezed = tensor.with_inner(tensor.inner_tensors())
+    for dim in reversed(range(tensor.dim())):
+        squeezed = _squeeze(squeezed, dim)
+    return squeezed
+
+
 @_view_rule(aten.view.default, aten._unsafe_view.default)
 def _reshape(tensor: QuantizedTensor, shape: Sequence[int]) -> QuantizedTensor:
     """Reshape dims that have a scale of their own freely; blocked ones only as whole runs of blocks."""

@@ -1,20 +1,30 @@
-"""Hugging Face checkpoints in lowbit: quantize, evaluate, compare and load them."""
+"""Hugging Face checkpoints in lowbit: quantize, evaluate, compare and load them.
+
+Once imported, transformers' own `from_pretrained` reads folders in lowbit's layout, and `save_pretrained` writes them.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from lowbit_hf.registration import register
 
 if TYPE_CHECKING:
     from lowbit_hf.loading import load
+    from lowbit_hf.quantizer import LowbitConfig
 
-__all__ = ["load"]
+__all__ = ["LowbitConfig", "load"]
+
+_HOMES = {"load": "lowbit_hf.loading", "LowbitConfig": "lowbit_hf.quantizer"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` when it is first asked for: it needs transformers, which takes seconds."""
-    if name != "load":
+    """Import `load` or `LowbitConfig` when it is first asked for: they need transformers, which takes seconds."""
+    if name not in _HOMES:
         msg = f"module 'lowbit_hf' has no attribute {name!r}"
         raise AttributeError(msg)
-    from lowbit_hf.loading import load  # noqa: PLC0415
+    return getattr(import_module(_HOMES[name]), name)
 
-    return load
+
+register()

@@ -23,7 +23,7 @@ from lowbit.shards import INDEX_NAME, TensorEntry, row_slices
 from lowbit.staging import ShardWriter, Staging
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.carrying import check_target, ignored_modules, other_files
-from lowbit_hf.layouts import LAYOUTS, Layout, Writer
+from lowbit_hf.layouts import LAYOUTS, Layout, Outline, Writer
 from lowbit_hf.layouts.layout import Entry
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
 from lowbit_hf.stored import Plain, open_plain, without_quantization
@@ -68,7 +68,7 @@ class Source:
             raise CheckpointError(msg)
         self.plain = plain
         if writer is not None:
-            refused = {name: reason for name, o in plain.outlines.items() if (reason := writer.refusal(o))}
+            refused = {name: reason for name, o in plain.outlines.items() if (reason := _refusal(writer, o))}
             if refused:
                 name, reason = next(iter(refused.items()))
                 more = f", and of {len(refused) - 1} more weights" if len(refused) > 1 else ""
@@ -82,8 +82,7 @@ class Source:
             return [(self.writer.plain_name(name) if self.writer else name, entry.dtype, entry.shape)]
         if self.writer is None:
             return [(entry.name, entry.dtype, entry.shape)]
-        module, _ = self.plain.parts(entry.name)
-        writer = self.writer
+        writer, module = self.writer, self.writer.module_of(entry.name)
         return [(writer.join(module, local), dtype, shape) for local, dtype, shape in writer.entries(outline)]
 
     @cached_property
@@ -99,10 +98,11 @@ class Source:
         config = without_quantization(self.config, self.skeleton.dtype)
         if self.writer is None:
             return config
-        modules = {self.plain.parts(name)[0]: outline for name, outline in self.plain.outlines.items()}
+        weights = {self.writer.module_of(name): name for name in self.plain.outlines}
+        modules = {module: self.plain.outlines[name] for module, name in weights.items()}
         owners = {name: self.skeleton.owner(name) for name in self.plain.entries}
         ignored = ignored_modules(self.plain, self.skeleton, owners, set(self.plain.outlines))
-        named = {module for module in modules if not _linear(owners[self.plain.layout.weight_name(module)])}
+        named = {module for module, name in weights.items() if not _linear(owners[name])}
         return {**config, "quantization_config": self.writer.config(modules, ignored, named)}
 
     @cached_property
@@ -189,9 +189,10 @@ def _write_weight(source: Source, to: Writer, staging: Staging, writer: ShardWri
     parts = {layout.split(name)[1]: plain.stored.read(plain.stored.entries[name]) for name in names}
     weight = layout.read(module, parts)
     stored = {local: tensor.contiguous() for local, tensor in to.tensors(weight).items()}
+    made = to.module_of(entry.name)
     for local, tensor in stored.items():
-        writer.write(to.join(module, local), tensor)
-    change = _change(weight, source.reader.read(module, stored))
+        writer.write(to.join(made, local), tensor)
+    change = _change(weight, source.reader.read(made, stored))
     if change:
         path = staging.scratch / _INEXACT
         with path.open("a") as lines:
@@ -204,12 +205,22 @@ def _change(before: QuantizedTensor, after: QuantizedTensor) -> float:
     """The largest difference of two weights' values, over the largest value; and of what rounds their inputs."""
     a, b = before.dequantize(torch.float32), after.dequantize(torch.float32)
     changes = [_relative(a, b)]
-    for one, two in ((before.act_scale, after.act_scale), (before.act_zero, after.act_zero)):
+    for name in ("act_scale", "act_zero", "pre_scale"):
+        one, two = getattr(before, name), getattr(after, name)
         if one is not None and two is not None:
             changes.append(_relative(one.to(torch.float32), two.to(torch.float32)))
         elif one is not None or two is not None:
             changes.append(inf)
     return max(changes, default=0.0)
+
+
+def _refusal(writer: Writer, outline: Outline) -> str | None:
+    if outline.pre_scale and not writer.smoothed:
+        return (
+            "it multiplies its input by factors of its own (pre_scale), which only lowbit's layout has a place for: "
+            "--as lowbit"
+        )
+    return writer.refusal(outline)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.apply import plain_weight
 from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint, TensorEntry
 from lowbit.tensor import QuantizedTensor
@@ -139,7 +140,7 @@ def _difference(name: str, a: Tensor, b: Tensor) -> Difference:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    plain = tensor.dequantize(torch.float32) if isinstance(tensor, QuantizedTensor) else tensor
+    plain = plain_weight(tensor, torch.float32) if isinstance(tensor, QuantizedTensor) else tensor
     return plain.to(torch.float64)
 
 

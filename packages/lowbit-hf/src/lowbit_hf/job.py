@@ -19,8 +19,8 @@ from lowbit.plan import Parameter, Plan, Row, plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.shards import Checkpoint, TensorEntry, row_slices
 from lowbit_algos import Method
-from lowbit_hf.layout import tensors_of
-from lowbit_hf.schemes import Scheme
+from lowbit_hf.filing import Filing, InCompressedTensors, InLowbit, Name
+from lowbit_hf.schemes import OWN, Scheme
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
 from lowbit_hf.stored import open_plain, without_quantization
 from lowbit_hf.texts import Calibration
@@ -30,7 +30,7 @@ _SLICE_BYTES = 2 << 20
 # Schemes that come close to those that need data.
 _WITHOUT_DATA = {"FP8": "FP8_DYNAMIC", "NVFP4": "NVFP4A16", "W8A8_STATIC": "W8A8", "W8A8_STATIC_ASYM": "W8A8_ASYM"}
 # A router decides which expert sees a token; it is tiny, and rounding it changes the choice.
-_ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight")
+ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)\.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class Job:
     max_gpu: int | None = None
     # Tensors that are turned in two ways, and so become two: what the other one is called.
     untied: Mapping[str, str] = field(default_factory=dict)
+    # How weights are put into files.
+    filing: Filing = field(default_factory=InCompressedTensors)
 
     @property
     def algorithm(self) -> str:
@@ -76,9 +78,8 @@ class Job:
         if scheme is None:
             names = [entry.name, *([self.untied[entry.name]] if entry.name in self.untied else [])]
             return [(name, entry.dtype, entry.shape) for name in names]
-        module = entry.name.removesuffix(".weight")
-        n, k = self.matrix_shape(entry)
-        return [(f"{module}.{local}", dtype, shape) for local, dtype, shape in tensors_of(scheme, (n, k), self.dtype)]
+        made = self.filing.entries(scheme, self.matrix_shape(entry), self.dtype)
+        return [(self.filing.join(entry.name, local), dtype, shape) for local, dtype, shape in made]
 
     def matrix_shape(self, entry: TensorEntry) -> tuple[int, int]:
         """Rows and columns (n, k) of a weight, whichever way the file keeps it."""
@@ -116,7 +117,8 @@ class Job:
         """Names this input and these decisions, so that only the same job is ever resumed."""
         decisions = {name: [scheme.name, str(scheme.weight)] for name, scheme in self.schemes.items()}
         how = None if self.calibration is None else [self.calibration.fingerprint(), asdict(self.method or Method())]
-        text = json.dumps([self.checkpoint.fingerprint(), self.config, decisions, self.mode, how], sort_keys=True)
+        told = [self.checkpoint.fingerprint(), self.config, decisions, self.mode, how, self.filing.name]
+        text = json.dumps(told, sort_keys=True)
         return sha256(text.encode()).hexdigest()
 
 
@@ -134,6 +136,7 @@ def prepare(
     method: Method | None = None,
     max_memory: int | None = None,
     max_gpu: int | None = None,
+    layout: Name = "compressed-tensors",
 ) -> Job:
     """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
 
@@ -191,10 +194,36 @@ def prepare(
         max_memory,
         max_gpu,
         untied,
+        _filing(layout, schemes, calibration, method),
     )
     _check_outputs(job)
     _check_stacks(job)
     return job
+
+
+def _filing(
+    layout: Name, schemes: Mapping[str, Scheme], calibration: Calibration | None, method: Method | None
+) -> Filing:
+    """How weights are put into files of a layout.
+
+    Raises:
+        RecipeError: it has no place for them.
+    """
+    kept = calibration is not None and method is not None and method.smoothing is not None and method.pre_scale
+    if layout == "lowbit":
+        return InLowbit(kept)
+    if kept:
+        raise RecipeError(
+            "compressed-tensors has no place for smoothing factors that stay with a weight; give pre_scale=False, or "
+            "write lowbit's layout (--layout lowbit)"
+        )
+    for name, scheme in schemes.items():
+        if scheme.file_format == OWN:
+            raise RecipeError(
+                f"{scheme.name!r}, for {name!r}, is no scheme of compressed-tensors (see lowbit schemes); a format by "
+                "its spec goes into lowbit's layout: --layout lowbit"
+            )
+    return InCompressedTensors()
 
 
 def _untied(skeleton: Skeleton, owners: Mapping[str, Owner | None], schemes: Mapping[str, Scheme]) -> dict[str, str]:
@@ -333,6 +362,6 @@ def _kept_by_default(skeleton: Skeleton, owners: Mapping[str, Owner | None], dec
         for name, owner in owners.items()
         if owner is not None
         and set(LINEAR) & set(owner.classes)
-        and (owner.name == f"{skeleton.output_embedding}.weight" or _ROUTER.search(name))
+        and (owner.name == f"{skeleton.output_embedding}.weight" or ROUTER.search(name))
     ]
     return [name for name in names if not any(rule.matches_name(name) for rule in decided)]

@@ -23,7 +23,10 @@ from lowbit.staging import Staging, scratch_of
 from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import Calibrated
 from lowbit_hf.carrying import check_target, ignored_modules, other_files
+from lowbit_hf.filing import InLowbit
 from lowbit_hf.job import Job, prepare, require_data
+from lowbit_hf.layouts.layout import Outline
+from lowbit_hf.layouts.lowbit import LowbitWriter
 from lowbit_hf.processes import agree, follow, rank, require_windows, together
 from lowbit_hf.reporting import REPORTS, report_of
 from lowbit_hf.schemes import Scheme, quantization_config, targets_of
@@ -173,15 +176,26 @@ def _agreed(staging: Staging, tokens: int) -> int:
 
 
 def _output_config(job: Job) -> dict[str, Any]:
+    untied = {"tie_word_embeddings": False} if job.untied else {}
+    return {**job.config, **untied, "quantization_config": _quantization_config(job)}
+
+
+def _quantization_config(job: Job) -> dict[str, Any]:
+    if isinstance(job.filing, InLowbit):
+        entries = job.checkpoint.entries
+        shapes = {name: (job.matrix_shape(entries[name]), scheme) for name, scheme in job.schemes.items()}
+        outlines = {
+            name: Outline(shape, scheme.weight_format(job.dtype), scheme.activation, job.dtype)
+            for name, (shape, scheme) in shapes.items()
+        }
+        return LowbitWriter().config(outlines, ())
     modules: dict[Scheme, list[str]] = {}
     for name, scheme in job.schemes.items():
         modules.setdefault(scheme, []).append(name.removesuffix(".weight"))
     classes = ["Linear", *(["Conv1D"] if any(job.transposed(name) for name in job.schemes) else [])]
     named = {name.removesuffix(".weight") for name in job.schemes if not job.linear(name)}
     groups = targets_of(modules, named, classes)
-    untied = {"tie_word_embeddings": False} if job.untied else {}
-    ignored = ignored_modules(job.checkpoint, job.skeleton, job.owners, set(job.schemes))
-    return {**job.config, **untied, "quantization_config": quantization_config(groups, ignored)}
+    return quantization_config(groups, ignored_modules(job.checkpoint, job.skeleton, job.owners, set(job.schemes)))
 
 
 def _output_index(job: Job) -> dict[str, Any]:

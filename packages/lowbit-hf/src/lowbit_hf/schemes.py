@@ -40,6 +40,9 @@ from lowbit.format import (
 
 # The release whose schema the config follows.
 _VERSION = "0.20.0"
+OWN = "lowbit"
+"""File format of what compressed-tensors has none for: that of lowbit's own layout."""
+
 _DYNAMIC: dict[Scaling, bool | str] = {"static": False, "dynamic": True, "local": "local"}
 
 
@@ -114,6 +117,17 @@ def scheme(name: str) -> Scheme:
         msg = f"scheme {found.name} cannot be written: {found.refusal}"
         raise RecipeError(msg)
     return found
+
+
+def scheme_of_spec(spec: str) -> Scheme:
+    """The scheme of a weight's format, and of an input rounding after a `+`, by spec strings; for lowbit's layout.
+
+    Raises:
+        FormatError: a spec does not follow the grammar.
+    """
+    weight, _, inputs = spec.partition("+")
+    activation = Activation.parse(inputs) if inputs else None
+    return Scheme(name=spec, weight=Format.parse(weight), activation=activation, file_format=OWN)
 
 
 def scheme_for(fmt: Format, activation: Activation | None) -> Scheme:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.apply import plain_weight
 from lowbit.shards import Checkpoint, TensorEntry
 from lowbit_hf.layouts import Layout, Outline, layout_of
 from lowbit_hf.loading import modules_of, outline_of, read_weight
@@ -75,7 +76,7 @@ class Plain(Checkpoint):
             if self._held is None or self._held[0] != entry.name:
                 self._held = None
                 weight = read_weight(self.stored, self.layout, *self._modules[entry.name])
-                self._held = entry.name, weight.dequantize(entry.dtype).contiguous()
+                self._held = entry.name, plain_weight(weight, entry.dtype)
             return self._held[1]
 
     def _entry(self, first: TensorEntry, weight: str) -> TensorEntry:

@@ -26,7 +26,6 @@ from lowbit_algos.rounding import decibels
 from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import Calibrated, Progress
 from lowbit_hf.job import Job
-from lowbit_hf.layout import input_tensors, row_alignment, tensors_of, to_compressed
 from lowbit_hf.processes import together
 from lowbit_hf.schemes import Scheme
 
@@ -147,13 +146,11 @@ def write_calibrated(
     entries = job.checkpoint.entries
 
     def write(name: str, weight: Tensor | None) -> None:
-        entry, writer, module = entries[name], writers[file_of[name]], name.removesuffix(".weight")
+        entry, writer, filing = entries[name], writers[file_of[name]], job.filing
         if isinstance(weight, QuantizedTensor):
-            scheme = job.schemes[name]
-            stored = to_compressed(scheme, weight.qdata.cpu(), weight.scales.cpu(), job.matrix_shape(entry))
-            stored |= input_tensors(scheme.activation, weight.act_scale, weight.act_zero, job.dtype)
+            stored = filing.whole(job.schemes[name], weight, job.matrix_shape(entry), job.dtype)
             for local, tensor in stored.items():
-                writer.write(f"{module}.{local}", tensor.cpu().contiguous())
+                writer.write(filing.join(name, local), tensor.cpu().contiguous())
         else:
             plain = job.checkpoint.read(entry) if weight is None else weight.to("cpu", entry.dtype).contiguous()
             writer.write(name, plain)
@@ -177,11 +174,11 @@ def _write_weight(
     job: Job, writer: ShardWriter, entry: TensorEntry, scheme: Scheme, run: Run, scales: _TensorScales, reader: Reader
 ) -> float:
     """Write a weight rounded to nearest; its SQNR in dB, judged by some of its rows."""
-    fmt = scheme.weight_format(job.dtype)
-    module = entry.name.removesuffix(".weight")
+    fmt, filing = scheme.weight_format(job.dtype), job.filing
     shape = job.matrix_shape(entry)
-    align = max(row_alignment(scheme), 1)
-    strides = {local: size[0] for local, _, size in tensors_of(scheme, (align, shape[1]), job.dtype)}
+    align = filing.alignment(scheme) or shape[0]
+    # What has no dims is not of rows.
+    strides = {local: size[0] if size else 0 for local, _, size in filing.entries(scheme, (align, shape[1]), job.dtype)}
     tensor_scale = scales.of(entry.name, fmt)
     transposed = job.transposed(entry.name)
     # A weight kept as (K, N) is read whole: its rows are the file's columns.
@@ -198,15 +195,13 @@ def _write_weight(
             )
             raise NonfiniteError(msg)
         data = encode(x, fmt, chosen)
-        return to_compressed(scheme, data.cpu(), chosen.cpu(), shape, first_row=rows.start), _judge(
-            x, data, fmt, chosen
-        )
+        return filing.rows(scheme, data.cpu(), chosen.cpu(), shape, rows.start), _judge(x, data, fmt, chosen)
 
     signal = noise = 0.0
     for rows, (tensors, judged) in run.in_order(convert, slices):
         signal, noise = signal + judged[0], noise + judged[1]
         for local, tensor in tensors.items():
-            writer.write(f"{module}.{local}", tensor.contiguous(), rows.start // align * strides[local])
+            writer.write(filing.join(entry.name, local), tensor.contiguous(), rows.start // align * strides[local])
         run.advance((rows.stop - rows.start) * entry.nbytes // max(shape[0], 1))
     return decibels(signal, noise)
 

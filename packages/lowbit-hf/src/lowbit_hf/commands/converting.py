@@ -20,7 +20,7 @@ from lowbit_hf.progress import Meter
 if TYPE_CHECKING:
     from lowbit_hf.layouts import Writer
 
-_AS = "compressed-tensors, modelopt, gptq, gptq_v2, awq, deepseek-fp8 or mxfp4-gptoss"
+_AS = "compressed-tensors, modelopt, gptq, gptq_v2, awq, deepseek-fp8, mxfp4-gptoss or lowbit"
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="folder to make; appears whole or not at all")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 import typer
 
-from lowbit.errors import RecipeError
-from lowbit_hf.schemes import Scheme, scheme
+from lowbit.errors import FormatError, RecipeError
+from lowbit_hf.schemes import Scheme, scheme, scheme_of_spec
 
 # transformers takes seconds to import, so what needs it is imported by the command that runs it.
 if TYPE_CHECKING:
@@ -18,15 +18,25 @@ if TYPE_CHECKING:
     from lowbit_hf.texts import Calibration
 
 Mode = Literal["floor", "ceil", "even", "rceil"]
+Layouts = Literal["compressed-tensors", "lowbit"]
+LayoutOf = Annotated[
+    Layouts, typer.Option("--layout", help="of the files; lowbit holds formats and factors that others cannot")
+]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")
 ]
-To = Annotated[str, typer.Option(metavar="SCHEME", help="scheme of every Linear and expert; see: lowbit schemes")]
+To = Annotated[
+    str,
+    typer.Option(
+        metavar="SCHEME", help="scheme of every Linear and expert (see: lowbit schemes), or FORMAT[+ACTIVATION]"
+    ),
+]
 Tos = Annotated[
     str,
     typer.Option(
         metavar="SCHEME",
-        help="scheme of every Linear and expert (see: lowbit schemes); or several and KEEP by commas, or auto",
+        help="scheme of every Linear and expert (see: lowbit schemes), or FORMAT[+ACTIVATION]; or several and KEEP by "
+        "commas, or auto",
     ),
 ]
 Bits = Annotated[float | None, typer.Option(metavar="BITS", help="of several schemes, the least harm within this mean")]
@@ -104,13 +114,15 @@ def calibration_of(files: list[Path], samples: int, length: int, seed: int) -> C
     return Calibration(tuple(files), samples, length, seed) if files else None
 
 
-def method_of(algorithm: str, mode: Mode, *, sequential: bool, calibrated: bool) -> Method:
+def method_of(
+    algorithm: str, mode: Mode, *, sequential: bool, calibrated: bool, layout: Layouts = "compressed-tensors"
+) -> Method:
     """What an algorithm's name means."""
     from lowbit_algos import Method  # noqa: PLC0415
 
     try:
-        # No file format has a place for factors that stay with a weight.
-        method = Method.of(algorithm, sequential=sequential, mode=mode, pre_scale=False)
+        # Only lowbit's layout has a place for factors that stay with a weight.
+        method = Method.of(algorithm, sequential=sequential, mode=mode, pre_scale=layout == "lowbit")
     except RecipeError as error:
         raise typer.BadParameter(str(error), param_hint="'--algorithm'") from error
     if method.name != "rtn" and not calibrated:
@@ -130,6 +142,6 @@ def rule_of(rule: str) -> tuple[str, Scheme]:
 def scheme_of(name: str, option: str) -> Scheme:
     """A scheme by name; one that is unknown whatever the model is wrong use."""
     try:
-        return scheme(name)
-    except RecipeError as error:
+        return scheme_of_spec(name) if ":" in name else scheme(name)
+    except (FormatError, RecipeError) as error:
         raise typer.BadParameter(str(error), param_hint=f"'{option}'") from error

@@ -24,6 +24,8 @@ from lowbit_hf.commands.options import (
     Coverage,
     Device,
     Keep,
+    LayoutOf,
+    Layouts,
     Length,
     MaxGpu,
     MaxKl,
@@ -82,6 +84,7 @@ def quantize(
     scale_mode: ScaleModes = "even",
     min_coverage: Coverage = 0.0,
     allow_nonfinite: Nonfinite = False,  # noqa: FBT002
+    layout: LayoutOf = "compressed-tensors",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")] = False,  # noqa: FBT002
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show the plan and stop")] = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
@@ -89,7 +92,8 @@ def quantize(
     """Make a checkpoint low-bit, from disk to disk, by rounding to nearest or by an algorithm that does better.
 
     Linear layers and experts get SCHEME; the output head and routers stay. A run that was stopped continues when the
-    same command is given again. The result is in compressed-tensors layout, which transformers and vLLM read.
+    same command is given again. The result is in compressed-tensors layout, which transformers and vLLM read; or in
+    lowbit's own, for what that one cannot hold.
     """
     from lowbit_hf.job import require_data  # noqa: PLC0415
 
@@ -99,7 +103,7 @@ def quantize(
     if max_gpu is not None and not device.startswith("cuda"):
         raise typer.BadParameter(f"bounds a GPU's memory, and this run computes on {device}", param_hint="'--max-gpu'")
     text = calibration_of(calibrate, samples, seq_len, seed)
-    method = method_of(algorithm, scale_mode, sequential=not one_pass, calibrated=text is not None)
+    method = method_of(algorithm, scale_mode, sequential=not one_pass, calibrated=text is not None, layout=layout)
     most = None if max_memory is None else bytes_of(max_memory)
     most_gpu = None if max_gpu is None else bytes_of(max_gpu, "--max-gpu")
 
@@ -117,6 +121,7 @@ def quantize(
             method=method,
             max_memory=most,
             max_gpu=most_gpu,
+            layout=layout,
         )
 
     if (names := _several(to)) or bits_per_weight is not None or max_kl is not None:
@@ -144,7 +149,8 @@ def quantize(
     if told := _memory_taken(report):
         say(told)
     say(f"report: {out / 'report.html'}")
-    say(f"next: lowbit eval {out} --against {model}\n      vllm serve {out}")
+    serve = f"\n      vllm serve {out}" if layout == "compressed-tensors" else ""
+    say(f"next: lowbit eval {out} --against {model}{serve}")
     return DONE
 
 
@@ -178,6 +184,7 @@ def prepared(
     method: Method | None = None,
     max_memory: int | None = None,
     max_gpu: int | None = None,
+    layout: Layouts = "compressed-tensors",
 ) -> Job:
     """The job that a command's options ask for."""
     from lowbit_hf.job import prepare  # noqa: PLC0415
@@ -196,6 +203,7 @@ def prepared(
         method=method,
         max_memory=max_memory,
         max_gpu=max_gpu,
+        layout=layout,
     )
 
 

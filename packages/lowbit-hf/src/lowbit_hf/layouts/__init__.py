@@ -12,6 +12,7 @@ from lowbit_hf.layouts.compressed_tensors import CompressedTensors, CompressedTe
 from lowbit_hf.layouts.fp8 import Fp8, Fp8Writer
 from lowbit_hf.layouts.gptq import Gptq, GptqWriter
 from lowbit_hf.layouts.layout import Layout, Outline, Writer
+from lowbit_hf.layouts.lowbit import Lowbit, LowbitWriter
 from lowbit_hf.layouts.modelopt import ModelOpt, ModelOptWriter
 from lowbit_hf.layouts.mxfp4 import Mxfp4, Mxfp4Writer
 from lowbit_hf.skeleton import Skeleton, read_json
@@ -19,7 +20,7 @@ from lowbit_hf.skeleton import Skeleton, read_json
 __all__ = ["LAYOUTS", "WRITERS", "Layout", "Outline", "Writer", "layout_of"]
 
 LAYOUTS: dict[str, type[Layout]] = {
-    layout.method: layout for layout in (CompressedTensors, Gptq, Awq, ModelOpt, Fp8, Mxfp4)
+    layout.method: layout for layout in (CompressedTensors, Gptq, Awq, ModelOpt, Fp8, Mxfp4, Lowbit)
 }
 """By `quant_method`."""
 
@@ -27,7 +28,7 @@ WRITERS: dict[str, Writer] = {
     writer.name: writer
     for writer in (
         *(CompressedTensorsWriter(), ModelOptWriter(), GptqWriter(1), GptqWriter(2)),
-        *(AwqWriter(), Fp8Writer(), Mxfp4Writer()),
+        *(AwqWriter(), Fp8Writer(), Mxfp4Writer(), LowbitWriter()),
     )
 }
 """By the name that `lowbit export --as` takes."""

@@ -38,6 +38,10 @@ class Outline:
     activation: Activation | None
     # What it reads as.
     dtype: torch.dtype
+    # Whether it multiplies its input by factors of its own.
+    pre_scale: bool = False
+    # Shape of its tensor scale; None: one a matrix.
+    tensor_scale: tuple[int, ...] | None = None
 
 
 class Layout(ABC):
@@ -112,6 +116,8 @@ class Writer(ABC):
 
     # What `--as` calls it.
     name: ClassVar[str]
+    # Whether it has a place for a weight's `pre_scale`.
+    smoothed: ClassVar[bool] = False
 
     @abstractmethod
     def refusal(self, outline: Outline) -> str | None:
@@ -139,6 +145,10 @@ class Writer(ABC):
         """JSON files that readers of this layout look for besides `config.json`, by name."""
         del config
         return {}
+
+    def module_of(self, weight: str) -> str:
+        """The module of a weight, by the weight's name where it is not quantized."""
+        return weight.removesuffix(".weight")
 
     def join(self, module: str, local: str) -> str:
         """The name of a module's tensor."""

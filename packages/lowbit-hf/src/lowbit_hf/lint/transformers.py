@@ -114,5 +114,6 @@ TRANSFORMERS = Runtime(
         "quark": Method(note="needs the package quark"),
         "fbgemm_fp8": Method(),
         "hqq": Method(),
+        "lowbit": Method(note="needs import lowbit_hf first"),
     },
 )
