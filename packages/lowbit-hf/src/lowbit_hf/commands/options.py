@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["floor", "ceil", "even", "rceil"]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")
+    str,
+    typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), .gguf file, or hub id"),
 ]
 To = Annotated[str, typer.Option(metavar="SCHEME", help="scheme of every Linear and expert; see: lowbit schemes")]
 Tos = Annotated[
