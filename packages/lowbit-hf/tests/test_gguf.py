@@ -391,6 +391,30 @@ def test_a_killed_run_goes_on(spoken, tmp_path):
     export(folder, out, overwrite=True)
 
 
+def test_experts_in_transformers(spoken, tokens, tmp_path):
+    """Stacks of experts hold what each did; routers are as wide as llama.cpp computes with them."""
+    folder, out = spoken("qwen3-moe", norm_topk_prob=True), tmp_path / "out"
+    export(folder, out)
+    config = transformers.Qwen3MoeConfig(**{**_without_quantization(folder), "dtype": "float32"})
+    # It does not take the size of an expert from the metadata.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out, gguf_file="model.gguf", config=config).eval()
+    ours = transformers.Qwen3MoeForCausalLM.from_pretrained(
+        None, config=config, state_dict={name: plain(tensor) for name, tensor in held(folder).items()}
+    ).eval()
+    with torch.inference_mode():
+        a, b = theirs(tokens).logits, ours(tokens).logits
+    assert float((a - b).abs().max()) <= 1e-5 * float(b.abs().max())
+    kinds = {name: kind for name, (kind, _, _) in tensors_of(out / "model.gguf").items()}
+    assert {kind for name, kind in kinds.items() if "gate_inp" in name or "norm" in name} == {0}
+    assert kinds["token_embd.weight"] == gguf.GGMLQuantizationType.BF16
+    found = transformers.AutoTokenizer.from_pretrained(out, gguf_file="model.gguf")
+    assert found("ab b!").input_ids == load_tokenizer(folder)("ab b!").input_ids
+
+
+def _without_quantization(folder):
+    return {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "quantization_config"}
+
+
 REFUSED = {
     "groups of 128": ({"name": "W4A16"}, "int4:1x128.*W8A16_G32 as Q8_0, W4A16_G32 as Q4_0"),
     "rounded inputs": ({"name": "W4A8_G32"}, "inputs rounded by dynamic:int8"),
