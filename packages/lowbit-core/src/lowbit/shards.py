@@ -40,6 +40,7 @@ __all__ = [
     "DTYPE_NAMES",
     "INDEX_NAME",
     "Checkpoint",
+    "Shard",
     "TensorEntry",
     "byte_view",
     "contained_file",
@@ -55,11 +56,14 @@ _INDEX_CONTAINERS = 100
 
 
 @dataclass(frozen=True, slots=True)
-class _Shard:
+class Shard:
+    """One open file of a checkpoint: what it holds, and by what to know that it did not change."""
+
     file: Path
     fd: int
     size: int
     mtime_ns: int
+    # sha256 of its header.
     digest: str
     entries: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -72,7 +76,7 @@ class Checkpoint:
     header pairs that all shards agree on, `nbytes` the bytes of all tensors. Reading from several threads is safe.
     """
 
-    def __init__(self, shards: list[_Shard], index: bytes, files: ExitStack) -> None:
+    def __init__(self, shards: list[Shard], index: bytes, files: ExitStack) -> None:
         self._files = files
         self._opened = {shard.file: shard for shard in shards}
         self.shards = {shard.file.name: list(shard.entries.values()) for shard in shards}
@@ -224,7 +228,7 @@ def byte_view(tensor: Tensor) -> memoryview:
     return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
-def _open_shard(file: Path, files: ExitStack, real: Path | None = None) -> _Shard:
+def _open_shard(file: Path, files: ExitStack, real: Path | None = None) -> Shard:
     with _reading(file):
         # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
         fd = os.open(real or file, os.O_RDONLY | os.O_NONBLOCK)
@@ -235,7 +239,7 @@ def _open_shard(file: Path, files: ExitStack, real: Path | None = None) -> _Shar
         header = _read_header_bytes(fd, file, status.st_size)
     entries, metadata = parse_header(header, file, status.st_size)
     digest = hashlib.sha256(header).hexdigest()
-    return _Shard(file, fd, status.st_size, status.st_mtime_ns, digest, entries, metadata)
+    return Shard(file, fd, status.st_size, status.st_mtime_ns, digest, entries, metadata)
 
 
 def _read_header_bytes(fd: int, file: Path, size: int) -> bytes:
@@ -291,7 +295,7 @@ def _find_single(folder: Path) -> str:
     raise CheckpointError(f"{folder} holds no .safetensors file; give the folder of a Hugging Face model")
 
 
-def _check_unique(shards: list[_Shard]) -> None:
+def _check_unique(shards: list[Shard]) -> None:
     holder: dict[str, Path] = {}
     for shard in shards:
         for name in shard.entries:
@@ -300,7 +304,7 @@ def _check_unique(shards: list[_Shard]) -> None:
             holder[name] = shard.file
 
 
-def _check_index(index: Path, weight_map: dict[str, str], shards: list[_Shard]) -> None:
+def _check_index(index: Path, weight_map: dict[str, str], shards: list[Shard]) -> None:
     single = index.with_name("model.safetensors")
     if os.path.lexists(single) and single.name not in weight_map.values():
         raise CheckpointError(f"{single} is not in {index}, and readers differ in which they take; delete one of them")

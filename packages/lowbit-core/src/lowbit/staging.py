@@ -150,13 +150,20 @@ class Staging:
             CheckpointError: the name is not free, the tensors cannot be stored (see `lay_out`), the disk is full, or
                 the file on disk is not the one that the journal speaks of.
         """
+        header, entries = lay_out(tensors, metadata, self._files / name)
+        return self.plan_bytes(name, header, entries, len(header) + sum(entry.nbytes for entry in entries.values()))
+
+    def plan_bytes(self, name: str, header: bytes, entries: Mapping[str, TensorEntry], size: int) -> ShardWriter:
+        """Lay out a file of any format, `size` bytes of which all but header and tensors are 0, as `plan_file` does.
+
+        Raises:
+            CheckpointError: as `plan_file`.
+        """
         path = self._claim(name)
-        header, entries = lay_out(tensors, metadata, path)
-        size = len(header) + sum(entry.nbytes for entry in entries.values())
         rows = self._journal.rows.get(name, {})
         with self._writing(path):
             fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666) if rows else _create(path, header, size)
-            writer = ShardWriter(name, fd, entries, rows, self._journal)
+            writer = ShardWriter(name, fd, dict(entries), rows, self._journal)
             self._opened.callback(writer.close)
             if os.fstat(fd).st_size != size or os.pread(fd, len(header), 0) != header:
                 raise CheckpointError(f"{path} is not as this run left it; delete {self.partial} and start again")

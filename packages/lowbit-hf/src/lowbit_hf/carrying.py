@@ -8,11 +8,15 @@ from pathlib import Path
 
 from lowbit.errors import CheckpointError
 from lowbit.shards import INDEX_NAME, Checkpoint, lies_inside
+from lowbit_hf.gguf.source import is_gguf, read_metadata
 from lowbit_hf.reporting import REPORTS
 from lowbit_hf.skeleton import Owner, Skeleton
 
 # The same weights in forms that other programs load; keeping them would double the folder and contradict its config.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+
+# What a folder has that lowbit wrote.
+_OF_MODELS = ("config.json", "model.gguf")
 
 
 def check_target(folder: Path, out: Path) -> None:
@@ -25,8 +29,10 @@ def check_target(folder: Path, out: Path) -> None:
     if source.is_relative_to(target) or target.is_relative_to(source):
         msg = f"the output {out} and the input {folder} lie in one another; write to a folder beside the input"
         raise CheckpointError(msg)
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        msg = f"{out} exists and is no model folder (it has no config.json), so it is never replaced; choose another"
+    if target.is_dir() and any(target.iterdir()) and not any((target / name).is_file() for name in _OF_MODELS):
+        msg = (
+            f"{out} exists and is no model folder (it has no {_OF_MODELS[0]}), so it is never replaced; choose another"
+        )
         raise CheckpointError(msg)
 
 
@@ -46,6 +52,19 @@ def other_files(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[s
         other = path.suffix in _OTHER_WEIGHTS or name.endswith(".index.json") or name in REPORTS
         (left if other else carried).append(name)
     return carried, left
+
+
+def texts_of(folder: Path) -> tuple[dict[str, str], list[str]]:
+    """Files by name that a folder has where a GGUF file has metadata: its tokenizer's; and what could not be made."""
+    if not is_gguf(folder):
+        return {}, []
+    # Imported late: it brings transformers' tokenizers, which no other input needs here.
+    from lowbit_hf.gguf.tokens import files_of  # noqa: PLC0415
+
+    try:
+        return files_of(read_metadata(folder)), []
+    except CheckpointError as error:
+        return {}, [f"the tokenizer ({error})"]
 
 
 def _check_link(folder: Path, path: Path) -> None:

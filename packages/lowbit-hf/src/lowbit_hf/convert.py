@@ -11,28 +11,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from math import inf, prod
+from math import prod
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from lowbit.errors import CheckpointError
 from lowbit.shards import INDEX_NAME, TensorEntry, row_slices
 from lowbit.staging import ShardWriter, Staging
-from lowbit.tensor import QuantizedTensor
-from lowbit_hf.carrying import check_target, ignored_modules, other_files
+from lowbit_hf.carrying import check_target, ignored_modules, other_files, texts_of
+from lowbit_hf.exactness import changes, note_change
 from lowbit_hf.layouts import LAYOUTS, Layout, Outline, Writer
-from lowbit_hf.layouts.layout import Entry
+from lowbit_hf.layouts.layout import FACTORS, Entry
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
 from lowbit_hf.stored import Plain, open_plain, without_quantization
 
 _SLICE_BYTES = 16 << 20
 # What only readers of the old layout look for.
 _OF_LAYOUTS = ("quantize_config.json", "hf_quant_config.json")
-# In the scratch folder: a line for each weight that changed.
-_INEXACT = "inexact.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +131,7 @@ def convert(
     carried, left = other_files(folder, source.plain)
     left += [name for name in carried if name in _OF_LAYOUTS]
     carried = [name for name in carried if name not in _OF_LAYOUTS]
+    texts, lost = texts_of(folder)
     config = source.output_config()
     size = sum(_nbytes(entries) for entries in source.files.values())
     with (
@@ -148,9 +144,11 @@ def convert(
                 _write_file(source, staging, file, advance)
             for name in carried:
                 staging.copy_file(folder / name, name)
+            for name, text in texts.items():
+                staging.write_text(name, text)
             _write_json(source, staging, config)
             staging.sync()
-            inexact = _told(staging)
+            inexact = changes(staging)
             staging.publish()
         else:
             inexact = {}
@@ -158,8 +156,8 @@ def convert(
         weights=len(source.plain.outlines),
         inexact=inexact,
         carried=len(source.plain.entries) - len(source.plain.outlines),
-        files=tuple(carried),
-        left_behind=tuple(left),
+        files=(*carried, *texts),
+        left_behind=(*left, *lost),
         bytes_before=source.plain.stored.nbytes,
         bytes_after=size,
     )
@@ -192,41 +190,11 @@ def _write_weight(source: Source, to: Writer, staging: Staging, writer: ShardWri
     made = to.module_of(entry.name)
     for local, tensor in stored.items():
         writer.write(to.join(made, local), tensor)
-    change = _change(weight, source.reader.read(made, stored))
-    if change:
-        path = staging.scratch / _INEXACT
-        with path.open("a") as lines:
-            # A kill may have left a line without its end.
-            lines.write("\n" + json.dumps([entry.name, change]))
-        staging.wrote(path)
-
-
-def _change(before: QuantizedTensor, after: QuantizedTensor) -> float:
-    """The largest difference of two weights' values, over the largest value; and of what rounds their inputs."""
-    a, b = before.dequantize(torch.float32), after.dequantize(torch.float32)
-    changes = [_relative(a, b)]
-    for name in ("act_scale", "act_zero", "pre_scale"):
-        one, two = getattr(before, name), getattr(after, name)
-        if one is not None and two is not None:
-            changes.append(_relative(one.to(torch.float32), two.to(torch.float32)))
-        elif one is not None or two is not None:
-            changes.append(inf)
-    return max(changes, default=0.0)
+    note_change(staging, entry.name, weight, source.reader.read(made, stored))
 
 
 def _refusal(writer: Writer, outline: Outline) -> str | None:
-    if outline.pre_scale and not writer.smoothed:
-        return (
-            "it multiplies its input by factors of its own (pre_scale), which only lowbit's layout has a place for: "
-            "--as lowbit"
-        )
-    return writer.refusal(outline)
-
-
-def _relative(a: Tensor, b: Tensor) -> float:
-    if torch.equal(a, b):
-        return 0.0
-    return float((a - b).abs().amax() / a.abs().amax().clamp_min(torch.finfo(torch.float32).tiny))
+    return FACTORS if outline.pre_scale and not writer.smoothed else writer.refusal(outline)
 
 
 def _write_json(source: Source, staging: Staging, config: dict[str, Any]) -> None:
@@ -241,18 +209,6 @@ def _write_json(source: Source, staging: Staging, config: dict[str, Any]) -> Non
         files |= source.writer.files(config["quantization_config"])
     for name, value in files.items():
         staging.write_text(name, json.dumps(value, indent=2) + "\n")
-
-
-def _told(staging: Staging) -> dict[str, float]:
-    path = staging.scratch / _INEXACT
-    lines = path.read_text().split("\n") if path.is_file() else []
-    found: dict[str, float] = {}
-    for line in lines:
-        # A line that a kill cut off is written again.
-        if line.endswith("]"):
-            name, change = json.loads(line)
-            found[name] = change
-    return found
 
 
 def _name(entry: Entry) -> str:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lowbit.apply import plain_weight
 from lowbit.errors import CheckpointError
-from lowbit.shards import Checkpoint, TensorEntry
+from lowbit.shards import TensorEntry
 from lowbit.tensor import QuantizedTensor
+from lowbit_hf.gguf.source import is_gguf, open_checkpoint
 from lowbit_hf.layouts import layout_of
 from lowbit_hf.layouts.compressed_tensors import CompressedTensors
 from lowbit_hf.loading import outline_of, read_weight
@@ -50,8 +51,9 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         """Open a folder; close it with `close`."""
-        self.checkpoint = Checkpoint.open(folder)
-        self._layout = layout_of(folder, read_config(folder), None) if folder.is_dir() else None
+        self.checkpoint = open_checkpoint(folder)
+        whole = folder.is_dir() or is_gguf(folder)
+        self._layout = layout_of(folder, read_config(folder), None) if whole else None
         modules: dict[str | None, list[str]] = {None: list(self.checkpoint.entries)}
         if self._layout is not None:
             modules = self._layout.modules(self.checkpoint.entries)

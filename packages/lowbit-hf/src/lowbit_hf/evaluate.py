@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lowbit.errors import CheckpointError
+from lowbit_hf.gguf.source import is_gguf, read_metadata
+from lowbit_hf.gguf.tokens import tokenizer_of
 
 _BATCH_TOKENS = 8192
 
@@ -102,11 +104,13 @@ def tokenize(folder: Path, text: Path) -> Tensor:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in the model's folder.
+    """The tokenizer in the model's folder, or in its GGUF file.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or of a kind that lowbit does not read.
     """
+    if is_gguf(folder):
+        return tokenizer_of(read_metadata(folder))
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:

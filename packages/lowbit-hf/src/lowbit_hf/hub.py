@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lowbit.errors import CheckpointError
+from lowbit_hf.gguf.source import is_gguf, locate
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 # Weights in pickles are never downloaded, let alone loaded.
@@ -13,16 +14,18 @@ _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.
 
 
 def find_model(model: str) -> Path:
-    """The local folder of `model`.
+    """The local folder of `model`, or its GGUF file.
 
     Raises:
-        CheckpointError: there is no such folder, and no such repository can be downloaded.
+        CheckpointError: there is no such folder, and no such repository can be downloaded; or it holds several models.
     """
-    folder = Path(model)
-    if folder.is_dir():
+    folder = locate(Path(model))
+    if folder.is_dir() or (folder.exists() and is_gguf(folder)):
         return folder
     if folder.exists():
-        msg = f"{model} is a file; MODEL must be a Hugging Face folder (config.json and safetensors), or a hub id"
+        msg = (
+            f"{model} is a file; MODEL must be a Hugging Face folder (config.json and safetensors), a .gguf or a hub id"
+        )
         raise CheckpointError(msg)
     if not _REPOSITORY.fullmatch(model) or model.startswith("."):
         msg = f"there is no folder {model}; MODEL must be a Hugging Face folder, or a hub id such as Qwen/Qwen3-0.6B"

@@ -16,6 +16,7 @@ from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.experts import use_lowbit_experts
+from lowbit_hf.gguf.source import locate, open_checkpoint
 from lowbit_hf.layouts import Layout, Outline, layout_of
 from lowbit_hf.skeleton import Skeleton, read_config
 
@@ -29,9 +30,9 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedM
         CheckpointError: the folder is damaged or incomplete, is quantized by a method lowbit does not read, or its
             tensors do not fit the model.
     """
-    folder = Path(path)
+    folder = locate(Path(path))
     skeleton = Skeleton.build(folder)
-    with Checkpoint.open(folder) as checkpoint:
+    with open_checkpoint(folder) as checkpoint:
         layout = layout_of(folder, read_config(folder), skeleton)
         state = {name: tensor.to(device) for name, tensor in read_tensors(checkpoint, layout).items()}
     try:

@@ -22,7 +22,7 @@ from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, row_slices
 from lowbit.staging import Staging, scratch_of
 from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import Calibrated
-from lowbit_hf.carrying import check_target, ignored_modules, other_files
+from lowbit_hf.carrying import check_target, ignored_modules, other_files, texts_of
 from lowbit_hf.filing import InLowbit
 from lowbit_hf.job import Job, prepare, require_data
 from lowbit_hf.layouts.layout import Outline
@@ -84,9 +84,11 @@ def run(
                 follow(job, calibrated, windows, budget, scratch_of(out))
         return None
     carried, left_behind = other_files(job.folder, job.checkpoint)
+    texts, lost = texts_of(job.folder)
+    left_behind += lost
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
-            return _account(job, out, carried, left_behind)
+            return _account(job, out, [*carried, *texts], left_behind)
         _require_space(job, staging, carried)
         try:
             with budget.kept(), Run(device, advance) as run_:
@@ -104,8 +106,8 @@ def run(
             raise
         seconds = time.monotonic() - started
         report = report_of(job, staging.scratch, command=command, seconds=seconds, budget=budget)
-        _write_others(job, staging, carried, report)
-        account = _account(job, staging.files, carried, left_behind)
+        _write_others(job, staging, carried, texts, report)
+        account = _account(job, staging.files, [*carried, *texts], left_behind)
         staging.publish()
     return account
 
@@ -152,10 +154,12 @@ def _require_space(job: Job, staging: Staging, carried: Sequence[str]) -> None:
         raise
 
 
-def _write_others(job: Job, staging: Staging, carried: Sequence[str], report: Report) -> None:
+def _write_others(job: Job, staging: Staging, carried: Sequence[str], texts: Mapping[str, str], report: Report) -> None:
     """Write all but the tensors, and put everything on disk."""
     for name in carried:
         staging.copy_file(job.folder / name, name)
+    for name, text in texts.items():
+        staging.write_text(name, text)
     staging.write_text("config.json", json.dumps(_output_config(job), indent=2) + "\n")
     if (job.folder / INDEX_NAME).exists():
         staging.write_text(INDEX_NAME, json.dumps(_output_index(job), indent=2) + "\n")

@@ -23,6 +23,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lowbit.errors import CheckpointError
+from lowbit_hf.gguf.source import config_in, is_gguf
 
 _LARGEST_JSON = 16 << 20
 
@@ -66,7 +67,7 @@ class Skeleton:
             raise CheckpointError(msg)
         try:
             # As transformers reads it: JSON has no infinity, and it spells that in a way of its own.
-            values, _ = PreTrainedConfig.get_config_dict(folder, local_files_only=True)
+            values = raw if is_gguf(folder) else PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0]
             # Or transformers would load quantized weights its own way.
             values = {key: values[key] for key in values if key not in ("quantization_config", "compression_config")}
             config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
@@ -174,11 +175,13 @@ LINEAR = ("Linear", "Conv1D")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a Hugging Face folder.
+    """`config.json` of a Hugging Face folder, or what a GGUF file has in its place.
 
     Raises:
-        CheckpointError: it is missing, too large, or no JSON object.
+        CheckpointError: it is missing, too large, or no JSON object; or the file is damaged.
     """
+    if is_gguf(folder):
+        return config_in(folder)
     return read_json(folder / "config.json", "; MODEL must be a Hugging Face folder of config.json and safetensors")
 
 

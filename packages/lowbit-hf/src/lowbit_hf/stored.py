@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lowbit.apply import plain_weight
 from lowbit.shards import Checkpoint, TensorEntry
+from lowbit_hf.gguf.source import open_checkpoint
 from lowbit_hf.layouts import Layout, Outline, layout_of
 from lowbit_hf.loading import modules_of, outline_of, read_weight
 from lowbit_hf.skeleton import Skeleton
@@ -92,7 +93,7 @@ def open_plain(folder: Path, config: Mapping[str, Any], skeleton: Skeleton | Non
     Raises:
         CheckpointError: the folder is damaged, or quantized by a method that lowbit does not read.
     """
-    layout, stored = layout_of(folder, config, skeleton), Checkpoint.open(folder)
+    layout, stored = layout_of(folder, config, skeleton), open_checkpoint(folder)
     if layout is None:
         return stored
     with ExitStack() as opened:

@@ -14,15 +14,26 @@ from lowbit.command import DONE
 from lowbit.table import fold, size
 from lowbit_hf.commands.options import AsJson, Model
 from lowbit_hf.commands.running import say, say_json, subcommand
+from lowbit_hf.gguf.source import open_checkpoint
 from lowbit_hf.hub import find_model
 from lowbit_hf.progress import Meter
 
 if TYPE_CHECKING:
+    from lowbit_hf.convert import Conversion
     from lowbit_hf.layouts import Writer
 
-_AS = "compressed-tensors, modelopt, gptq, gptq_v2, awq, deepseek-fp8, mxfp4-gptoss or lowbit"
+_AS = "compressed-tensors, modelopt, gptq, gptq_v2, awq, deepseek-fp8, mxfp4-gptoss, gguf (llama.cpp's) or lowbit"
+_GGUF = "gguf"
 
 Out = Annotated[Path, typer.Option("-o", "--out", help="folder to make; appears whole or not at all")]
+OutFor = Annotated[
+    Path,
+    typer.Option("-o", "--out", help="folder to make, for gguf with one model.gguf; appears whole or not at all"),
+]
+Pre = Annotated[
+    str | None,
+    typer.Option("--pre", metavar="NAME", help="for gguf: how llama.cpp shall cut text, where lowbit cannot tell"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUT if it exists")]
 
 
@@ -30,7 +41,8 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace OUT if it 
 def export(
     model: Model,
     layout: Annotated[str, typer.Option("--as", metavar="LAYOUT", help=_AS)],
-    out: Out,
+    out: OutFor,
+    pre: Pre = None,
     overwrite: Overwrite = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
@@ -40,8 +52,16 @@ def export(
     """
     from lowbit_hf.layouts import WRITERS  # noqa: PLC0415
 
+    if pre is not None and layout != _GGUF:
+        raise typer.BadParameter("only --as gguf names a pre-tokenizer", param_hint="'--pre'")
+    if layout == _GGUF:
+        if out.suffix == ".gguf":
+            msg = f"{out} looks like a file; name a folder, and the file is model.gguf in it"
+            raise typer.BadParameter(msg, param_hint="'--out'")
+        return _export_gguf(model, out, pre, overwrite=overwrite, as_json=as_json)
     if layout not in WRITERS:
-        raise typer.BadParameter(f"{layout!r} is not one of {', '.join(WRITERS)}", param_hint="'--as'")
+        known = ", ".join([*WRITERS, _GGUF])
+        raise typer.BadParameter(f"{layout!r} is not one of {known}", param_hint="'--as'")
     return _convert(model, WRITERS[layout], out, overwrite=overwrite, as_json=as_json)
 
 
@@ -57,23 +77,41 @@ def dequantize(
 
 
 def _convert(model: str, writer: Writer | None, out: Path, *, overwrite: bool, as_json: bool) -> int:
-    from lowbit.shards import Checkpoint  # noqa: PLC0415
     from lowbit_hf.convert import convert  # noqa: PLC0415
 
-    folder, command = find_model(model), shlex.join(["lowbit", *sys.argv[1:]])
-    with Checkpoint.open(folder) as stored:
-        count = stored.nbytes
-    with Meter(f"write {out.name}", count) as meter:
-        made = convert(folder, out, writer, overwrite=overwrite, command=command, advance=meter.advance)
+    folder = find_model(model)
+    with _meter(folder, out) as meter:
+        made = convert(folder, out, writer, overwrite=overwrite, command=_command(), advance=meter.advance)
+    return _tell(made, out, None if writer is None else writer.name, as_json=as_json)
+
+
+def _export_gguf(model: str, out: Path, pre: str | None, *, overwrite: bool, as_json: bool) -> int:
+    from lowbit_hf.gguf.export import export  # noqa: PLC0415
+
+    folder = find_model(model)
+    with _meter(folder, out) as meter:
+        made = export(folder, out, pre=pre, overwrite=overwrite, command=_command(), advance=meter.advance)
+    return _tell(made, out, _GGUF, as_json=as_json)
+
+
+def _meter(folder: Path, out: Path) -> Meter:
+    with open_checkpoint(folder) as stored:
+        return Meter(f"write {out.name}", stored.nbytes)
+
+
+def _command() -> str:
+    return shlex.join(["lowbit", *sys.argv[1:]])
+
+
+def _tell(made: Conversion, out: Path, layout: str | None, *, as_json: bool) -> int:
     if as_json:
         say_json({"out": str(out), **asdict(made)})
         return DONE
-    what = "plain" if writer is None else writer.name
     say(
-        f"{out}: {made.weights} weights as {what}, {made.carried} other tensors and {len(made.files)} files carried; "
-        f"{size(made.bytes_before)} -> {size(made.bytes_after)}"
+        f"{out}: {made.weights} weights as {layout or 'plain'}, {made.carried} other tensors and {len(made.files)} "
+        f"files carried; {size(made.bytes_before)} -> {size(made.bytes_after)}"
     )
-    if writer is not None and not made.inexact:
+    if layout is not None and not made.inexact:
         say("exact: every weight reads back with the values that it had")
     if made.inexact:
         worst = max(made.inexact.values())

@@ -23,7 +23,8 @@ LayoutOf = Annotated[
     Layouts, typer.Option("--layout", help="of the files; lowbit holds formats and factors that others cannot")
 ]
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), or a hub id")
+    str,
+    typer.Argument(metavar="MODEL", help="Hugging Face folder (config.json and safetensors), .gguf file, or hub id"),
 ]
 To = Annotated[
     str,

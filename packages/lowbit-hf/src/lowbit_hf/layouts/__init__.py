@@ -10,6 +10,7 @@ from lowbit.errors import CheckpointError
 from lowbit_hf.layouts.awq import Awq, AwqWriter
 from lowbit_hf.layouts.compressed_tensors import CompressedTensors, CompressedTensorsWriter
 from lowbit_hf.layouts.fp8 import Fp8, Fp8Writer
+from lowbit_hf.layouts.gguf import Gguf
 from lowbit_hf.layouts.gptq import Gptq, GptqWriter
 from lowbit_hf.layouts.layout import Layout, Outline, Writer
 from lowbit_hf.layouts.lowbit import Lowbit, LowbitWriter
@@ -20,7 +21,7 @@ from lowbit_hf.skeleton import Skeleton, read_json
 __all__ = ["LAYOUTS", "WRITERS", "Layout", "Outline", "Writer", "layout_of"]
 
 LAYOUTS: dict[str, type[Layout]] = {
-    layout.method: layout for layout in (CompressedTensors, Gptq, Awq, ModelOpt, Fp8, Mxfp4, Lowbit)
+    layout.method: layout for layout in (CompressedTensors, Gptq, Awq, ModelOpt, Fp8, Mxfp4, Gguf, Lowbit)
 }
 """By `quant_method`."""
 

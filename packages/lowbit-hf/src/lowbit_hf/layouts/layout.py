@@ -27,6 +27,11 @@ _SCALES = (FLOAT32, BFLOAT16, FLOAT16)
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Local name, dtype and shape of a stored tensor."""
 
+FACTORS = (
+    "it multiplies its input by factors of its own (pre_scale), which only lowbit's layout has a place for: --as lowbit"
+)
+"""Why other layouts refuse a weight."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outline:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint
+from lowbit_hf.gguf.source import is_gguf
 from lowbit_hf.lint.envelope import check_envelope
 from lowbit_hf.lint.finding import Finding, Report, Severity, Verdict, merge
 from lowbit_hf.lint.foreign import check_foreign, check_modelopt_file, named_quantization
@@ -37,8 +38,13 @@ def lint(folder: Path, runtimes: Sequence[str] = (), *, tp: int = 1, gpu: str | 
 
     Raises:
         RecipeError: the GPU is unknown.
-        CheckpointError: there is no `config.json` that can be read.
+        CheckpointError: there is no `config.json` that can be read, or it is a GGUF file.
     """
+    if is_gguf(folder):
+        raise CheckpointError(
+            f"{folder} is a GGUF file, and the rules are for folders; lint what it was made from, or what becomes of "
+            f"it: lowbit export {folder} --as compressed-tensors -o OUT"
+        )
     chosen = tuple(RUNTIMES[name] for name in runtimes or RUNTIMES)
     device = None if gpu is None else (gpu, capability_of(gpu))
     names = tuple(runtime.name for runtime in chosen)
