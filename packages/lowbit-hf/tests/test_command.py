@@ -14,6 +14,7 @@ from lowbit.command import main
 from lowbit_hf.schemes import SCHEMES, scheme
 
 NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes", "synthesize"]
+NAMES += ["export", "dequantize", "lint"]
 Q = "model.layers.0.self_attn.q_proj"
 
 

@@ -10,7 +10,8 @@ import lowbit
 import lowbit_hf
 from lowbit.errors import CheckpointError
 from lowbit.tensor import QuantizedTensor
-from lowbit_hf.loading import Groups, load
+from lowbit_hf.layouts.compressed_tensors import CompressedTensors
+from lowbit_hf.loading import load
 from lowbit_hf.schemes import quantization_config, scheme
 
 KINDS = ["llama", "qwen2", "mixtral", "gpt2"]
@@ -243,11 +244,15 @@ def groups_of(**groups):
 
 
 CONFIGS = {
-    "another method": ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'"),
+    "another method": ({"quant_method": "hqq", "bits": 4}, "quantized by 'hqq'; lowbit reads"),
+    "another method's tensors": (
+        {"quant_method": "gptq", "bits": 4},
+        "quantized by 'gptq', but none of its tensors are",
+    ),
     # ModelOpt's config has groups too, but its scales mean something else.
-    "another with groups": (groups_of() | {"quant_method": "modelopt"}, "quantized by 'modelopt'"),
+    "another with groups": (groups_of() | {"quant_method": "modelopt"}, "needed are a matrix `weight`"),
     "a string": ("int4", "quantized by 'int4'"),
-    "no groups": ({"quant_method": "compressed-tensors"}, "with config_groups"),
+    "no groups": ({"quant_method": "compressed-tensors"}, "no object of config_groups"),
     "a group of null": (groups_of(group_0=None), "'group_0' must be an object"),
     "no targets": (groups_of(group_0={}), "'group_0' must be an object with a list of targets"),
     "targets of numbers": (groups_of(group_0={"targets": [3]}), "list of targets"),
@@ -270,7 +275,7 @@ def test_names_go_before_patterns_and_patterns_before_classes():
     names = ["W8A8", "W4A16", "MXFP4A16"]
     targets = [["Linear"], ["re:.*q_proj"], ["model.0.q_proj"]]
     config = quantization_config(dict(zip(map(scheme, names), targets, strict=True)), [])
-    groups = Groups.of({"quantization_config": config}, None)
+    groups = CompressedTensors(config, None)
     found = {
         module: groups.find(module)["targets"] for module in ("model.0.q_proj", "model.1.q_proj", "model.1.k_proj")
     }

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import lowbit
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.numerics import choose_scale, decode, encode
+from lowbit.tensor import QuantizedTensor
 from lowbit_hf import writing as module
 from lowbit_hf.difference import Weights
 from lowbit_hf.layout import to_compressed
@@ -290,12 +292,31 @@ def test_tensors_that_cannot_be_quantized(make, change, case):
         job_of(change(make("llama"), tensors=edit))
 
 
-@pytest.mark.parametrize("method", [{"quant_method": "gptq"}, {"quant_method": "compressed-tensors"}, {}, "int4"])
+QUANTIZED = {
+    "none of its tensors are": {"quant_method": "gptq"},
+    "no object of config_groups": {"quant_method": "compressed-tensors"},
+    "quantized by 'int4'; lowbit reads": "int4",
+}
+
+
+@pytest.mark.parametrize("words", QUANTIZED)
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
-def test_quantized_inputs(make, change, key, method):
-    folder = change(make("llama"), config=lambda c: c.update({key: method}))
-    with pytest.raises(CheckpointError, match="already quantized"):
+def test_configs_that_say_what_tensors_do_not(make, change, key, words):
+    folder = change(make("llama"), config=lambda c: c.update({key: QUANTIZED[words]}))
+    with pytest.raises(CheckpointError, match=words):
         job_of(folder)
+
+
+def test_a_quantized_checkpoint_is_rounded_from_what_it_stands_for(make, quantize):
+    once = quantize(make("llama"), "W8A8")
+    again = quantize(once, "W4A16_G32")
+    held = {name: p for name, p in load(once).named_parameters() if isinstance(p, QuantizedTensor)}
+    found = dict(load(again).named_parameters())
+    assert held
+    for name, p in held.items():
+        expected = lowbit.quantize(p.dequantize(torch.bfloat16), found[name].format)
+        assert torch.equal(found[name].qdata, expected.qdata)
+        assert torch.equal(found[name].scale, expected.scale)
 
 
 def test_scales_need_a_dtype_that_holds_them(make, change):

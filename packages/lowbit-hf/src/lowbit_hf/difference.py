@@ -14,8 +14,9 @@ from torch import Tensor
 from lowbit.errors import CheckpointError
 from lowbit.shards import Checkpoint, TensorEntry
 from lowbit.tensor import QuantizedTensor
-from lowbit_hf.layout import format_from_config, shape_of
-from lowbit_hf.loading import Groups, modules_of, read_weight
+from lowbit_hf.layouts import layout_of
+from lowbit_hf.layouts.compressed_tensors import CompressedTensors
+from lowbit_hf.loading import outline_of, read_weight
 from lowbit_hf.skeleton import Skeleton, read_config
 
 
@@ -49,22 +50,27 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         """Open a folder; close it with `close`."""
         self.checkpoint = Checkpoint.open(folder)
-        config = read_config(folder) if folder.is_dir() else {}
-        self._groups = Groups.of(config, None)
-        modules = modules_of(self.checkpoint, self._groups)
-        targets = {target for group in self._groups for target in group["targets"] if not target.startswith("re:")}
-        if targets - {"Linear", *modules}:  # names another class: only the model tells whose modules are of it
-            self._groups = Groups.of(config, Skeleton.build(folder))
+        self._layout = layout_of(folder, read_config(folder), None) if folder.is_dir() else None
+        modules: dict[str | None, list[str]] = {None: list(self.checkpoint.entries)}
+        if self._layout is not None:
+            modules = self._layout.modules(self.checkpoint.entries)
+        if isinstance(self._layout, CompressedTensors):
+            targets = {target for group in self._layout.groups for target in group["targets"]}
+            targets = {target for target in targets if not target.startswith("re:")}
+            if targets - {"Linear", *modules}:  # names another class: only the model tells whose modules are of it
+                self._layout = layout_of(folder, read_config(folder), Skeleton.build(folder))
         self._compressed = {
-            f"{module}.weight": (module, names) for module, names in modules.items() if module is not None
+            self._layout.weight_name(module): (module, names)
+            for module, names in modules.items()
+            if module is not None and self._layout is not None
         }
         self._plain = modules[None]
         self.names = [*self._plain, *self._compressed]
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` as its model holds it, quantized ones as QuantizedTensor."""
-        if name in self._compressed:
-            return read_weight(self.checkpoint, self._groups, *self._compressed[name])
+        if name in self._compressed and self._layout is not None:
+            return read_weight(self.checkpoint, self._layout, *self._compressed[name])
         return self.checkpoint.read(self.checkpoint.entries[name])
 
     def describe(self) -> list[dict[str, Any]]:
@@ -76,23 +82,12 @@ class Weights:
         entries = self.checkpoint.entries
         rows = [_row(name, entries[name].shape, str(entries[name].dtype), [entries[name]]) for name in self._plain]
         for name, (module, parts) in self._compressed.items():
-            local = {part.rpartition(".")[2]: self._outline(entries[part]) for part in parts}
-            if "weight_scale" not in local or {"weight", "weight_packed"}.isdisjoint(local):
-                msg = f"module {module!r} has {', '.join(local)}; needed are weight_scale, and weight or weight_packed"
-                raise CheckpointError(msg)
-            group = self._groups.find(module)
-            fmt, activation = format_from_config(group, local["weight_scale"].dtype)
-            stored = str(fmt) if activation is None else f"{fmt} x {activation}"
-            n, k = shape_of(group, local)
-            shape = (k, n) if self._groups.transposed(module) else (n, k)
+            assert self._layout is not None
+            found = outline_of(self.checkpoint, self._layout, module, parts)
+            stored = str(found.format) if found.activation is None else f"{found.format} x {found.activation}"
+            shape = (*found.shape[:-2], *found.shape[:-3:-1]) if self._layout.transposed(module) else found.shape
             rows.append(_row(name, shape, stored, [entries[part] for part in parts]))
         return rows
-
-    def _outline(self, entry: TensorEntry) -> Tensor:
-        """A tensor of the entry's dtype and shape, without values but for `weight_shape`, which is a shape itself."""
-        if entry.name.endswith(".weight_shape"):
-            return self.checkpoint.read(entry)
-        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
     def close(self) -> None:
         """Close the files."""

@@ -22,6 +22,7 @@ from lowbit_algos import Method
 from lowbit_hf.layout import tensors_of
 from lowbit_hf.schemes import Scheme
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
+from lowbit_hf.stored import open_plain, without_quantization
 from lowbit_hf.texts import Calibration
 
 # Rows that are looked at together.
@@ -140,17 +141,14 @@ def prepare(
     which stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that.
 
     Raises:
-        CheckpointError: the folder is damaged or already quantized.
+        CheckpointError: the folder is damaged.
         RecipeError: a pattern matches nothing, a weight does not fit its scheme, or too little is covered.
     """
-    config = read_config(folder)
-    quantized = config.get("quantization_config", config.get("compression_config"))
-    if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-        msg = f"{folder} is already quantized ({method}); rounding twice loses twice, so start from the original model"
-        raise CheckpointError(msg)
     skeleton = Skeleton.build(folder)
-    checkpoint = Checkpoint.open(folder)
+    config = read_config(folder)
+    # A weight that is quantized already is what it stands for.
+    checkpoint = open_plain(folder, config, skeleton)
+    config = without_quantization(config, skeleton.dtype)
     owners = {name: skeleton.owner(name) for name in checkpoint.entries}
     parameters = [_parameter(entry, owners[entry.name]) for entry in checkpoint.entries.values()]
     # What a match on tensors stands for, in the user's words.

@@ -31,8 +31,9 @@ from lowbit.element import BFLOAT16, E2M1, E2M3, E4M3FN, E8M0, ELEMENTS, FLOAT16
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import Scales, check_scales, data_shape
-from lowbit.packing import pack, packed_bytes, unpack
+from lowbit.packing import pack, unpack
 from lowbit_hf.schemes import Scheme
+from lowbit_hf.words import flip_signs, pack_zeros, to_bytes, to_words, unpack_zeros, words
 
 _Storage = Literal["plain", "words", "bytes"]
 _Entry = tuple[str, torch.dtype, tuple[int, ...]]
@@ -118,9 +119,9 @@ def to_compressed(
     elif storage == "bytes":
         tensors["weight_packed"] = data
     else:
-        tensors["weight_packed"] = _to_words(_flip_signs(data, fmt.element, k), fmt.element.bits, k)
+        tensors["weight_packed"] = to_words(flip_signs(data, fmt.element, k), fmt.element.bits, k)
     if scales.zero is not None:
-        tensors["weight_zero_point"] = scales.zero if storage == "plain" else _pack_zeros(scales.zero, fmt.element)
+        tensors["weight_zero_point"] = scales.zero if storage == "plain" else pack_zeros(scales.zero, fmt.element)
     if first_row == 0 and storage == "words":
         tensors["weight_shape"] = torch.tensor([n, k], dtype=torch.int64)
     if first_row == 0 and scales.tensor_scale is not None:
@@ -146,7 +147,7 @@ def from_compressed(
     stored = _check_stored(tensors, _entries(fmt, storage, (n, k)))
     scale, zero = stored["weight_scale"].reshape(fmt.scale_shape((n, k))), stored.get("weight_zero_point")
     if zero is not None:
-        zero = zero.reshape(scale.shape) if storage == "plain" else _unpack_zeros(zero, fmt.element, n)
+        zero = zero.reshape(scale.shape) if storage == "plain" else unpack_zeros(zero, fmt.element, n)
     scales = Scales(
         scale.view(torch.float8_e8m0fnu) if fmt.scale is E8M0 else scale,
         zero,
@@ -156,7 +157,7 @@ def from_compressed(
         return _pack_plain(stored["weight"], fmt.element), scales, fmt
     if storage == "bytes":
         return stored["weight_packed"], scales, fmt
-    data = _flip_signs(_to_bytes(stored["weight_packed"], fmt.element.bits, k), fmt.element, k)
+    data = flip_signs(to_bytes(stored["weight_packed"], fmt.element.bits, k), fmt.element, k)
     return data.view(fmt.element.storage), scales, fmt
 
 
@@ -321,10 +322,10 @@ def _entries(fmt: Format, storage: _Storage, shape: tuple[int, int]) -> list[_En
     elif storage == "bytes":
         entries = [("weight_packed", torch.uint8, data_shape(shape, fmt)), scale]
     else:
-        entries = [("weight_packed", torch.int32, (n, _words(k, bits))), scale, ("weight_shape", torch.int64, (2,))]
+        entries = [("weight_packed", torch.int32, (n, words(k, bits))), scale, ("weight_shape", torch.int64, (2,))]
     if fmt.zero is not None:
         packed = storage == "words"
-        zeros = (_words(n, bits), scales[-1]) if packed else scales
+        zeros = (words(n, bits), scales[-1]) if packed else scales
         entries.append(("weight_zero_point", torch.int32 if packed else fmt.zero.code_dtype, zeros))
     if fmt.tensor_scale:
         entries.append(("weight_global_scale", torch.float32, (1,)))
@@ -333,47 +334,6 @@ def _entries(fmt: Format, storage: _Storage, shape: tuple[int, int]) -> list[_En
 
 def _scale_shape(fmt: Format, shape: tuple[int, int]) -> tuple[int, ...]:
     return (1,) if fmt.block == (WHOLE, WHOLE) else fmt.scale_shape(shape)
-
-
-def _words(k: int, bits: int) -> int:
-    return -(-k * bits // 32)
-
-
-def _flip_signs(data: Tensor, codes: Element, k: int) -> Tensor:
-    """New uint8 bytes of packed `data` between two's complement and offset binary; unsigned codes and padding stay."""
-    # The least code has nothing but the sign bit, and is 0 for unsigned codes.
-    signs = pack(torch.full((k,), int(codes.min), dtype=codes.code_dtype, device=data.device), codes)
-    return data.view(torch.uint8) ^ signs.view(torch.uint8)
-
-
-def _to_words(raw: Tensor, bits: int, k: int) -> Tensor:
-    """Packed bytes of `k` codes a row as int32 words."""
-    words = _words(k, bits)
-    # By way of one dimension: a row that stands alone may have a stride that no wider view accepts.
-    return _resize(raw, words * 4).reshape(-1).view(torch.int32).view(raw.shape[0], words)
-
-
-def _to_bytes(words: Tensor, bits: int, k: int) -> Tensor:
-    """Undo `_to_words`."""
-    raw = words.reshape(-1).view(torch.uint8).view(words.shape[0], words.shape[1] * 4)
-    return _resize(raw, packed_bytes(k, bits))
-
-
-def _resize(raw: Tensor, size: int) -> Tensor:
-    """Bytes (n, size): only padding is cut off or added."""
-    return raw if raw.shape[1] == size else torch.nn.functional.pad(raw, (0, size - raw.shape[1]))
-
-
-def _pack_zeros(zero: Tensor, codes: Element) -> Tensor:
-    return _transpose(_to_words(pack(_transpose(zero), codes), codes.bits, zero.shape[0]))
-
-
-def _unpack_zeros(words: Tensor, codes: Element, n: int) -> Tensor:
-    return _transpose(unpack(_to_bytes(_transpose(words), codes.bits, n), codes, n))
-
-
-def _transpose(x: Tensor) -> Tensor:
-    return x.T.clone(memory_format=torch.contiguous_format)
 
 
 def _pack_plain(codes: Tensor, stored: Element) -> Tensor:

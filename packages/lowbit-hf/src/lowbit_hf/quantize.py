@@ -18,20 +18,18 @@ from torch import Tensor
 
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.report import Report
-from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, lies_inside, row_slices
+from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, row_slices
 from lowbit.staging import Staging, scratch_of
 from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import Calibrated
+from lowbit_hf.carrying import check_target, ignored_modules, other_files
 from lowbit_hf.job import Job, prepare, require_data
 from lowbit_hf.processes import agree, follow, rank, require_windows, together
 from lowbit_hf.reporting import REPORTS, report_of
-from lowbit_hf.schemes import Scheme, quantization_config
+from lowbit_hf.schemes import Scheme, quantization_config, targets_of
 from lowbit_hf.writing import NonfiniteError, Reader, Run, write_calibrated, write_rest
 
 __all__ = ["Account", "NonfiniteError", "foresee", "prepare", "run"]
-
-# The same weights in forms that other programs load; keeping them would double the folder and contradict its config.
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 
 # Bytes of a tensor that are compared at a time.
 _COMPARED = 64 << 20
@@ -72,7 +70,7 @@ def run(
         LowbitError: the run took more memory than it may; what is done is kept.
     """
     started = time.monotonic()
-    _check_target(job.folder, out)
+    check_target(job.folder, out)
     require_data(job)
     windows, calibrated = _calibration(job, device)
     budget = Budget(job, calibrated, device)
@@ -82,7 +80,7 @@ def run(
             with budget.kept():
                 follow(job, calibrated, windows, budget, scratch_of(out))
         return None
-    carried, left_behind = _other_files(job.folder, job.checkpoint)
+    carried, left_behind = other_files(job.folder, job.checkpoint)
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
             return _account(job, out, carried, left_behind)
@@ -174,77 +172,16 @@ def _agreed(staging: Staging, tokens: int) -> int:
     return tokens
 
 
-def _check_target(folder: Path, out: Path) -> None:
-    """Refuse an output that would replace the input, or a folder that is no model."""
-    source, target = folder.resolve(), out.resolve()
-    if source.is_relative_to(target) or target.is_relative_to(source):
-        msg = f"the output {out} and the input {folder} lie in one another; write to a folder beside the input"
-        raise CheckpointError(msg)
-    if target.is_dir() and any(target.iterdir()) and not (target / "config.json").is_file():
-        msg = f"{out} exists and is no model folder (it has no config.json), so it is never replaced; choose another"
-        raise CheckpointError(msg)
-
-
-def _other_files(folder: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
-    """Files to carry over (relative names), and those of the original alone: its weights in other forms, its report."""
-    carried, left = [], []
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink():
-            _check_link(folder, path)
-        if not path.is_file() or name in {*checkpoint.shards, "config.json", INDEX_NAME} or name.startswith(".git/"):
-            continue
-        other = path.suffix in _OTHER_WEIGHTS or name.endswith(".index.json") or name in REPORTS
-        (left if other else carried).append(name)
-    return carried, left
-
-
-def _check_link(folder: Path, path: Path) -> None:
-    """Refuse a link that would carry a file from elsewhere into a folder that is going to be shared, or that is lost.
-
-    Raises:
-        CheckpointError: the link leads outside the folder, to a folder, or nowhere.
-    """
-    real = path.resolve()
-    if not real.is_file() or not lies_inside(folder.resolve(), real):
-        msg = f"{path} is a link to {real}, which is no file inside the folder; replace it by a copy if you trust it"
-        raise CheckpointError(msg)
-
-
 def _output_config(job: Job) -> dict[str, Any]:
     modules: dict[Scheme, list[str]] = {}
     for name, scheme in job.schemes.items():
         modules.setdefault(scheme, []).append(name.removesuffix(".weight"))
-    # The scheme of most modules covers their classes; exceptions are named, which readers ask first.
-    main = max(modules, key=lambda scheme: len(modules[scheme]))
     classes = ["Linear", *(["Conv1D"] if any(job.transposed(name) for name in job.schemes) else [])]
-    others = [name for name in modules[main] if not job.linear(f"{name}.weight")]
-    groups = {
-        scheme: classes + sorted(others) if scheme is main else sorted(names) for scheme, names in modules.items()
-    }
+    named = {name.removesuffix(".weight") for name in job.schemes if not job.linear(name)}
+    groups = targets_of(modules, named, classes)
     untied = {"tie_word_embeddings": False} if job.untied else {}
-    return {**job.config, **untied, "quantization_config": quantization_config(groups, _ignored(job))}
-
-
-def _ignored(job: Job) -> list[str]:
-    """Modules that a reader might take for quantized by their class, but that are not, by checkpoint name.
-
-    Engines have classes of their own, a router that transformers spells out being a Linear in vLLM; only embeddings are
-    embeddings everywhere.
-    """
-    quantized = set(job.schemes)
-    stored = {
-        name.removesuffix(".weight")
-        for name, owner in job.owners.items()
-        if name.endswith(".weight")
-        and name not in quantized
-        and len(job.checkpoint.entries[name].shape) > 1
-        and (owner is None or "Embedding" not in owner.classes)
-    }
-    held = {owner.name for owner in job.owners.values() if owner is not None}
-    # A tied head is in the model, but not in the file.
-    tied = {name for name in job.skeleton.linears if f"{name}.weight" not in held}
-    return sorted(stored | tied)
+    ignored = ignored_modules(job.checkpoint, job.skeleton, job.owners, set(job.schemes))
+    return {**job.config, **untied, "quantization_config": quantization_config(groups, ignored)}
 
 
 def _output_index(job: Job) -> dict[str, Any]:

@@ -10,14 +10,14 @@ Source: compressed-tensors 0.20.0, `PRESET_SCHEMES`, `QuantizationConfig` and `Q
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 import torch
 
 from lowbit.activation import Activation, Scaling
-from lowbit.element import BFLOAT16, E8M0, FLOAT16, FLOAT32, INT4, element
+from lowbit.element import BFLOAT16, E4M3FN, E8M0, FLOAT16, FLOAT32, INT4, INT8, element
 from lowbit.errors import FormatError, RecipeError
 from lowbit.format import (
     FP8_ROW,
@@ -114,6 +114,45 @@ def scheme(name: str) -> Scheme:
         msg = f"scheme {found.name} cannot be written: {found.refusal}"
         raise RecipeError(msg)
     return found
+
+
+def scheme_for(fmt: Format, activation: Activation | None) -> Scheme:
+    """The scheme that stores weights of a format under inputs that are rounded so.
+
+    Raises:
+        FormatError: compressed-tensors has no place for it.
+    """
+    scaled = fmt.scale in (FLOAT16, BFLOAT16, FLOAT32)
+    weight = replace(fmt, scale=BFLOAT16) if scaled else fmt
+    for found in SCHEMES.values():
+        if (found.weight, found.activation) == (weight, activation):
+            return found
+    code, (rows, columns) = fmt.element, fmt.block
+    file_format = ""
+    if scaled and code is E4M3FN and fmt.symmetric:
+        file_format = "naive-quantized" if activation is None else "float-quantized"
+    elif scaled and code.kind == "int" and rows == 1 and (fmt.symmetric or fmt.zero is code):
+        file_format = "pack-quantized"
+    elif scaled and code is INT8 and fmt.symmetric and activation is not None:
+        file_format = "int-quantized"
+    if not file_format:
+        raise FormatError(f"compressed-tensors has no place for {fmt} weights with {activation or 'plain'} inputs")
+    inputs = "A16" if activation is None else f"A{activation.format.element.bits}"
+    group = "" if columns == WHOLE else f"_G{columns}"
+    name = f"W{code.bits}{inputs}{'' if fmt.symmetric else '_ASYM'}{group}"
+    return Scheme(name=name, weight=weight, activation=activation, file_format=file_format)
+
+
+def targets_of(
+    modules: Mapping[Scheme, Sequence[str]], named: Collection[str], classes: Sequence[str] = ("Linear",)
+) -> dict[Scheme, list[str]]:
+    """Targets of schemes: that of most modules covers `classes`; modules of others, and those `named`, are named."""
+    # Readers ask names first.
+    main = max(modules, key=lambda scheme: len(modules[scheme]))
+    return {
+        scheme: [*classes, *sorted(set(named).intersection(names))] if scheme is main else sorted(names)
+        for scheme, names in modules.items()
+    }
 
 
 def quantization_config(groups: Mapping[Scheme, Sequence[str]], ignore: Sequence[str]) -> dict[str, object]:

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -179,16 +179,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, too large, or no JSON object.
     """
-    path = folder / "config.json"
+    return read_json(folder / "config.json", "; MODEL must be a Hugging Face folder of config.json and safetensors")
+
+
+def read_json(path: Path, needed: str = "") -> dict[str, Any]:
+    """The object in a JSON file of a folder; `needed` ends the error if it cannot be read.
+
+    Raises:
+        CheckpointError: it is missing, too large, or no JSON object.
+    """
     try:
         if path.stat().st_size > _LARGEST_JSON:
             msg = f"{path} has {path.stat().st_size} bytes, which no config has; the folder is damaged"
             raise CheckpointError(msg)
-        config = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        msg = f"{path} cannot be read: {error}; MODEL must be a Hugging Face folder of config.json and safetensors"
+        msg = f"{path} cannot be read: {error}{needed}"
         raise CheckpointError(msg) from error
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         msg = f"{path} holds no JSON object; the folder is damaged"
         raise CheckpointError(msg)
-    return config
+    return cast("dict[str, Any]", found)
