@@ -8,7 +8,8 @@ the error of one log-probability, `between` that of the difference of the two li
 independent ones, and no worse than lowbit's where it computes the same. So two engines are apart by the root of the sum
 of both squares: in what they say of one token, by way of `single`; and in which token they prefer, by way of `between`,
 which is what lowbit preferred its own by where they take different ones after the same prefix. Four times that is the
-bound of a preference, of which there are twenty; six times that of one log-probability, of which there are hundreds.
+bound of a preference, of which there are twenty; twice that, of the root mean square over all tokens in common. Of a
+single one there is no bound: where an error tips the choice of an expert, another function is computed.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def errors(exact, prompts, answers):
 
 @dataclass(frozen=True)
 class Bounds:
-    """How far rounding alone may bring two engines apart: in a preference, and in one log-probability."""
+    """How far rounding alone may bring two engines apart: in a preference, and, on average, in a log-probability."""
 
     gap: float
     apart: float
@@ -73,7 +74,7 @@ class Bounds:
 
 def bounds(ours, theirs):
     """What the errors of two engines allow."""
-    return Bounds(4 * hypot(ours.between, theirs.between), 6 * hypot(ours.single, theirs.single))
+    return Bounds(4 * hypot(ours.between, theirs.between), 2 * hypot(ours.single, theirs.single))
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Agreement:
     common: int
     # By how much we preferred our own token there.
     gap: float
-    # The most that the log-probabilities of common tokens are apart.
-    apart: float
+    # How far log-probabilities of the common tokens are apart, each.
+    apart: list[float]
 
 
 def compare(tokens, logs, other_tokens, other_logs):
@@ -96,5 +97,4 @@ def compare(tokens, logs, other_tokens, other_logs):
     common = int(differ[0]) if len(differ) else len(tokens)
     mine = logs.gather(1, tokens.unsqueeze(1)).squeeze(1)
     gap = float(mine[common] - logs[common, other[common]]) if len(differ) else 0.0
-    apart = (mine - torch.tensor(other_logs))[:common].abs().amax() if common else torch.zeros(())
-    return Agreement(common, gap, float(apart))
+    return Agreement(common, gap, (mine - torch.tensor(other_logs))[:common].abs().tolist())

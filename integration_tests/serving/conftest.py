@@ -69,18 +69,16 @@ def serve(vllm, tmp_path):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         log = tmp_path / "log.txt"
-        env = (
-            os.environ
-            | {
-                "HF_HUB_OFFLINE": "1",
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the memory
-                "VLLM_CPU_INT4_W4A8": "0",  # or it rounds inputs to int8 where a CPU has AMX, though the checkpoint says not to
-                "VLLM_CACHE_ROOT": str(tmp_path / "cache"),  # so that every start compiles, as the first one does
-                "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
-                "PATH": f"{vllm.parent}{os.pathsep}{os.environ['PATH']}",
-            }
-        )
+        env = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default vLLM takes most of the memory
+            # Or it rounds inputs of int4 layers to int8 where a CPU has AMX, though the checkpoint says not to.
+            "VLLM_CPU_INT4_W4A8": os.environ.get("VLLM_CPU_INT4_W4A8", "0"),
+            "VLLM_CACHE_ROOT": str(tmp_path / "cache"),  # so that every start compiles, as the first one does
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+            "PATH": f"{vllm.parent}{os.pathsep}{os.environ['PATH']}",
+        }
         # What `vllm serve` starts. The command itself looks for a distribution named vllm, which vllm-cpu 0.32 is not.
         command = [vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--served-model-name", "served"]
         command += ["--host", "127.0.0.1", "--port", str(port), *options]

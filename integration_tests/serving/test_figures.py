@@ -18,7 +18,7 @@ def line(row):
         f"{row['same']} of {row['prompts']}",
         f"{row['tokens_before_a_difference']} of {row['tokens']}",
         f"{row['widest_gap']:.3f} ({row['gap_bound']:.3f})",
-        f"{row['widest_apart']:.3f} ({row['apart_bound']:.3f})",
+        f"{row['apart']:.3f} ({row['apart_bound']:.3f})",
         f"{row['start_s']:.0f} s" + (", compiled" if row["compiled"] else ""),
         f"{row['tokens_per_s']:.0f}",
     ]

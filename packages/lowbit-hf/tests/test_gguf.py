@@ -445,7 +445,7 @@ def test_factors_have_no_place(spoken, tmp_path):
     convert(spoken(), tmp_path / "own", WRITERS["lowbit"])
     weight = "model.layers.1.mlp.up_proj.weight"
     state = load_file(tmp_path / "own/model.safetensors")
-    state[f"{weight}:pre_scale"] = torch.full((64,), 2.0)
+    state[f"{weight}:pre_scale"] = torch.full((128,), 2.0)
     save_file(state, tmp_path / "own/model.safetensors")
     with pytest.raises(CheckpointError, match=f"'{weight}' .* only lowbit's layout has a place for"):
         export(tmp_path / "own", tmp_path / "out")
