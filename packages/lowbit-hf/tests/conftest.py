@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from math import inf
 
 import pytest
 import torch
 import transformers
+from foreign import KINDS, options
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig
 
+from lowbit.command import main
 from lowbit_hf.quantize import prepare, run
 from lowbit_hf.schemes import scheme
 
@@ -147,3 +152,61 @@ def stock():
         return model.eval()
 
     return of
+
+
+def shapes(hidden, inner, kv):
+    attention = {
+        f"self_attn.{name}_proj": (n, hidden) for name, n in {"q": hidden, "k": kv, "v": kv, "o": hidden}.items()
+    }
+    mlp = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    return {f"model.layers.0.{name}": shape for name, shape in (attention | mlp).items()}
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory):
+    """`foreign(kind, seed)`: a folder in another program's layout, and its weights by module."""
+
+    def of(kind, seed, **more):
+        draw = random.Random(f"{kind} {seed}")
+        # Blocks of 128 that are not all whole.
+        hidden, inner = (160, 192) if kind == "fp8" else (64, 128)
+        chosen = options(kind, seed) | more
+        weights = {
+            module: KINDS[kind].weight(draw, n, k, **chosen) for module, (n, k) in shapes(hidden, inner, 32).items()
+        }
+        folder = tmp_path_factory.mktemp("foreign")
+        config = LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=1,
+            num_attention_heads=hidden // 32,
+            num_key_value_heads=1,
+            head_dim=32,
+            vocab_size=32,
+            dtype="bfloat16",
+            architectures=["LlamaForCausalLM"],
+        ).to_dict()
+        plain = {"model.embed_tokens": (32, hidden), "lm_head": (32, hidden), "model.norm": (hidden,)}
+        plain |= {f"model.layers.0.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
+        random_ = torch.Generator().manual_seed(seed)
+        tensors = {f"{name}.weight": torch.randn(size, generator=random_).bfloat16() for name, size in plain.items()}
+        tensors |= {f"{m}.{local}": tensor for m, weight in weights.items() for local, tensor in weight.tensors.items()}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        config["quantization_config"] = KINDS[kind].config(chosen)
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder, weights
+
+    return of
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """`command("inspect", folder)`: its exit code, what it said and what it told beside."""
+    monkeypatch.setattr("lowbit_hf.progress._DELAY", inf)
+
+    def called(*arguments):
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return called

@@ -9,9 +9,9 @@ import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationScheme
-from foreign import KINDS, Weight, mxfp4_experts, nvfp4, options
+from foreign import KINDS, Weight, mxfp4_experts, nvfp4
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from lowbit.errors import CheckpointError
 from lowbit.tensor import QuantizedTensor
@@ -22,51 +22,6 @@ from lowbit_hf.layouts import WRITERS
 
 SEEDS = range(20)
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def shapes(hidden, inner, kv):
-    attention = {
-        f"self_attn.{name}_proj": (n, hidden) for name, n in {"q": hidden, "k": kv, "v": kv, "o": hidden}.items()
-    }
-    mlp = {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
-    return {f"model.layers.0.{name}": shape for name, shape in (attention | mlp).items()}
-
-
-@pytest.fixture(scope="session")
-def foreign(tmp_path_factory):
-    """`foreign(kind, seed)`: a folder in another program's layout, and its weights by module."""
-
-    def of(kind, seed, **more):
-        draw = random.Random(f"{kind} {seed}")
-        # Blocks of 128 that are not all whole.
-        hidden, inner = (160, 192) if kind == "fp8" else (64, 128)
-        chosen = options(kind, seed) | more
-        weights = {
-            module: KINDS[kind].weight(draw, n, k, **chosen) for module, (n, k) in shapes(hidden, inner, 32).items()
-        }
-        folder = tmp_path_factory.mktemp("foreign")
-        config = LlamaConfig(
-            hidden_size=hidden,
-            intermediate_size=inner,
-            num_hidden_layers=1,
-            num_attention_heads=hidden // 32,
-            num_key_value_heads=1,
-            head_dim=32,
-            vocab_size=32,
-            dtype="bfloat16",
-            architectures=["LlamaForCausalLM"],
-        ).to_dict()
-        plain = {"model.embed_tokens": (32, hidden), "lm_head": (32, hidden), "model.norm": (hidden,)}
-        plain |= {f"model.layers.0.{name}_layernorm": (hidden,) for name in ("input", "post_attention")}
-        random_ = torch.Generator().manual_seed(seed)
-        tensors = {f"{name}.weight": torch.randn(size, generator=random_).bfloat16() for name, size in plain.items()}
-        tensors |= {f"{m}.{local}": tensor for m, weight in weights.items() for local, tensor in weight.tensors.items()}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        config["quantization_config"] = KINDS[kind].config(chosen)
-        (folder / "config.json").write_text(json.dumps(config))
-        return folder, weights
-
-    return of
 
 
 def same_bits(a, b):

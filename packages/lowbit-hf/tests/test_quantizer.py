@@ -18,7 +18,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import lowbit
 from lowbit import QuantizedTensor, Recipe, Rule
 from lowbit.apply import plain_weight
-from lowbit.command import main
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit_algos import Method, calibrate_
 from lowbit_hf import LowbitConfig, load
@@ -500,18 +499,6 @@ def test_plain_parameters_may_be_called_as_parts_are(make, own, tmp_path):
 
 
 # Commands, and what importing does
-
-
-@pytest.fixture
-def command(capsys, monkeypatch):
-    monkeypatch.setattr("lowbit_hf.progress._DELAY", inf)
-
-    def called(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return called
 
 
 def test_commands_take_it(command, worded, tmp_path, tokens):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +36,23 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedM
     with open_checkpoint(folder) as checkpoint:
         layout = layout_of(folder, read_config(folder), skeleton)
         state = {name: tensor.to(device) for name, tensor in read_tensors(checkpoint, layout).items()}
+    model = assemble(folder, skeleton, state)
+    nn.Module.to(model, device)
+    if layout is not None:
+        _LOG.info(
+            "%s is loaded in portable form and runs on reference kernels until lowbit.bind(model) is called", folder
+        )
+    return model
+
+
+def assemble(folder: Path, skeleton: Skeleton, state: dict[str, Tensor]) -> PreTrainedModel:
+    """The model of `folder` with these tensors, which are named as in its files, in eval mode.
+
+    Raises:
+        CheckpointError: they do not fit it.
+    """
     try:
-        model, info = _assemble(skeleton, state)
+        model, info = _filled(skeleton, state)
     except RuntimeError as error:
         msg = f"{folder} does not fit {type(skeleton.model).__name__}: {error}"
         raise CheckpointError(msg) from error
@@ -45,14 +61,10 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedM
     if wrong:
         msg = f"{folder} does not fit {type(model).__name__}: " + "; ".join(f"{k} {v[:5]}" for k, v in wrong.items())
         raise CheckpointError(msg)
-    nn.Module.to(model, device).eval().requires_grad_(requires_grad=False)
+    model.eval().requires_grad_(requires_grad=False)
     if model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     use_lowbit_experts(model)
-    if layout is not None:
-        _LOG.info(
-            "%s is loaded in portable form and runs on reference kernels until lowbit.bind(model) is called", folder
-        )
     return model
 
 
@@ -119,15 +131,24 @@ def outline_of(checkpoint: Checkpoint, layout: Layout, module: str, names: Itera
         raise CheckpointError(msg) from error
 
 
-def _assemble(skeleton: Skeleton, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model with `state` in it; transformers stacks experts and ties weights itself, also quantized ones."""
-    shown = transformers_logging.is_progress_bar_enabled()
+@contextmanager
+def quiet() -> Generator[None]:
+    """Keep transformers from drawing progress of its own, and from warning."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
-        # Asked for loading info, transformers returns a pair, which its annotations leave out.
-        load: Any = type(skeleton.model).from_pretrained
-        options = {"dtype": skeleton.dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        return load(None, config=skeleton.config, state_dict=state, **options)
+        yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def _filled(skeleton: Skeleton, state: dict[str, Tensor]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with `state` in it; transformers stacks experts and ties weights itself, also quantized ones."""
+    # Asked for loading info, transformers returns a pair, which its annotations leave out.
+    load: Any = type(skeleton.model).from_pretrained
+    options = {"dtype": skeleton.dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quiet():
+        return load(None, config=skeleton.config, state_dict=state, **options)

@@ -58,7 +58,7 @@ def evaluate(
     folder, where = find_model(model), device_of(device)
     base = None if against is None else load(find_model(against), device=where)
     loaded = load(folder, device=where)
-    result = _evaluate(loaded, base, _token_ids(folder, text, tokens), model)
+    result = measured(loaded, base, token_ids(folder, text, tokens), model)
     if as_json:
         say_json({"model": model, "against": against, **asdict(result)})
     else:
@@ -111,8 +111,8 @@ def compare(
     for job in jobs.values():
         require_data(job)
     base = load(folder, device=where)
-    ids = _token_ids(folder, text, tokens)
-    result = _evaluate(base, None, ids, "the original")
+    ids = token_ids(folder, text, tokens)
+    result = measured(base, None, ids, "the original")
     dtype = str(base.dtype).removeprefix("torch.")
     stored = next(iter(jobs.values())).checkpoint.nbytes
     rows: list[dict[str, Any]] = [_table_row(dtype, None, 8.0 * base.dtype.itemsize, stored, result)]
@@ -126,7 +126,7 @@ def compare(
         for (name, each), job in jobs.items():
             target = parent / (name if each == "rtn" else f"{name}-{each}")
             carry_out(job, target, where, overwrite=overwrite)
-            result = _evaluate(load(target, device=where), base, ids, target.name)
+            result = measured(load(target, device=where), base, ids, target.name)
             rows.append(_table_row(name, each, job.bits_per_weight, job.output_bytes, result))
     if as_json:
         say_json({"model": model, "results": rows})
@@ -136,14 +136,16 @@ def compare(
     return DONE
 
 
-def _token_ids(folder: Path, text: Path | None, tokens: int | None) -> Tensor:
+def token_ids(folder: Path, text: Path | None, tokens: int | None) -> Tensor:
+    """The first `tokens` token ids of a text, by default of the one that comes with lowbit."""
     from lowbit_hf.evaluate import tokenize  # noqa: PLC0415
 
     with as_file(files("lowbit_hf") / "data" / "text.txt") as default:
         return tokenize(folder, text or default)[:tokens]
 
 
-def _evaluate(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor, label: str) -> Evaluation:
+def measured(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor, label: str) -> Evaluation:
+    """The quality of a model, `label` to those who wait, in windows of its context, of 2048 tokens at most."""
     from lowbit_hf.evaluate import evaluate  # noqa: PLC0415
 
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048

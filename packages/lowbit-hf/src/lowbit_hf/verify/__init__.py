@@ -1,0 +1,1 @@
+"""Whether other programs read the same numbers from a checkpoint: `lowbit verify`."""
