@@ -185,6 +185,21 @@ class Staging:
             shutil.copyfile(source, path)
             self._wrote(path, path.stat().st_size)
 
+    def link_file(self, source: str | os.PathLike[str], name: str) -> None:
+        """Give a file of `scratch` the name `name` in the output; its bytes are not copied where disks have links.
+
+        Raises:
+            CheckpointError: the name is not free, or writing failed.
+        """
+        path = self._claim(name)
+        with self._writing(path):
+            path.unlink(missing_ok=True)
+            try:
+                os.link(source, path)
+            except OSError:
+                shutil.copyfile(source, path)
+            self._wrote(path, path.stat().st_size)
+
     def write_text(self, name: str, text: str) -> None:
         """Write `text` in UTF-8, line ends as they are, to `name` in the output.
 

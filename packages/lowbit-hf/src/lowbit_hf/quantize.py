@@ -160,9 +160,9 @@ def _write_others(job: Job, staging: Staging, carried: Sequence[str], texts: Map
         staging.copy_file(job.folder / name, name)
     for name, text in texts.items():
         staging.write_text(name, text)
-    staging.write_text("config.json", json.dumps(_output_config(job), indent=2) + "\n")
+    staging.write_text("config.json", json.dumps(output_config(job), indent=2) + "\n")
     if (job.folder / INDEX_NAME).exists():
-        staging.write_text(INDEX_NAME, json.dumps(_output_index(job), indent=2) + "\n")
+        staging.write_text(INDEX_NAME, json.dumps(output_index(job), indent=2) + "\n")
     for name, text in zip(REPORTS, (report.to_json() + "\n", report.to_html()), strict=True):
         staging.write_text(name, text)
     staging.sync()
@@ -179,7 +179,8 @@ def _agreed(staging: Staging, tokens: int) -> int:
     return tokens
 
 
-def _output_config(job: Job) -> dict[str, Any]:
+def output_config(job: Job) -> dict[str, Any]:
+    """The `config.json` of what a job makes."""
     untied = {"tie_word_embeddings": False} if job.untied else {}
     return {**job.config, **untied, "quantization_config": _quantization_config(job)}
 
@@ -202,7 +203,8 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     return quantization_config(groups, ignored_modules(job.checkpoint, job.skeleton, job.owners, set(job.schemes)))
 
 
-def _output_index(job: Job) -> dict[str, Any]:
+def output_index(job: Job) -> dict[str, Any]:
+    """The index of the files that a job makes."""
     files = job.files
     return {
         "metadata": {"total_size": job.output_bytes},

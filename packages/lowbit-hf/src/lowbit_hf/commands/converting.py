@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +11,7 @@ import typer
 from lowbit.command import DONE
 from lowbit.table import fold, size
 from lowbit_hf.commands.options import AsJson, Model
-from lowbit_hf.commands.running import say, say_json, subcommand
+from lowbit_hf.commands.running import command_line, say, say_json, subcommand
 from lowbit_hf.gguf.source import open_checkpoint
 from lowbit_hf.hub import find_model
 from lowbit_hf.progress import Meter
@@ -81,7 +79,7 @@ def _convert(model: str, writer: Writer | None, out: Path, *, overwrite: bool, a
 
     folder = find_model(model)
     with _meter(folder, out) as meter:
-        made = convert(folder, out, writer, overwrite=overwrite, command=_command(), advance=meter.advance)
+        made = convert(folder, out, writer, overwrite=overwrite, command=command_line(), advance=meter.advance)
     return _tell(made, out, None if writer is None else writer.name, as_json=as_json)
 
 
@@ -90,17 +88,13 @@ def _export_gguf(model: str, out: Path, pre: str | None, *, overwrite: bool, as_
 
     folder = find_model(model)
     with _meter(folder, out) as meter:
-        made = export(folder, out, pre=pre, overwrite=overwrite, command=_command(), advance=meter.advance)
+        made = export(folder, out, pre=pre, overwrite=overwrite, command=command_line(), advance=meter.advance)
     return _tell(made, out, _GGUF, as_json=as_json)
 
 
 def _meter(folder: Path, out: Path) -> Meter:
     with open_checkpoint(folder) as stored:
         return Meter(f"write {out.name}", stored.nbytes)
-
-
-def _command() -> str:
-    return shlex.join(["lowbit", *sys.argv[1:]])
 
 
 def _tell(made: Conversion, out: Path, layout: str | None, *, as_json: bool) -> int:

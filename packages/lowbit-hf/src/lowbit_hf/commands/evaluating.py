@@ -148,9 +148,13 @@ def measured(model: PreTrainedModel, base: PreTrainedModel | None, ids: Tensor, 
     """The quality of a model, `label` to those who wait, in windows of its context, of 2048 tokens at most."""
     from lowbit_hf.evaluate import evaluate  # noqa: PLC0415
 
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     with Meter(f"evaluate {label}", ids.numel()) as meter:
-        return evaluate(model, ids, context=min(context, 2048), base=base, advance=meter.advance)
+        return evaluate(model, ids, context=min(context_of(model.config), 2048), base=base, advance=meter.advance)
+
+
+def context_of(config: Any) -> int:
+    """Tokens that a model takes at once."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
 
 
 def _table_row(name: str, algorithm: str | None, bits: float, stored: int, result: Evaluation) -> dict[str, Any]:

@@ -49,11 +49,12 @@ def lint(
     if as_json:
         say_json(asdict(report))
     else:
-        _show(report)
+        show(report)
     return PROBLEM if report.failed else DONE
 
 
-def _show(report: Report) -> None:
+def show(report: Report) -> None:
+    """Print findings and verdicts."""
     for finding in report.findings:
         say(_line(finding))
     say("\n".join(align([_summary(verdict) for verdict in report.verdicts])))
@@ -65,14 +66,8 @@ def _line(finding: Finding) -> str:
 
 
 def _summary(verdict: Verdict) -> dict[str, str]:
-    taken = [
-        f"{each.scheme or 'refused'}{' experts' if each.part == 'experts' else ''}"
-        + (f" on {each.gpus}" if each.scheme else "")
-        + (f" ({each.kernel})" if each.kernel else "")
-        for each in verdict.support
-    ]
     return {
         "runtime": f"{verdict.runtime} {verdict.version}",
         "loads": "yes" if verdict.loads else "no",
-        "schemes": "; ".join(dict.fromkeys(taken)) or "nothing is quantized by compressed-tensors",
+        "schemes": verdict.told() or "nothing is quantized by compressed-tensors",
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import json
-import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -47,7 +46,7 @@ from lowbit_hf.commands.options import (
     rule_of,
     scheme_of,
 )
-from lowbit_hf.commands.running import note, say, say_json, subcommand
+from lowbit_hf.commands.running import command_line, note, say, say_json, subcommand
 from lowbit_hf.hub import find_model
 from lowbit_hf.progress import Meter
 
@@ -246,14 +245,15 @@ def _joined(device: str) -> str:
     return join(device)
 
 
-def carry_out(job: Job, out: Path, device: str, *, overwrite: bool) -> Account | None:
-    """The account of a run; None where another process writes."""
+def carry_out(job: Job, out: Path, device: str, *, overwrite: bool, command: str | None = None) -> Account | None:
+    """The account of a run, by default one of the command that was typed; None where another process writes."""
     from lowbit_hf.quantize import run  # noqa: PLC0415
 
     try:
         with Meter(f"quantize {out.name}", job.checkpoint.nbytes) as meter:
-            command = shlex.join(["lowbit", *sys.argv[1:]])
-            return run(job, out, overwrite=overwrite, device=device, command=command, advance=meter.advance)
+            return run(
+                job, out, overwrite=overwrite, device=device, command=command or command_line(), advance=meter.advance
+            )
     except KeyboardInterrupt:
         sys.stderr.write(f"\ninterrupted before {out} was made; the same command continues where this one stopped\n")
         raise

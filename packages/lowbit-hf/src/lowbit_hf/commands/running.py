@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -38,6 +39,11 @@ def subcommand(name: str, example: str) -> Callable[[Callable[..., int]], Callab
         return run
 
     return made
+
+
+def command_line() -> str:
+    """What the user typed."""
+    return shlex.join(["lowbit", *sys.argv[1:]])
 
 
 def say(text: str) -> None:

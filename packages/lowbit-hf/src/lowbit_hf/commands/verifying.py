@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.command import DONE, PROBLEM
 from lowbit.table import align, fold
 from lowbit_hf.commands.evaluating import measured, token_ids
-from lowbit_hf.commands.options import AsJson, Model, Text, Tokens
+from lowbit_hf.commands.options import AsJson, Device, Model, Text, Tokens, device_of
 from lowbit_hf.commands.running import say, say_json, subcommand
 from lowbit_hf.gguf.source import open_checkpoint
 from lowbit_hf.hub import find_model
@@ -32,6 +32,7 @@ def verify(
     ] = [],  # noqa: B006 - typer's way to say that an option may repeat
     text: Text = None,
     tokens: Tokens = None,
+    device: Device = None,
     no_eval: Annotated[bool, typer.Option("--no-eval", help="compare weights alone")] = False,  # noqa: FBT002
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
@@ -45,7 +46,7 @@ def verify(
             raise typer.BadParameter(f"{name!r} is not one of {', '.join(_NAMES)}", param_hint="'--with'")
     folder = find_model(model)
     ids = None if no_eval else token_ids(folder, text, tokens)
-    told = verified(folder, readers, ids)
+    told = verified(folder, readers, ids, device_of(device))
     if as_json:
         say_json({"model": model, "failed": told.failed, **asdict(told)})
     else:
@@ -53,8 +54,8 @@ def verify(
     return PROBLEM if told.failed else DONE
 
 
-def verified(folder: Path, readers: list[str], ids: Tensor | None) -> Verification:
-    """What the readers make of a checkpoint; models are evaluated on token `ids`."""
+def verified(folder: Path, readers: list[str], ids: Tensor | None, device: str) -> Verification:
+    """What the readers make of a checkpoint; models are evaluated on token `ids`, on `device`."""
     from lowbit_hf.verify.checking import Verification, compare, pair  # noqa: PLC0415
 
     with open_checkpoint(folder) as stored:
@@ -63,7 +64,7 @@ def verified(folder: Path, readers: list[str], ids: Tensor | None) -> Verificati
         readings = compare(folder, readers, advance=meter.advance)
     if ids is None or all(reading.refused for reading in readings):
         return Verification(readings)
-    both = pair(folder, readers)
+    both = pair(folder, readers, device=device)
     ours = measured(both.ours, both.theirs, ids, "lowbit's model")
     theirs = measured(both.theirs, None, ids, "the other's model")
     return Verification(readings, both.how, both.hindrance, ours, theirs)

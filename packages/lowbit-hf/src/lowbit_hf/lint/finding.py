@@ -52,6 +52,16 @@ class Verdict:
     loads: bool
     support: tuple[Support, ...]
 
+    def told(self) -> str:
+        """What it makes of each part, in a line."""
+        taken = [
+            f"{each.scheme or 'refused'}{' experts' if each.part == 'experts' else ''}"
+            + (f" on {each.gpus}" if each.scheme else "")
+            + (f" ({each.kernel})" if each.kernel else "")
+            for each in self.support
+        ]
+        return "; ".join(dict.fromkeys(taken))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:

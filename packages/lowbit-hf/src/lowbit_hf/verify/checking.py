@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowbit.apply import dequantize_, plain_weight
 from lowbit.errors import CheckpointError
+from lowbit.table import size
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.evaluate import Evaluation
 from lowbit_hf.gguf.source import is_gguf, open_checkpoint
@@ -22,6 +23,7 @@ from lowbit_hf.layouts import Layout, layout_of
 from lowbit_hf.layouts.lowbit import Lowbit
 from lowbit_hf.loading import assemble, load, modules_of, quiet
 from lowbit_hf.skeleton import Skeleton, read_config
+from lowbit_hf.stored import Plain, open_plain
 from lowbit_hf.verify.readers import READERS, Reader
 
 TRANSFORMERS = "transformers"
@@ -96,7 +98,10 @@ def compare(
             f"{layout.method!r}; write another one first: lowbit export {folder} --as compressed-tensors -o OUT"
         )
     readings = [_by_weight(folder, layout, reader(layout), advance) for reader in chosen]
-    return (*readings, *([_by_model(folder)] if whole else []))
+    if whole:
+        short = _short_of_memory(folder)
+        readings.append(_by_model(folder) if short is None else Reading(_title(), refused=short))
+    return tuple(readings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,31 +115,45 @@ class Pair:
     hindrance: str | None = None
 
 
-def pair(folder: Path, names: Sequence[str] = ()) -> Pair:
-    """A verified checkpoint as two models to evaluate.
+def pair(folder: Path, names: Sequence[str] = (), *, device: str = "cpu") -> Pair:
+    """A verified checkpoint as two models to evaluate, on `device`.
 
     The other is transformers' as it runs by itself, inputs rounded as transformers does it; where it cannot, its plain
     weights; and where it cannot read them either, those of the first other reader. Plain weights have plain inputs, and
     lowbit's model is then made plain too.
+
+    Raises:
+        CheckpointError: memory cannot hold two models.
     """
-    hindrance = None
+    short, hindrance = _short_of_memory(folder), None
+    if short is not None:
+        raise CheckpointError(f"two models {short}; without them, --no-eval compares the weights")
     for plain in (False, True) if not names or TRANSFORMERS in names else ():
         try:
             theirs = _by_transformers(folder, plain=plain)
         except Exception as error:  # noqa: BLE001 - another program's, which may be anything
             hindrance = hindrance or _words(error)
             continue
-        return Pair(
-            _ours(folder, plain=plain), theirs, f"{_title()}, {'plain weights' if plain else 'as it runs'}", hindrance
-        )
+        how = f"{_title()}, {'plain weights' if plain else 'as it runs'}"
+        return Pair(_ours(folder, device, plain=plain), _moved(theirs, device), how, hindrance)
     skeleton = Skeleton.build(folder)
     layout = layout_of(folder, read_config(folder), skeleton)
     assert layout is not None
     reader = next(each for each in READERS if each.knows(layout) and (not names or each.name in names))
-    state = _state(folder, layout, reader(layout), skeleton)
-    return Pair(
-        _ours(folder, plain=True), assemble(folder, skeleton, state), f"{reader.title()}, plain weights", hindrance
-    )
+    theirs = assemble(folder, skeleton, _state(folder, layout, reader(layout), skeleton))
+    how = f"{reader.title()}, plain weights"
+    return Pair(_ours(folder, device, plain=True), _moved(theirs, device), how, hindrance)
+
+
+def _short_of_memory(folder: Path) -> str | None:
+    """What another program's model needs beside lowbit's, if that is more than is free; None where nothing tells."""
+    with open_plain(folder, read_config(folder), Skeleton.build(folder)) as checkpoint:
+        stored = checkpoint.stored.nbytes if isinstance(checkpoint, Plain) else checkpoint.nbytes
+        needed = checkpoint.nbytes + stored
+    told = Path("/proc/meminfo")
+    lines = dict(line.split(":", 1) for line in told.read_text().splitlines()) if told.exists() else {}
+    free = int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else needed
+    return None if needed <= free else f"need {size(needed)} of memory, of which {size(free)} are free"
 
 
 def _by_weight(folder: Path, layout: Layout, reader: Reader, advance: Callable[[int], None] | None) -> Reading:
@@ -166,10 +185,15 @@ def _by_model(folder: Path) -> Reading:
     return Reading(_title(), len(weights), tuple(unequal))
 
 
-def _ours(folder: Path, *, plain: bool) -> PreTrainedModel:
-    model = load(folder)
+def _ours(folder: Path, device: str, *, plain: bool) -> PreTrainedModel:
+    model = load(folder, device=device)
     if plain:
         dequantize_(model)
+    return model
+
+
+def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
+    nn.Module.to(model, device)
     return model
 
 

@@ -1,0 +1,1 @@
+"""A checkpoint as others can trust and serve it: `lowbit release`."""
