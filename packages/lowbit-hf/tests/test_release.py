@@ -77,7 +77,7 @@ def test_a_release(release, source, text, tmp_path, command):
     card = (out / "README.md").read_text()
     front, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert front.splitlines() == [
-        *("language: en", "license: mit", "library_name: transformers"),
+        *("language: en", "library_name: transformers", "license: mit"),
         *("tags:", "- lowbit", "- compressed-tensors", "- W4AFP8"),
     ]
     ids, base = token_ids(folder, text, None), load(folder)

@@ -167,7 +167,8 @@ def release(
 
 def _public(argument: str) -> str:
     """An argument as others shall see it: where files of mine lie is nobody's concern."""
-    return Path(argument).name if os.sep in argument and Path(argument).exists() else argument
+    path = Path(argument)
+    return path.name if path.is_absolute() or (os.sep in argument and path.exists()) else argument
 
 
 def _linted(folder: Path, gpu: str | None, tp: int) -> Lint:
