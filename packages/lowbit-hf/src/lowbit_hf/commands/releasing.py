@@ -65,12 +65,15 @@ def release(
     max_memory: MaxMemory = None,
     max_gpu: MaxGpu = None,
     device: Device = None,
-    gpu: Annotated[str | None, typer.Option(metavar="GPU", help="GPU it shall run on, such as h100 or sm90")] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="GPU", help="GPU it shall run on, such as h100 or sm90")
+    ] = None,
     tp: Annotated[int, typer.Option("--tp", metavar="N", min=1, help="GPUs each layer is divided among")] = 1,
     text: Text = None,
     tokens: Tokens = None,
     bench: Annotated[
-        list[Path], typer.Option(metavar="JSON", help="speed that vllm bench saved, for the model card; repeatable")
+        list[Path],
+        typer.Option("--bench", metavar="JSON", help="speed that vllm bench saved, for the model card; repeatable"),
     ] = [],  # noqa: B006
     push: Annotated[
         str | None, typer.Option("--push-to-hub", metavar="OWNER/NAME", help="upload it, once you have said yes")

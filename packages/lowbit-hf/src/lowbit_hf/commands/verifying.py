@@ -61,7 +61,7 @@ def verified(folder: Path, readers: list[str], ids: Tensor | None, device: str) 
     with open_checkpoint(folder) as stored:
         meter = Meter(f"verify {folder.name}", stored.nbytes)
     with meter:
-        readings = compare(folder, readers, advance=meter.advance)
+        readings = compare(folder, readers, device=device, advance=meter.advance)
     if ids is None or all(reading.refused for reading in readings):
         return Verification(readings)
     both = pair(folder, readers, device=device)

@@ -7,6 +7,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -73,9 +74,11 @@ class Verification:
 
 
 def compare(
-    folder: Path, names: Sequence[str] = (), *, advance: Callable[[int], None] | None = None
+    folder: Path, names: Sequence[str] = (), *, device: str = "cpu", advance: Callable[[int], None] | None = None
 ) -> tuple[Reading, ...]:
     """Compare all quantized weights with what the readers of these names make of them; by default all that can.
+
+    transformers reads on `device`.
 
     Raises:
         CheckpointError: the checkpoint is damaged or not quantized, or none of the readers knows its layout.
@@ -100,7 +103,7 @@ def compare(
     readings = [_by_weight(folder, layout, reader(layout), advance) for reader in chosen]
     if whole:
         short = _short_of_memory(folder)
-        readings.append(_by_model(folder) if short is None else Reading(_title(), refused=short))
+        readings.append(_by_model(folder, device) if short is None else Reading(_title(), refused=short))
     return tuple(readings)
 
 
@@ -130,19 +133,20 @@ def pair(folder: Path, names: Sequence[str] = (), *, device: str = "cpu") -> Pai
         raise CheckpointError(f"two models {short}; without them, --no-eval compares the weights")
     for plain in (False, True) if not names or TRANSFORMERS in names else ():
         try:
-            theirs = _by_transformers(folder, plain=plain)
+            theirs = _by_transformers(folder, device, plain=plain)
         except Exception as error:  # noqa: BLE001 - another program's, which may be anything
             hindrance = hindrance or _words(error)
             continue
         how = f"{_title()}, {'plain weights' if plain else 'as it runs'}"
-        return Pair(_ours(folder, device, plain=plain), _moved(theirs, device), how, hindrance)
+        return Pair(_ours(folder, device, plain=plain), theirs, how, hindrance)
     skeleton = Skeleton.build(folder)
     layout = layout_of(folder, read_config(folder), skeleton)
     assert layout is not None
     reader = next(each for each in READERS if each.knows(layout) and (not names or each.name in names))
     theirs = assemble(folder, skeleton, _state(folder, layout, reader(layout), skeleton))
+    nn.Module.to(theirs, device)
     how = f"{reader.title()}, plain weights"
-    return Pair(_ours(folder, device, plain=True), _moved(theirs, device), how, hindrance)
+    return Pair(_ours(folder, device, plain=True), theirs, how, hindrance)
 
 
 def _short_of_memory(folder: Path) -> str | None:
@@ -172,16 +176,16 @@ def _by_weight(folder: Path, layout: Layout, reader: Reader, advance: Callable[[
     return Reading(reader.title(), len(modules), tuple(unequal))
 
 
-def _by_model(folder: Path) -> Reading:
+def _by_model(folder: Path, device: str) -> Reading:
     """Compare with what transformers makes of all of it."""
     try:
-        theirs = dict(_by_transformers(folder, plain=True).named_parameters())
+        theirs = dict(_by_transformers(folder, device, plain=True).named_parameters())
     except Exception as error:  # noqa: BLE001 - another program's, which may be anything
         return Reading(_title(), refused=_words(error))
     unequal: list[Unequal] = []
     weights = {name: p for name, p in load(folder).named_parameters() if isinstance(p, QuantizedTensor)}
     for name, weight in weights.items():
-        unequal += _unequal(name, plain_weight(weight), theirs[name].detach())
+        unequal += _unequal(name, plain_weight(weight), theirs[name].detach().cpu())
     return Reading(_title(), len(weights), tuple(unequal))
 
 
@@ -192,31 +196,28 @@ def _ours(folder: Path, device: str, *, plain: bool) -> PreTrainedModel:
     return model
 
 
-def _moved(model: PreTrainedModel, device: str) -> PreTrainedModel:
-    nn.Module.to(model, device)
-    return model
-
-
-def _by_transformers(folder: Path, *, plain: bool) -> PreTrainedModel:
+def _by_transformers(folder: Path, device: str, *, plain: bool) -> PreTrainedModel:
     """transformers' model of a folder or GGUF file, its weights plain or as transformers keeps them."""
     # compressed-tensors draws progress whatever transformers is told, and transformers prints a report before it fails.
     with quiet(), redirect_stderr(StringIO()):
-        model = _loaded(folder, plain=plain)
+        model = _loaded(folder, device, plain=plain)
         # What is to stay compressed until it is used is decompressed now; in inference mode it would stay of that mode.
         with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64))
+            model(torch.zeros(1, 1, dtype=torch.int64, device=device))
         return model
 
 
-def _loaded(folder: Path, *, plain: bool) -> PreTrainedModel:
+def _loaded(folder: Path, device: str, *, plain: bool) -> PreTrainedModel:
+    # What compressed-tensors has put on a device stays there whatever `to` says, so it is put there at once.
+    where: Any = {} if device == "cpu" else {"device_map": {"": device}}
     if is_gguf(folder):
         return AutoModelForCausalLM.from_pretrained(
-            folder.parent, gguf_file=folder.name, dtype=Skeleton.build(folder).dtype, local_files_only=True
+            folder.parent, gguf_file=folder.name, dtype=Skeleton.build(folder).dtype, local_files_only=True, **where
         )
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if plain:
         config.quantization_config["dequantize"] = True
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **where)
 
 
 def _state(folder: Path, layout: Layout, reader: Reader, skeleton: Skeleton) -> dict[str, Tensor]:
