@@ -695,7 +695,7 @@ def test_two_processes_make_what_one_makes(speaking, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little model that was asked to be smaller. " * 80)
     command = ["lowbit", "quantize", str(speaking), "--to", "NVFP4", "--algorithm", "gptq", "--calibrate", str(text)]
-    command += ["--keep", "*.layers.[2-5].*", "--samples", "4", "--seq-len", "64", "-o"]
+    command += ["--keep", "*.layers.[2-5].*", "--samples", "4", "--seq-len", "64", "--kv-cache", "fp8-head", "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     scripts = Path(sys.executable).parent
     start = [str(scripts / "torchrun"), "--nproc-per-node", "2", "--standalone", "--no-python"]
@@ -713,6 +713,12 @@ def test_two_processes_make_what_one_makes(speaking, tmp_path):
         assert torch.equal(weight.act_scale, two[name].act_scale)
     for a, b in zip(*(report.layers for report in reports), strict=True):
         assert a.output_sqnr == pytest.approx(b.output_sqnr, abs=0.2)
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    caches = [name for name in one if name.endswith(("k_scale", "v_scale"))]
+    assert len(caches) == 2 * 6
+    for name in caches:
+        # The largest of what both saw, but for codes that changed.
+        torch.testing.assert_close(one[name], two[name], rtol=0.02, atol=0)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

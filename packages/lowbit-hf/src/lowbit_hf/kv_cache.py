@@ -24,6 +24,7 @@ from transformers import DynamicCache
 from lowbit.element import E4M3FN
 from lowbit.errors import LowbitError, RecipeError
 from lowbit.shards import Checkpoint
+from lowbit.table import fold
 from lowbit_algos.blocks import find_blocks
 from lowbit_algos.walk import prefix_of
 from lowbit_hf.layouts.layout import CACHED, Entry
@@ -75,7 +76,7 @@ class CacheScales:
     def __str__(self) -> str:
         """In words."""
         each = "head" if self.by_head else "layer"
-        without = f"; {len(self.without)} blocks keep none" if self.without else ""
+        without = f"; none in {', '.join(name for name, _ in fold(self.without))}" if self.without else ""
         return f"fp8 (e4m3fn), a scale for the keys and one for the values of each {each}{without}"
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ class ModelOpt(Layout):
         nested: Any = self.quantization.get("quantization")
         found: Any = (nested if isinstance(nested, dict) else {}).get("kv_cache_quant_algo")
         found = self.quantization.get("kv_cache_scheme") or self.quantization.get("kv_cache_quant_algo") or found
-        if found == "FP8" or (isinstance(found, dict) and found == _FP8_CACHE | found):
+        if found == "FP8" or (isinstance(found, dict) and _is_fp8_cache(cast("dict[str, Any]", found))):
             return cache_scheme("fp8")
         return None if found is None else {"kv_cache_quant_algo": found}
 
@@ -210,13 +210,17 @@ class ModelOptWriter(Writer):
 
     def cache(self, scheme: Mapping[str, Any]) -> dict[str, Any] | None:
         """See `Writer`."""
-        told = {name: value for name, value in scheme.items() if value is not None}
-        fits_ = told == {**told, **_FP8_CACHE} and told.get("strategy", "tensor") == "tensor"
-        return {"kv_cache_scheme": dict(_FP8_CACHE)} if fits_ and told.get("symmetric", True) else None
+        return {"kv_cache_scheme": dict(_FP8_CACHE)} if _is_fp8_cache(scheme) else None
 
     def cache_entry(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
         """See `Writer`."""
         return re.sub(r"\.([kv])_scale$", r".\1_proj.\1_scale", name), () if shape == (1,) else shape
+
+
+def _is_fp8_cache(scheme: Mapping[str, Any]) -> bool:
+    """Whether a scheme of a key-value cache is fp8 with a stored scale a layer, whatever else it says."""
+    given: dict[str, Any] = {"strategy": "tensor", "symmetric": True, "dynamic": False, **scheme}
+    return given == given | _FP8_CACHE and (given["strategy"], given["symmetric"]) == ("tensor", True)
 
 
 def _algo_of(outline: Outline) -> str | None:
