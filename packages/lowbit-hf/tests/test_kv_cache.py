@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lowbit_algos import Method
 from lowbit_hf import calibrated
 from lowbit_hf.convert import convert
 from lowbit_hf.difference import compare
+from lowbit_hf.gguf.export import export
 from lowbit_hf.layouts import WRITERS, layout_of
 from lowbit_hf.lint import lint
 from lowbit_hf.loading import load
@@ -145,7 +147,7 @@ def test_scales_are_of_what_the_written_model_puts_into_its_cache(make, change, 
         assert first[0] > 20 * first[1]
 
 
-EVERYTHING = replace(Method.of("rotation+smoothquant+gptq", pre_scale=False), learned=2)
+EVERYTHING = replace(Method.of("rotation+smoothquant+learned", pre_scale=False), learned=2)
 
 
 @pytest.mark.parametrize("method", [EVERYTHING, replace(EVERYTHING, learned=0, distilled=2)])
@@ -413,6 +415,13 @@ def test_layouts_without_a_place_say_what_they_leave(make, quantized, tmp_path, 
     assert made.carried == len(load_file(make("llama") / "model.safetensors")) - made.weights
     ids = torch.randint(2, 96, (2, 16))
     torch.testing.assert_close(load(tmp_path / "out")(ids).logits, load(out)(ids).logits)
+
+
+def test_llama_cpp_s_file_has_none(quantized, tmp_path):
+    out, _ = quantized(Path(__file__).parents[3] / "integration_tests/models/lm-tiny")
+    made = export(out, tmp_path / "gguf", pre="gpt-2")
+    assert made.left_behind[-1].startswith("12 scales and the scheme")
+    assert compare(out, tmp_path / "gguf" / "model.gguf").only_a == ()
 
 
 def test_a_scale_a_head_has_no_place_in_modelopt(make, quantized, tmp_path):
