@@ -381,6 +381,8 @@ def test_modelopt_has_them_by_its_own_names_and_back(make, quantized, tmp_path):
         ({"quantization": {"kv_cache_quant_algo": "FP8"}}, True),
         ({"kv_cache_scheme": {"dynamic": False, "num_bits": 4, "type": "float"}}, False),
         ({"quantization": {"kv_cache_quant_algo": "NVFP4"}}, False),
+        ({"kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float", "strategy": None}}, True),
+        ({"kv_cache_scheme": {"dynamic": True, "num_bits": 8, "type": "float"}}, False),
         ({"quantization": {"kv_cache_quant_algo": None}}, None),
     ],
 )

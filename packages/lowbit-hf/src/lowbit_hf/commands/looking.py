@@ -62,8 +62,8 @@ def diff(
         found = compare(first, second, advance=lambda _: meter.advance(1))
     lost = bool(found.only_a or found.only_b)
     if as_json:
-        rows = [asdict(difference) for difference in found.differences]
-        say_json(asdict(found) | {"tensors": rows})
+        told = asdict(found)
+        say_json({"tensors": told.pop("differences"), **told})
         return PROBLEM if lost else DONE
     # A NaN is a difference too, and the worst.
     changed = sorted((d for d in found.differences if d.largest != 0), key=lambda d: -inf if isnan(d.sqnr) else d.sqnr)

@@ -219,7 +219,8 @@ class ModelOptWriter(Writer):
 
 def _is_fp8_cache(scheme: Mapping[str, Any]) -> bool:
     """Whether a scheme of a key-value cache is fp8 with a stored scale a layer, whatever else it says."""
-    given: dict[str, Any] = {"strategy": "tensor", "symmetric": True, "dynamic": False, **scheme}
+    told = {name: value for name, value in scheme.items() if value is not None}
+    given: dict[str, Any] = {"strategy": "tensor", "symmetric": True, "dynamic": False, **told}
     return given == given | _FP8_CACHE and (given["strategy"], given["symmetric"]) == ("tensor", True)
 
 

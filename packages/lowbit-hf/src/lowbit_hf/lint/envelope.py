@@ -106,7 +106,7 @@ def _check_cache_scales(subject: Subject, strategy: object) -> Iterator[Finding]
         yield Finding(
             severity="warning",
             key=name_all(missing),
-            what="the tensor is missing, so the other one's scale is used for both keys and values",
+            what="the tensor is missing, so keys or values are kept under a scale that is not theirs",
             fix="calibrate and store both",
             runtimes=subject.engines,
         )
