@@ -46,6 +46,25 @@ MODELS = {
         | {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
         | {"first_k_dense_replace": 2, "num_key_value_heads": 4},
     ),
+    "gpt-oss": (
+        "GptOssForCausalLM",
+        SMALL
+        | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": False},
+    ),
+    "phi3": ("Phi3ForCausalLM", SMALL),  # q, k and v are one matrix
+    "qwen3-next": (
+        "Qwen3NextForCausalLM",
+        SMALL
+        | {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        | {"shared_expert_intermediate_size": 64, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 96, "max_position_embeddings": 32}
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        | SPECIAL,
+    ),
     "olmo": ("OlmoForCausalLM", SMALL),  # its norms have no weights
     "gpt2": (
         "GPT2LMHeadModel",

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pyarrow import parquet, table
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, DynamicCache
 from typer import BadParameter
 
 from lowbit import QuantizedTensor, Recipe, Rule
@@ -695,7 +695,7 @@ def test_two_processes_make_what_one_makes(speaking, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a little model that was asked to be smaller. " * 80)
     command = ["lowbit", "quantize", str(speaking), "--to", "NVFP4", "--algorithm", "gptq", "--calibrate", str(text)]
-    command += ["--keep", "*.layers.[2-5].*", "--samples", "4", "--seq-len", "64", "-o"]
+    command += ["--keep", "*.layers.[2-5].*", "--samples", "4", "--seq-len", "64", "--kv-cache", "fp8-head", "-o"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     scripts = Path(sys.executable).parent
     start = [str(scripts / "torchrun"), "--nproc-per-node", "2", "--standalone", "--no-python"]
@@ -713,7 +713,19 @@ def test_two_processes_make_what_one_makes(speaking, tmp_path):
         assert torch.equal(weight.act_scale, two[name].act_scale)
     for a, b in zip(*(report.layers for report in reports), strict=True):
         assert a.output_sqnr == pytest.approx(b.output_sqnr, abs=0.2)
+    assert_cache_scales(tmp_path / "two", Calibration((text,), 4, 64, 0).windows(speaking))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def assert_cache_scales(folder, windows):
+    """Each head's scales are of what the model in `folder` puts into a cache of transformers'."""
+    cache, stored = DynamicCache(), load_file(folder / "model.safetensors")
+    load(folder)(input_ids=windows, past_key_values=cache, use_cache=True)
+    for k, layer in enumerate(cache.layers):
+        for local, states in (("k_scale", layer.keys), ("v_scale", layer.values)):
+            found = stored[f"model.layers.{k}.self_attn.{local}"].flatten() * 448
+            # Batches of another size may sum in another order, in bfloat16.
+            torch.testing.assert_close(found, states.float().abs().amax((0, 2, 3)), rtol=0.01, atol=0)
 
 
 FOLDS = {

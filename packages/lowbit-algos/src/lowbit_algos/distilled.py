@@ -10,7 +10,7 @@ Quantization Aware Training for Large Language Models", for what it does for rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,11 +44,15 @@ class Student:
         """The divergence, nats, summed over the tokens of a batch, with `values` of the quantized weights."""
         with torch.no_grad():
             wanted = log_probabilities(self._model, batch)
-        changed: Any = partial(_call, self._model, {**self._plain, **values})
-        with Watch(values, self._see):
-            found = log_probabilities(changed, batch)
+        found = self.predict(values, batch)
         # A token that the original rules out (logit -inf) adds nothing, whatever the other says of it.
         return torch.where(wanted == -torch.inf, 0.0, wanted.exp() * (wanted - found)).sum()
+
+    def predict(self, values: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Log-probabilities for a batch with `values` of the quantized weights."""
+        changed: Any = partial(_call, self._model, {**self._plain, **values})
+        with Watch(values, self._see):
+            return log_probabilities(changed, batch)
 
 
 @torch.no_grad()
@@ -61,6 +65,15 @@ def divergence(model: nn.Module, made: Mapping[str, Tensor], batches: Sequence[B
     if dist.is_initialized():
         dist.all_reduce(total)
     return float(total[0] / total[1])
+
+
+@torch.no_grad()
+def replay(model: nn.Module, made: Mapping[str, Tensor], batches: Iterable[Batch]) -> None:
+    """Run a model on batches with `made` in place of its parameters, for those who look at its modules meanwhile."""
+    student = Student(model, made)
+    values = {name: used(q) for name, q in student.low.items()}
+    for batch in batches:
+        student.predict(values, batch)
 
 
 def distill(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from math import nan
 from pathlib import Path
@@ -106,11 +107,13 @@ class Walk:
         *,
         probe: Probe | None = None,
         paths: tuple[Path | None, Path | None] = (None, None),
+        feeding: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         """Quantize one block's share of `targets` (by name in the model), and go on to what the next one is fed.
 
-        In the end the block holds the values of its quantized weights. `probe` runs it on a few
-        tokens, for a method that smooths; `paths` are files for what comes after.
+        In the end the block holds the values of its quantized weights. `probe` runs it on a few tokens, for a method
+        that smooths; `paths` are files for what comes after. The one pass over all batches that makes what the next
+        block is fed is in a context of `feeding`.
         """
         started, prefix = time.monotonic(), prefix_of(name)
         mine = {key.removeprefix(prefix): target for key, target in targets.items() if key.startswith(prefix)}
@@ -126,12 +129,14 @@ class Walk:
             # What the block is fed is not to be written over as long as it may have to run again.
             now = not sequential and not stacks and seen is None
             if seen is None:
-                seen = self.observe(block, mine, calls, after if now else None, smoothed.pre_scales)
+                with feeding() if now else nullcontext():
+                    seen = self.observe(block, mine, calls, after if now else None, smoothed.pre_scales)
             if stacks:
                 least = self.method.expert_tokens
                 top_up(block, seen, mine, calls, self.hidden, smoothed.pre_scales, least=least)
             if not sequential and not now:
-                self._run(block, calls, self.hidden, after)
+                with feeding():
+                    self._run(block, calls, self.hidden, after)
             originals = {key: smoothed.exact.get(key, parameter.detach()) for key, parameter in parameters.items()}
             solved = self.round(prefix, block, originals, mine, seen, smoothed.pre_scales)
             rounding = RoundInputs(solved.weights)
@@ -150,7 +155,8 @@ class Walk:
                 parameters[key].data = used(q)
             with Watch(parameters, rounding):
                 if sequential:
-                    self._run(block, calls, self.hidden, after)
+                    with feeding():
+                        self._run(block, calls, self.hidden, after)
                 else:
                     self._run(block, calls, self.other, beside)
         self.hidden, self.other = after, beside

@@ -95,6 +95,7 @@ def _header(report: Report) -> Markup:
         "header",
         element("h1", report.title),
         element("p", "Quantized to ", element("strong", report.scheme), " by ", element("strong", report.algorithm)),
+        *([] if report.kv_cache is None else [element("p", "Key-value cache: ", element("strong", report.kv_cache))]),
         element(
             "dl",
             *(

@@ -90,6 +90,8 @@ class Report:
     title: str
     scheme: str
     algorithm: str
+    # How a key-value cache may be kept, by scales that were measured for it; None: there are none.
+    kv_cache: str | None = None
     # The command line that does it again.
     command: str
     # In the model's order.

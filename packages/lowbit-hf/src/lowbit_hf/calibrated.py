@@ -23,14 +23,16 @@ from lowbit.memory import release
 from lowbit.shards import Checkpoint
 from lowbit_algos.blocks import Captured, capture, find_blocks
 from lowbit_algos.calibrate import outside, quantize_blocks
+from lowbit_algos.distilled import replay
 from lowbit_algos.hidden import Hidden
 from lowbit_algos.inputs import Target
 from lowbit_algos.method import Method
 from lowbit_algos.mixed import WEIGHED, Candidate, Decision, weigh
 from lowbit_algos.rotation import Ends, find_ends
-from lowbit_algos.walk import BlockResult, Walk
+from lowbit_algos.walk import BlockResult, Take, Walk
 from lowbit_hf.experts import use_lowbit_experts
 from lowbit_hf.footprint import Footprint, Held, Running, of_calibration, of_distilling
+from lowbit_hf.kv_cache import CacheScales, CacheWatch
 from lowbit_hf.schemes import Scheme
 from lowbit_hf.skeleton import Owner, Skeleton
 from lowbit_hf.stream import Part, Stream
@@ -39,7 +41,10 @@ from lowbit_hf.stream import Part, Stream
 BATCH_TOKENS = 4096
 
 Write = Callable[[str, Tensor | None], None]
-"""Takes the name of a tensor of the checkpoint, and what became of it; None: it stays as it is."""
+"""Takes the name of a tensor of the checkpoint, and what became of it; None: it stays as it is.
+
+Also that of a scale of the key-value cache, and the scale.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,11 @@ class Calibrated:
         *,
         rotated: bool = False,
         device: str = "cpu",
+        kv_cache: CacheScales | None = None,
     ) -> None:
         """Match the schemes of tensors to the parameters of the model; those of a stack of experts have one.
+
+        `kv_cache` is what is to be measured of the key-value cache.
 
         Raises:
             LowbitError: the model is to be `rotated`, and cannot be.
@@ -77,6 +85,7 @@ class Calibrated:
         self.rotation: Rotation | None = None
         self._stream = Stream(checkpoint, skeleton, dict(owners), device)
         self._blocks = find_blocks(self._stream.model)
+        self._cache = CacheWatch(kv_cache, self._stream.model)
         # By parameter: of the blocks, and of what lies outside them.
         self.targets: dict[str, Target] = {}
         self._outside: dict[str, Target] = {}
@@ -152,6 +161,7 @@ class Calibrated:
             for parameter, parts in self.parts.items():
                 for tensor, part in parts.items() if parameter.startswith(f"{result.name}.") else ():
                     write(tensor, part.of(weights[parameter]) if parameter in weights else None)
+            self._cache.give(result.name, write)
             k = names.index(result.name)
             record = progress.scratch / f"block-{k}.json"
             record.write_text(json.dumps(asdict(result)))
@@ -159,8 +169,7 @@ class Calibrated:
 
         if method.distilled:
             if begin < len(names):
-                model, inputs = self.whole(windows, tokens)
-                quantize_blocks(model, {**self.targets, **self._outside}, inputs, method, take)
+                self._distill(windows, method, take, tokens)
             return
         captured, walk = self._start(batches, method, begin, paths(begin))
         for k in range(begin, len(names)):
@@ -171,11 +180,32 @@ class Calibrated:
                 self._stream.load(block)
 
             runs = captured.probe(k, self._blocks[name])
-            walk.step(name, self._blocks[name], self.targets, captured.calls[k], take, probe=runs, paths=paths(k + 1))
+            walk.step(
+                *(name, self._blocks[name], self.targets, captured.calls[k], take),
+                probe=runs,
+                paths=paths(k + 1),
+                feeding=self._cache.seeing,
+            )
             self._stream.drop(block)
             release()
             for path in paths(k):
                 path.unlink(missing_ok=True)
+
+    def _distill(self, windows: Tensor, method: Method, take: Take, tokens: int) -> None:
+        """Quantize the whole model, in memory, and see what it puts into its cache in the end."""
+        model, inputs = self.whole(windows, tokens)
+        told: list[tuple[BlockResult, Mapping[str, Tensor]]] = []
+        targets = {**self.targets, **self._outside}
+
+        def keep(result: BlockResult, weights: Mapping[str, Tensor]) -> None:
+            told.append((result, weights))
+
+        made, _ = quantize_blocks(model, targets, inputs, method, keep)
+        if self._cache.looks:
+            with self._cache.seeing():
+                replay(model, made, inputs)
+        for result, weights in told:
+            take(result, weights)
 
     def whole(self, windows: Tensor, tokens: int) -> tuple[torch.nn.Module, list[dict[str, Any]]]:
         """The model with all its weights in memory, and this process's batches of `windows` as it takes them."""

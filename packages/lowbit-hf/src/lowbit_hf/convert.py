@@ -7,7 +7,7 @@ made from, so that a conversion which is not exact says so, and by how much.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -62,6 +62,9 @@ class Source:
             msg = f"{folder} holds no quantized weights; make some: lowbit quantize {folder} --to SCHEME -o OUT"
             raise CheckpointError(msg)
         self.plain = plain
+        scheme = plain.layout.cache_scheme
+        # What the new config says of a key-value cache; None: its scales, if there are any, are left behind.
+        self.cache = None if writer is None or scheme is None else writer.cache(scheme)
         if writer is not None:
             refused = {name: reason for name, o in plain.outlines.items() if (reason := _refusal(writer, o))}
             if refused:
@@ -72,10 +75,7 @@ class Source:
     def outputs(self, entry: TensorEntry) -> list[Entry]:
         """What a tensor of the plain view becomes."""
         outline = self.plain.outlines.get(entry.name)
-        if outline is None:
-            name = self.plain.layout.plain_name(entry.name)
-            return [(self.writer.plain_name(name) if self.writer else name, entry.dtype, entry.shape)]
-        if self.writer is None:
+        if outline is None or self.writer is None:
             return [(entry.name, entry.dtype, entry.shape)]
         writer, module = self.writer, self.writer.module_of(entry.name)
         return [(writer.join(module, local), dtype, shape) for local, dtype, shape in writer.entries(outline)]
@@ -84,9 +84,22 @@ class Source:
     def files(self) -> dict[str, list[Entry]]:
         """Tensors of each output file."""
         return {
-            file: [made for entry in entries for made in self.outputs(entry)]
+            file: [
+                *(made for entry in entries for made in self.outputs(entry)),
+                *(scale for scale, _ in self.scales(file)),
+            ]
             for file, entries in self.plain.shards.items()
         }
+
+    def scales(self, file: str) -> Iterator[tuple[Entry, TensorEntry]]:
+        """Scales of the key-value cache that an output file gets, and what each comes from."""
+        if self.writer is None or self.cache is None:
+            return
+        names = {entry.name: name for name, entry in self.plain.caches.items()}
+        for entry in self.plain.stored.shards[file]:
+            if entry.name in names:
+                name, shape = self.writer.cache_entry(names[entry.name], entry.shape)
+                yield (name, entry.dtype, shape), entry
 
     def output_config(self) -> dict[str, Any]:
         """The `config.json` of the output."""
@@ -98,7 +111,7 @@ class Source:
         owners = {name: self.skeleton.owner(name) for name in self.plain.entries}
         ignored = ignored_modules(self.plain, self.skeleton, owners, set(self.plain.outlines))
         named = {module for module, name in weights.items() if not _linear(owners[name])}
-        return {**config, "quantization_config": self.writer.config(modules, ignored, named)}
+        return {**config, "quantization_config": {**self.writer.config(modules, ignored, named), **(self.cache or {})}}
 
     @cached_property
     def reader(self) -> Layout:
@@ -130,6 +143,7 @@ def convert(
     source = Source(folder, writer)
     carried, left = other_files(folder, source.plain)
     left += [name for name in carried if name in _OF_LAYOUTS]
+    left += [] if source.cache is not None else source.plain.cache_left
     carried = [name for name in carried if name not in _OF_LAYOUTS]
     texts, lost = texts_of(folder)
     config = source.output_config()
@@ -155,7 +169,9 @@ def convert(
     return Conversion(
         weights=len(source.plain.outlines),
         inexact=inexact,
-        carried=len(source.plain.entries) - len(source.plain.outlines),
+        carried=len(source.plain.entries)
+        - len(source.plain.outlines)
+        + (len(source.plain.caches) if source.cache else 0),
         files=(*carried, *texts),
         left_behind=(*left, *lost),
         bytes_before=source.plain.stored.nbytes,
@@ -171,12 +187,13 @@ def _write_file(source: Source, staging: Staging, file: str, advance: Callable[[
             if entry.name in source.plain.outlines and source.writer is not None:
                 _write_weight(source, source.writer, staging, writer, entry)
             else:
-                ((name, _, _),) = source.outputs(entry)
                 for rows in row_slices(entry, _SLICE_BYTES):
-                    writer.write(name, source.plain.read(entry, rows if entry.shape else None), rows.start)
+                    writer.write(entry.name, source.plain.read(entry, rows if entry.shape else None), rows.start)
             staging.done(entry.name)
         if advance is not None:
             advance(entry.nbytes)
+    for (name, _, shape), entry in source.scales(file):
+        writer.write(name, source.plain.stored.read(entry).reshape(shape))
     writer.finish()
 
 

@@ -44,6 +44,9 @@ class Comparison:
     differences: tuple[Difference, ...]
     only_a: tuple[str, ...]
     only_b: tuple[str, ...]
+    # Scales of a key-value cache in one that the other has nothing like, which is no loss.
+    caches_a: tuple[str, ...] = ()
+    caches_b: tuple[str, ...] = ()
 
 
 class Weights:
@@ -68,12 +71,20 @@ class Weights:
             if module is not None and self._layout is not None
         }
         self._plain = modules[None]
-        self.names = [*self._plain, *self._compressed]
+        plain = {} if self._layout is None else {name: self._layout.cache_name(name) for name in self._plain}
+        # Scales of a key-value cache by the name that compressed-tensors has for each.
+        self.caches = {name: stored for stored, name in plain.items() if name is not None}
+        scales = set(self.caches.values())
+        self.names = [*(name for name in self._plain if name not in scales), *self._compressed]
 
     def read(self, name: str) -> Tensor:
         """The tensor `name` as its model holds it, quantized ones as QuantizedTensor."""
         if name in self._compressed and self._layout is not None:
             return read_weight(self.checkpoint, self._layout, *self._compressed[name])
+        if name in self.caches:
+            # Dimensions of 1 come and go between layouts.
+            scale = self.checkpoint.read(self.checkpoint.entries[self.caches[name]])
+            return scale if scale.dim() else scale.reshape(1)
         return self.checkpoint.read(self.checkpoint.entries[name])
 
     def describe(self) -> list[dict[str, Any]]:
@@ -105,15 +116,21 @@ def compare(a: Path, b: Path, *, advance: Callable[[str], None] | None = None) -
     """
     first, second = Weights(a), Weights(b)
     try:
-        in_a, in_b = set(first.names), set(second.names)
-        shared = [name for name in first.names if name in in_b]
+        both = first.caches and second.caches
+        of_a, of_b = ([*each.names, *(each.caches if both else ())] for each in (first, second))
+        in_a, in_b = set(of_a), set(of_b)
+        shared = [name for name in of_a if name in in_b]
         differences = []
         for name in shared:
             differences.append(_difference(name, first.read(name), second.read(name)))
             if advance is not None:
                 advance(name)
-        only_a = tuple(name for name in first.names if name not in in_b)
-        return Comparison(tuple(differences), only_a, tuple(name for name in second.names if name not in in_a))
+        return Comparison(
+            tuple(differences),
+            tuple(name for name in of_a if name not in in_b),
+            tuple(name for name in of_b if name not in in_a),
+            *(() if both else tuple(each.caches) for each in (first, second)),
+        )
     finally:
         first.close()
         second.close()

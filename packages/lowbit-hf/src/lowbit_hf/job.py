@@ -20,7 +20,9 @@ from lowbit.recipe import Recipe, Rule
 from lowbit.shards import Checkpoint, TensorEntry, row_slices
 from lowbit_algos import Method
 from lowbit_hf.filing import Filing, InCompressedTensors, InLowbit, Name
-from lowbit_hf.schemes import OWN, Scheme
+from lowbit_hf.kv_cache import CacheScales, plan_cache
+from lowbit_hf.layouts.layout import Entry
+from lowbit_hf.schemes import OWN, KvCache, Scheme
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
 from lowbit_hf.stored import open_plain, without_quantization
 from lowbit_hf.texts import Calibration
@@ -58,6 +60,8 @@ class Job:
     untied: Mapping[str, str] = field(default_factory=dict)
     # How weights are put into files.
     filing: Filing = field(default_factory=InCompressedTensors)
+    # Scales of a key-value cache that are measured and added; None: none are.
+    kv_cache: CacheScales | None = None
 
     @property
     def algorithm(self) -> str:
@@ -67,10 +71,18 @@ class Job:
     @property
     def files(self) -> dict[str, list[tuple[str, torch.dtype, tuple[int, ...]]]]:
         """Tensors of each output file, which has the name of the input file they come from."""
-        return {
+        files = {
             name: [planned for entry in entries for planned in self.outputs(entry)]
             for name, entries in self.checkpoint.shards.items()
         }
+        for file, scale in self.cache_scales:
+            files[file].append(scale)
+        return files
+
+    @property
+    def cache_scales(self) -> list[tuple[str, Entry]]:
+        """Output file of every scale of the key-value cache that is added, and its name, dtype and shape."""
+        return [] if self.kv_cache is None else list(self.kv_cache.entries())
 
     def outputs(self, entry: TensorEntry) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """What one input tensor becomes."""
@@ -117,7 +129,8 @@ class Job:
         """Names this input and these decisions, so that only the same job is ever resumed."""
         decisions = {name: [scheme.name, str(scheme.weight)] for name, scheme in self.schemes.items()}
         how = None if self.calibration is None else [self.calibration.fingerprint(), asdict(self.method or Method())]
-        told = [self.checkpoint.fingerprint(), self.config, decisions, self.mode, how, self.filing.name]
+        cache = None if self.kv_cache is None else self.kv_cache.kind
+        told = [self.checkpoint.fingerprint(), self.config, decisions, self.mode, how, self.filing.name, cache]
         text = json.dumps(told, sort_keys=True)
         return sha256(text.encode()).hexdigest()
 
@@ -137,15 +150,18 @@ def prepare(
     max_memory: int | None = None,
     max_gpu: int | None = None,
     layout: Name = "compressed-tensors",
+    kv_cache: KvCache | None = None,
 ) -> Job:
     """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
 
     Every Linear (and GPT-2's Conv1D) weight and every expert gets scheme `to`, but for the output head and routers,
-    which stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that.
+    which stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that. `kv_cache`
+    adds scales of a key-value cache.
 
     Raises:
         CheckpointError: the folder is damaged.
-        RecipeError: a pattern matches nothing, a weight does not fit its scheme, or too little is covered.
+        RecipeError: a pattern matches nothing, a weight does not fit its scheme, too little is covered, or the model or
+            the layout has no place for scales of a cache.
     """
     skeleton = Skeleton.build(folder)
     config = read_config(folder)
@@ -195,7 +211,13 @@ def prepare(
         max_gpu,
         untied,
         _filing(layout, schemes, calibration, method),
+        None if kv_cache is None else plan_cache(kv_cache, checkpoint, skeleton, owners),
     )
+    if kv_cache is not None and layout != "compressed-tensors":
+        raise RecipeError(
+            f"nothing that reads {layout}'s layout keeps a key-value cache in fp8, so its scales go into "
+            "compressed-tensors alone; leave --kv-cache or --layout"
+        )
     _check_outputs(job)
     _check_stacks(job)
     return job
@@ -322,7 +344,7 @@ def _check_outputs(job: Job) -> None:
 
 
 def require_data(job: Job) -> None:
-    """Refuse schemes that need calibration data where there is none.
+    """Refuse schemes, and scales of a key-value cache, that need calibration data where there is none.
 
     Raises:
         RecipeError: there is none.
@@ -333,6 +355,11 @@ def require_data(job: Job) -> None:
         raise RecipeError(
             f"scheme {scheme} of {name!r} stores a scale for its input, which only data tells; give a text by "
             f"--calibrate FILE, or use {_WITHOUT_DATA.get(scheme, 'a scheme whose activations are dynamic')}"
+        )
+    if job.kv_cache is not None and job.calibration is None:
+        raise RecipeError(
+            "--kv-cache stores scales of keys and values, which only data tells; give a text by --calibrate FILE, or "
+            "leave it"
         )
 
 

@@ -42,6 +42,10 @@ def load(path: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedM
         _LOG.info(
             "%s is loaded in portable form and runs on reference kernels until lowbit.bind(model) is called", folder
         )
+        if layout.cache_scheme is not None:
+            _LOG.warning(
+                "%s has scales for a key-value cache of few bits; here the cache stays in the model's dtype", folder
+            )
     return model
 
 
@@ -71,6 +75,8 @@ def assemble(folder: Path, skeleton: Skeleton, state: dict[str, Tensor]) -> PreT
 def read_tensors(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, Tensor]:
     """All tensors by checkpoint name, those of a quantized module as one QuantizedTensor under its weight's name.
 
+    Scales of a key-value cache are left out: the model's cache is in its own dtype.
+
     Raises:
         CheckpointError: a quantized module's tensors are incomplete or do not fit.
     """
@@ -79,7 +85,7 @@ def read_tensors(checkpoint: Checkpoint, layout: Layout | None) -> dict[str, Ten
     tensors: dict[str, Tensor] = {}
     for module, names in modules_of(checkpoint, layout).items():
         if module is None:
-            tensors |= {layout.plain_name(name): checkpoint.read(checkpoint.entries[name]) for name in names}
+            tensors |= {n: checkpoint.read(checkpoint.entries[n]) for n in names if layout.cache_name(n) is None}
         else:
             tensors[layout.weight_name(module)] = read_weight(checkpoint, layout, module, names)
     return tensors

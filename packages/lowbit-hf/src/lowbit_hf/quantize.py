@@ -30,6 +30,7 @@ from lowbit_hf.layouts.lowbit import LowbitWriter
 from lowbit_hf.processes import agree, follow, rank, require_windows, together
 from lowbit_hf.reporting import REPORTS, report_of
 from lowbit_hf.schemes import Scheme, quantization_config, targets_of
+from lowbit_hf.stored import Plain
 from lowbit_hf.writing import NonfiniteError, Reader, Run, write_calibrated, write_rest
 
 __all__ = ["Account", "NonfiniteError", "foresee", "prepare", "run"]
@@ -50,8 +51,10 @@ class Account:
     # Tensors the model itself has no place for, carried all the same.
     unowned: tuple[str, ...]
     files: tuple[str, ...]
-    # Files that are of the original alone: weights in another form, the report of another run.
+    # Files that are of the original alone: weights in another form, the report of another run; and scales of its cache.
     left_behind: tuple[str, ...]
+    # Output tensors that come of no input: scales of the key-value cache.
+    added: tuple[str, ...] = ()
 
 
 def run(
@@ -85,7 +88,7 @@ def run(
         return None
     carried, left_behind = other_files(job.folder, job.checkpoint)
     texts, lost = texts_of(job.folder)
-    left_behind += lost
+    left_behind += [*lost, *(job.checkpoint.cache_left if isinstance(job.checkpoint, Plain) else ())]
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
             return _account(job, out, [*carried, *texts], left_behind)
@@ -129,7 +132,9 @@ def _calibration(job: Job, device: str) -> tuple[Tensor, Calibrated] | tuple[Non
     windows = job.calibration.windows(job.folder)
     require_windows(windows)
     rotated = job.method is not None and job.method.rotation
-    calibrated = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes, rotated=rotated, device=device)
+    calibrated = Calibrated(
+        *(job.checkpoint, job.skeleton, job.owners, job.schemes), rotated=rotated, device=device, kv_cache=job.kv_cache
+    )
     _require_observed(job, calibrated)
     return windows, calibrated
 
@@ -200,7 +205,8 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     classes = ["Linear", *(["Conv1D"] if any(job.transposed(name) for name in job.schemes) else [])]
     named = {name.removesuffix(".weight") for name in job.schemes if not job.linear(name)}
     groups = targets_of(modules, named, classes)
-    return quantization_config(groups, ignored_modules(job.checkpoint, job.skeleton, job.owners, set(job.schemes)))
+    ignored = ignored_modules(job.checkpoint, job.skeleton, job.owners, set(job.schemes))
+    return quantization_config(groups, ignored, None if job.kv_cache is None else job.kv_cache.scheme)
 
 
 def output_index(job: Job) -> dict[str, Any]:
@@ -222,7 +228,8 @@ def _account(job: Job, folder: Path, carried: Sequence[str], left_behind: Sequen
         name: tuple(planned for planned, _, _ in job.outputs(entry)) for name, entry in job.checkpoint.entries.items()
     }
     with Checkpoint.open(folder) as written:
-        expected = {name for names in became.values() for name in names}
+        added = tuple(name for _, (name, _, _) in job.cache_scales)
+        expected = {name for names in (*became.values(), added) for name in names}
         if expected != set(written.entries):
             lost, extra = sorted(expected - set(written.entries)), sorted(set(written.entries) - expected)
             msg = (
@@ -234,7 +241,7 @@ def _account(job: Job, folder: Path, carried: Sequence[str], left_behind: Sequen
         looks = job.method is not None and job.method.probes
         changed = tuple(entry.name for entry in kept if looks and not _equal(job.checkpoint, written, entry))
     unowned = tuple(name for name, owner in job.owners.items() if owner is None)
-    return Account(became, len(job.schemes), changed, unowned, tuple(carried), tuple(left_behind))
+    return Account(became, len(job.schemes), changed, unowned, tuple(carried), tuple(left_behind), added)
 
 
 def _equal(before: Checkpoint, after: Checkpoint, entry: TensorEntry) -> bool:

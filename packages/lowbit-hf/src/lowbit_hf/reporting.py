@@ -30,6 +30,7 @@ def report_of(job: Job, scratch: Path, *, command: str, seconds: float, budget: 
         title=job.folder.resolve().name,
         scheme=", ".join(schemes),
         algorithm=job.algorithm,
+        kv_cache=None if job.kv_cache is None else str(job.kv_cache),
         command=command,
         layers=tuple(_layers(job, rows, owners, calibrated, rounded)),
         blocks=tuple(

@@ -13,6 +13,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from typing import Literal
 
 import torch
 
@@ -42,6 +43,9 @@ from lowbit.format import (
 _VERSION = "0.20.0"
 OWN = "lowbit"
 """File format of what compressed-tensors has none for: that of lowbit's own layout."""
+
+KvCache = Literal["fp8", "fp8-head"]
+"""What `--kv-cache` takes: a scale of a layer's keys, and one of its values; or those of each head."""
 
 _DYNAMIC: dict[Scaling, bool | str] = {"static": False, "dynamic": True, "local": "local"}
 
@@ -169,10 +173,19 @@ def targets_of(
     }
 
 
-def quantization_config(groups: Mapping[Scheme, Sequence[str]], ignore: Sequence[str]) -> dict[str, object]:
+def cache_scheme(kind: KvCache) -> dict[str, object]:
+    """The `kv_cache_scheme` of a kind of key-value cache."""
+    strategy = "attn_head" if kind == "fp8-head" else "tensor"
+    return {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
+
+
+def quantization_config(
+    groups: Mapping[Scheme, Sequence[str]], ignore: Sequence[str], kv_cache: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """The `quantization_config` of a `config.json`: schemes with their targets, and the modules left alone.
 
-    Targets and `ignore` hold module class names, module names of the checkpoint, or `re:` and a regular expression.
+    Targets and `ignore` hold module class names, module names of the checkpoint, or `re:` and a regular expression;
+    `kv_cache` is the `kv_cache_scheme`.
 
     Raises:
         RecipeError: there is no group, or a group has no target.
@@ -190,7 +203,7 @@ def quantization_config(groups: Mapping[Scheme, Sequence[str]], ignore: Sequence
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": kv_cache,
         "sparsity_config": {},
         "transform_config": {},
         "config_groups": {f"group_{i}": group.config_group(groups[group]) for i, group in enumerate(groups)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from math import prod
@@ -21,7 +22,10 @@ from lowbit_hf.skeleton import Skeleton
 
 
 class Plain(Checkpoint):
-    """A view of a checkpoint; each quantized weight is one tensor of the file that its first part is in."""
+    """A view of a checkpoint; each quantized weight is one tensor of the file that its first part is in.
+
+    Scales of a key-value cache are no part of it, for a plain checkpoint has none.
+    """
 
     def __init__(self, stored: Checkpoint, layout: Layout) -> None:
         """Outline every weight.
@@ -34,13 +38,19 @@ class Plain(Checkpoint):
         self.outlines: dict[str, Outline] = {}
         self._modules: dict[str, tuple[str, list[str]]] = {}
         first: dict[str, str] = {}
+        # Scales of a key-value cache, by the name that compressed-tensors has for them.
+        self.caches: dict[str, TensorEntry] = {}
         for module, names in modules_of(stored, layout).items():
-            if module is not None:
+            if module is None:
+                plain = {name: layout.cache_name(name) for name in names}
+                self.caches = {name: stored.entries[held] for held, name in plain.items() if name is not None}
+            else:
                 weight = layout.weight_name(module)
                 self.outlines[weight] = outline_of(stored, layout, module, names)
                 self._modules[weight] = module, names
                 first[names[0]] = weight
         parts = {name for _, names in self._modules.values() for name in names}
+        parts |= {entry.name for entry in self.caches.values()}
         self.shards = {
             file: [
                 self._entry(entry, first[entry.name]) if entry.name in first else entry
@@ -56,6 +66,14 @@ class Plain(Checkpoint):
     def parts(self, weight: str) -> tuple[str, list[str]]:
         """The module of a quantized weight, and its tensors in the files."""
         return self._modules[weight]
+
+    @property
+    def cache_left(self) -> list[str]:
+        """What an output without a place for it leaves behind of a key-value cache, in words."""
+        scheme = self.layout.cache_scheme
+        told = [f"{len(self.caches)} scales"] if self.caches else []
+        told += [] if scheme is None else [f"the scheme {json.dumps(scheme)}"]
+        return [f"{' and '.join(told)} of the key-value cache"] if told else []
 
     def read(self, entry: TensorEntry, rows: slice | None = None, out: Tensor | None = None) -> Tensor:
         """See `Checkpoint`; a quantized weight is read whole, and kept until another one is asked for."""

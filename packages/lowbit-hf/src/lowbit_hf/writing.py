@@ -144,8 +144,12 @@ def write_calibrated(
     budget.check()
     file_of = {entry.name: file for file, entries in job.checkpoint.shards.items() for entry in entries}
     entries = job.checkpoint.entries
+    added = {name: file for file, (name, _, _) in job.cache_scales}
 
     def write(name: str, weight: Tensor | None) -> None:
+        if name in added and weight is not None:
+            writers[added[name]].write(name, weight.cpu())
+            return
         entry, writer, filing = entries[name], writers[file_of[name]], job.filing
         if isinstance(weight, QuantizedTensor):
             stored = filing.whole(job.schemes[name], weight, job.matrix_shape(entry), job.dtype)

@@ -62,8 +62,8 @@ def diff(
         found = compare(first, second, advance=lambda _: meter.advance(1))
     lost = bool(found.only_a or found.only_b)
     if as_json:
-        rows = [asdict(difference) for difference in found.differences]
-        say_json({"tensors": rows, "only_a": found.only_a, "only_b": found.only_b})
+        told = asdict(found)
+        say_json({"tensors": told.pop("differences"), **told})
         return PROBLEM if lost else DONE
     # A NaN is a difference too, and the worst.
     changed = sorted((d for d in found.differences if d.largest != 0), key=lambda d: -inf if isnan(d.sqnr) else d.sqnr)
@@ -82,6 +82,9 @@ def diff(
     for side, names in (("A", found.only_a), ("B", found.only_b)):
         if names:
             say(f"only in {side}: {', '.join(name for name, _ in fold(names))}")
+    for side, names in (("A", found.caches_a), ("B", found.caches_b)):
+        if names:
+            say(f"for a key-value cache of few bits, in {side} alone: {', '.join(name for name, _ in fold(names))}")
     return PROBLEM if lost else DONE
 
 

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from lowbit.errors import FormatError, RecipeError
-from lowbit_hf.schemes import Scheme, scheme, scheme_of_spec
+from lowbit_hf.schemes import KvCache, Scheme, scheme, scheme_of_spec
 
 # transformers takes seconds to import, so what needs it is imported by the command that runs it.
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ Mode = Literal["floor", "ceil", "even", "rceil"]
 Layouts = Literal["compressed-tensors", "lowbit"]
 LayoutOf = Annotated[
     Layouts, typer.Option("--layout", help="of the files; lowbit holds formats and factors that others cannot")
+]
+KvCacheOf = Annotated[
+    KvCache | None,
+    typer.Option(
+        "--kv-cache", help="add scales for a key-value cache in fp8, one a layer or one a head. Needs --calibrate"
+    ),
 ]
 Model = Annotated[
     str,

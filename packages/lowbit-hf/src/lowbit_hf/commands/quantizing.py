@@ -23,6 +23,7 @@ from lowbit_hf.commands.options import (
     Coverage,
     Device,
     Keep,
+    KvCacheOf,
     LayoutOf,
     Layouts,
     Length,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from lowbit_hf.job import Job
     from lowbit_hf.mixing import Mix
     from lowbit_hf.quantize import Account
+    from lowbit_hf.schemes import KvCache
     from lowbit_hf.texts import Calibration
 
 # What `--to auto` chooses from.
@@ -75,6 +77,7 @@ def quantize(
     seq_len: Length = 512,
     seed: Seed = 0,
     one_pass: OnePass = False,  # noqa: FBT002
+    kv_cache: KvCacheOf = None,
     bits_per_weight: Bits = None,
     max_kl: MaxKl = None,
     max_memory: MaxMemory = None,
@@ -121,6 +124,7 @@ def quantize(
             max_memory=most,
             max_gpu=most_gpu,
             layout=layout,
+            kv_cache=kv_cache,
         )
 
     if (names := _several(to)) or bits_per_weight is not None or max_kl is not None:
@@ -184,6 +188,7 @@ def prepared(
     max_memory: int | None = None,
     max_gpu: int | None = None,
     layout: Layouts = "compressed-tensors",
+    kv_cache: KvCache | None = None,
 ) -> Job:
     """The job that a command's options ask for."""
     from lowbit_hf.job import prepare  # noqa: PLC0415
@@ -203,6 +208,7 @@ def prepared(
         max_memory=max_memory,
         max_gpu=max_gpu,
         layout=layout,
+        kv_cache=kv_cache,
     )
 
 
@@ -267,11 +273,16 @@ def _foreseen(job: Job, device: str) -> Budget:
 
 
 def _show_plan(job: Job, budget: Budget | None = None, *, as_json: bool) -> int:
+    cache = job.kv_cache
     if as_json:
-        planned = {} if budget is None else {"planned_memory": asdict(budget.planned)}
+        planned: dict[str, Any] = {} if budget is None else {"planned_memory": asdict(budget.planned)}
+        if cache is not None:
+            scales = [name for _, (name, _, _) in job.cache_scales]
+            planned["kv_cache"] = {"scheme": cache.scheme, "scales": scales, "blocks_without": cache.without}
         say_json(json.loads(job.plan.to_json()) | planned)
     else:
-        say(str(job.plan) if budget is None else f"{job.plan}\n\n{budget}")
+        told = [] if cache is None else [f"key-value cache: {cache}"]
+        say("\n\n".join([str(job.plan), *told, *([] if budget is None else [str(budget)])]))
     return DONE
 
 
@@ -309,6 +320,8 @@ def _nothing_lost(account: Account) -> str:
     if account.changed:
         names = ", ".join(name for name, _ in fold(account.changed))
         lines.append(f"changed to fit what was quantized, in the precision they had: {names}")
+    if account.added:
+        lines.append(f"added, for the key-value cache: {', '.join(name for name, _ in fold(account.added))}")
     if account.unowned:
         lines.append(f"not part of the model, carried: {', '.join(name for name, _ in fold(account.unowned))}")
     if account.left_behind:

@@ -100,7 +100,7 @@ class Export:
             raise
 
     def _place(self, name: str) -> Place:
-        found = self.architecture.place(self.plain.layout.plain_name(name), self.config)
+        found = self.architecture.place(name, self.config)
         if found is None:
             raise CheckpointError(f"{name!r} has no place in llama.cpp's architecture {self.architecture.name!r}")
         return found
@@ -200,7 +200,7 @@ def export(
         inexact=inexact,
         carried=len(source.plain.entries) - len(source.plain.outlines),
         files=tuple(name for name in carried if name in _INSIDE),
-        left_behind=(*left, *(name for name in carried if name not in _INSIDE)),
+        left_behind=(*left, *(name for name in carried if name not in _INSIDE), *source.plain.cache_left),
         bytes_before=source.plain.stored.nbytes,
         bytes_after=size,
     )

@@ -139,6 +139,10 @@ class CompressedTensorsWriter(Writer):
             modules.setdefault(scheme_for(outline.format, outline.activation), []).append(module)
         return quantization_config(targets_of(modules, named), ignored)
 
+    def cache(self, scheme: Mapping[str, Any]) -> dict[str, Any] | None:
+        """See `Writer`."""
+        return {"kv_cache_scheme": dict(scheme)} if "num_bits" in scheme else None
+
 
 def _scale_dtype(outline: Outline) -> torch.dtype:
     """In what integer and fp8 scales are stored: as they are."""

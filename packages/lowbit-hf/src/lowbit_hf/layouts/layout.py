@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ _SCALES = (FLOAT32, BFLOAT16, FLOAT16)
 
 Entry = tuple[str, torch.dtype, tuple[int, ...]]
 """Local name, dtype and shape of a stored tensor."""
+
+CACHED = ("k_scale", "v_scale")
+"""Local names of the scales of a key-value cache, in compressed-tensors' layout those of an attention module."""
 
 FACTORS = (
     "it multiplies its input by factors of its own (pre_scale), which only lowbit's layout has a place for: --as lowbit"
@@ -95,9 +98,16 @@ class Layout(ABC):
         owner = None if self.skeleton is None else self.skeleton.owner(self.weight_name(module))
         return owner is not None and "Conv1D" in owner.classes
 
-    def plain_name(self, name: str) -> str:
-        """What a tensor that is no part of a quantized weight is called in compressed-tensors' layout."""
-        return name
+    @property
+    def cache_scheme(self) -> dict[str, Any] | None:
+        """What a config says of a key-value cache, as compressed-tensors' `kv_cache_scheme`; None: nothing."""
+        given = self.quantization.get("kv_cache_scheme")
+        return dict(cast("dict[str, Any]", given)) if isinstance(given, dict) else None
+
+    def cache_name(self, name: str) -> str | None:
+        """What compressed-tensors calls the scale of a key-value cache that is stored as `name`; None: it is none."""
+        scale = name.rpartition(".")[2] in CACHED and (self.skeleton is None or self.skeleton.owner(name) is None)
+        return name if scale else None
 
     @abstractmethod
     def outline(self, module: str, parts: Mapping[str, Tensor]) -> Outline:
@@ -146,6 +156,10 @@ class Writer(ABC):
             CheckpointError: the layout cannot hold such modules beside one another.
         """
 
+    def cache(self, scheme: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a config says of a key-value cache under a `kv_cache_scheme`; None: the layout has no place for it."""
+        del scheme
+
     def files(self, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """JSON files that readers of this layout look for besides `config.json`, by name."""
         del config
@@ -159,9 +173,9 @@ class Writer(ABC):
         """The name of a module's tensor."""
         return f"{module}.{local}"
 
-    def plain_name(self, name: str) -> str:
-        """What a tensor that compressed-tensors calls `name` is called here."""
-        return name
+    def cache_entry(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """What a scale of a key-value cache that compressed-tensors calls `name` is called here, and its shape."""
+        return name, shape or (1,)
 
 
 def take(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype, dims: int) -> Tensor:

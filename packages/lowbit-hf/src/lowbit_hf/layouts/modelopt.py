@@ -7,7 +7,8 @@
     MXFP8   weight float8_e4m3fn (n, k), weight_scale uint8 (n, k/32)
 
 Codes of NVFP4 are as compressed-tensors has them; its global scales are the reciprocals of these. Scales of the
-key-value cache are `k_proj.k_scale` and `v_proj.v_scale`, where compressed-tensors has `k_scale` and `v_scale`.
+key-value cache are `k_proj.k_scale` and `v_proj.v_scale`, float32 (), where compressed-tensors has `k_scale` and
+`v_scale` (1,).
 
 Source: ModelOpt's `export/unified_export_hf`; vLLM's `quantization/modelopt`.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from lowbit.format import FP8_ROW, FP8_TENSOR, MXFP8, NVFP4, Format, FP8_128x128
 from lowbit.numerics import Scales
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, only, scale_element
+from lowbit_hf.schemes import cache_scheme
 
 _E4M3, _WIDE = E4M3FN.storage, FLOAT32
 # What each quant_algo means: weights, and what becomes of inputs.
@@ -40,6 +42,8 @@ _ALGOS: dict[str, tuple[Format, Activation | None]] = {
     "W4A16_NVFP4": (NVFP4, None),
     "MXFP8": (MXFP8, Activation(MXFP8)),
 }
+# Its config's form of an fp8 cache, which has a scale a layer.
+_FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _KV = re.compile(r"\.(?:k_proj\.(k_scale)|v_proj\.(v_scale))$")
 
 
@@ -88,9 +92,19 @@ class ModelOpt(Layout):
             act_scale=only(parts["input_scale"]).reshape(1, 1) if stored else None,
         )
 
-    def plain_name(self, name: str) -> str:
+    @property
+    def cache_scheme(self) -> dict[str, Any] | None:
+        """See `Layout`; kinds of caches that compressed-tensors has no scheme for are told by ModelOpt's name."""
+        nested: Any = self.quantization.get("quantization")
+        found: Any = (nested if isinstance(nested, dict) else {}).get("kv_cache_quant_algo")
+        found = self.quantization.get("kv_cache_scheme") or self.quantization.get("kv_cache_quant_algo") or found
+        if found == "FP8" or (isinstance(found, dict) and _is_fp8_cache(cast("dict[str, Any]", found))):
+            return cache_scheme("fp8")
+        return None if found is None else {"kv_cache_quant_algo": found}
+
+    def cache_name(self, name: str) -> str | None:
         """See `Layout`."""
-        return _KV.sub(lambda found: f".{found[1] or found[2]}", name)
+        return super().cache_name(_KV.sub(lambda found: f".{found[1] or found[2]}", name))
 
 
 def _algorithm(parts: Mapping[str, Tensor]) -> str:
@@ -194,9 +208,20 @@ class ModelOptWriter(Writer):
         more = {"quantized_layers": config["quantized_layers"]} if "quantized_layers" in config else {}
         return {"hf_quant_config.json": {"producer": config["producer"], "quantization": told | more}}
 
-    def plain_name(self, name: str) -> str:
+    def cache(self, scheme: Mapping[str, Any]) -> dict[str, Any] | None:
         """See `Writer`."""
-        return re.sub(r"\.([kv])_scale$", r".\1_proj.\1_scale", name)
+        return {"kv_cache_scheme": dict(_FP8_CACHE)} if _is_fp8_cache(scheme) else None
+
+    def cache_entry(self, name: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
+        """See `Writer`."""
+        return re.sub(r"\.([kv])_scale$", r".\1_proj.\1_scale", name), () if shape == (1,) else shape
+
+
+def _is_fp8_cache(scheme: Mapping[str, Any]) -> bool:
+    """Whether a scheme of a key-value cache is fp8 with a stored scale a layer, whatever else it says."""
+    told = {name: value for name, value in scheme.items() if value is not None}
+    given: dict[str, Any] = {"strategy": "tensor", "symmetric": True, "dynamic": False, **told}
+    return given == given | _FP8_CACHE and (given["strategy"], given["symmetric"]) == ("tensor", True)
 
 
 def _algo_of(outline: Outline) -> str | None:

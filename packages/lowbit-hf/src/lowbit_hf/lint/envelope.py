@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 from lowbit.header import as_object
+from lowbit_hf.layouts.layout import CACHED
 from lowbit_hf.lint.arguments import FORMATS, Group
-from lowbit_hf.lint.finding import Finding
+from lowbit_hf.lint.finding import Finding, name_all
 from lowbit_hf.lint.subject import Subject
 
 _ROOT = "quantization_config"
@@ -89,6 +91,37 @@ def _check_cache(subject: Subject) -> Iterator[Finding]:
                 fix="write null, or calibrate and store the scales",
                 runtimes=(runtime.name,),
             )
+    if subject.engines:
+        yield from _check_cache_scales(subject, scheme.get("strategy"))
+
+
+def _check_cache_scales(subject: Subject, strategy: object) -> Iterator[Finding]:
+    """Scales of keys without those of values, and scales of another shape than the strategy has."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, entry in subject.checkpoint.entries.items():
+        module, _, local = name.rpartition(".")
+        if local in CACHED:
+            found.setdefault(module, {})[local] = entry.shape
+    if missing := [f"{module}.{local}" for module, has in found.items() for local in CACHED if local not in has]:
+        yield Finding(
+            severity="warning",
+            key=name_all(missing),
+            what="the tensor is missing, so keys or values are kept under a scale that is not theirs",
+            fix="calibrate and store both",
+            runtimes=subject.engines,
+        )
+    wanted = {"tensor": "(1,)", "attn_head": "(heads, 1, 1)"}.get(str(strategy))
+    scales = {f"{module}.{local}": shape for module, has in found.items() for local, shape in has.items()}
+    by_head = strategy == "attn_head"
+    odd = [name for name, shape in scales.items() if not (shape[1:] == (1, 1) if by_head else prod(shape) == 1)]
+    if wanted is not None and odd:
+        yield Finding(
+            severity="error",
+            key=name_all(odd),
+            what=f"it has shape {scales[odd[0]]}; strategy {strategy!r} has {wanted}",
+            fix="write the strategy that the scales are for, or calibrate again",
+            runtimes=subject.engines,
+        )
 
 
 def _odd_cache(scheme: dict[str, object], strategies: tuple[str, ...]) -> tuple[str | None, object]:
