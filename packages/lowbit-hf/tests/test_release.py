@@ -123,6 +123,14 @@ def test_the_rehearsal_is_what_comes(make, tmp_path, name):
                 assert torch.equal(planned.read(entry), real.read(real.entries[entry.name]))
 
 
+def test_scales_of_a_cache_are_rehearsed_and_released(release, source, tmp_path):
+    code, said, _ = release(source(), "--kv-cache", "fp8", to="W4A16")
+    assert code == 0, said
+    with Checkpoint.open(tmp_path / "out") as checkpoint:
+        assert sum(name.endswith((".k_scale", ".v_scale")) for name in checkpoint.entries) == 4
+    assert "k_scale" not in said
+
+
 def test_a_stopped_release_goes_on(release, source, tmp_path, monkeypatch):
     folder = source()
     with monkeypatch.context() as patch:

@@ -26,6 +26,7 @@ from lowbit_hf.commands.options import (
     Calibrate,
     Device,
     Keep,
+    KvCacheOf,
     Length,
     MaxGpu,
     MaxMemory,
@@ -62,6 +63,7 @@ def release(
     samples: Samples = 128,
     seq_len: Length = 512,
     seed: Seed = 0,
+    kv_cache: KvCacheOf = None,
     max_memory: MaxMemory = None,
     max_gpu: MaxGpu = None,
     device: Device = None,
@@ -113,6 +115,7 @@ def release(
         method=method_of(algorithm, "even", sequential=True, calibrated=data is not None),
         max_memory=None if max_memory is None else bytes_of(max_memory),
         max_gpu=None if max_gpu is None else bytes_of(max_gpu, "--max-gpu"),
+        kv_cache=kv_cache,
     )
     require_data(job)
     front, speeds = front_of(job.folder), {path.name: speeds_of(path) for path in bench}

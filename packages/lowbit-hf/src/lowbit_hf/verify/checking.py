@@ -227,7 +227,7 @@ def _state(folder: Path, layout: Layout, reader: Reader, skeleton: Skeleton) -> 
         for module, names in modules_of(checkpoint, layout).items():
             parts = {name: checkpoint.read(checkpoint.entries[name]) for name in names}
             if module is None:
-                state |= {layout.plain_name(name): tensor for name, tensor in parts.items()}
+                state |= {name: tensor for name, tensor in parts.items() if layout.cache_name(name) is None}
             else:
                 local = {layout.split(name)[1]: tensor for name, tensor in parts.items()}
                 values = reader.read(module, local).to(skeleton.dtype)
