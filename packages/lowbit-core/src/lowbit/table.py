@@ -40,7 +40,8 @@ def fold(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdecimal() and (part == "0" or part[0] != "0")
+    # Longer ones are no counts, and Python refuses to convert those of 4300 digits.
+    return part.isascii() and part.isdecimal() and len(part) < 19 and (part == "0" or part[0] != "0")
 
 
 def _numbers(numbers: frozenset[int]) -> str:

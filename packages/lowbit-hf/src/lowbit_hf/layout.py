@@ -294,7 +294,7 @@ def _read_block(args: Mapping[str, Any], part: str) -> tuple[str, tuple[int, int
 
 def _activation(group: Mapping[str, Any]) -> Activation:
     inputs = _read_arguments(group, "input_activations")
-    if inputs.scale_dtype not in _INPUT_SCALES:
+    if not isinstance(inputs.scale_dtype, str | None) or inputs.scale_dtype not in _INPUT_SCALES:
         known = ", ".join(map(str, _INPUT_SCALES))
         msg = f"input_activations have scale_dtype {inputs.scale_dtype!r}; lowbit reads {known}"
         raise CheckpointError(msg)
