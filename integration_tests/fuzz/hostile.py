@@ -10,8 +10,9 @@ import os
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForC
 import lowbit_hf
 from lowbit import command
 from lowbit.errors import LowbitError
+from lowbit.header import as_object
 from lowbit.shards import INDEX_NAME, Checkpoint
 from lowbit_hf.convert import Source, convert
 from lowbit_hf.evaluate import load_tokenizer
 from lowbit_hf.gguf.export import export
 from lowbit_hf.gguf.source import config_in, open_checkpoint, read_metadata
 from lowbit_hf.gguf.tokens import files_of
+from lowbit_hf.hub import find_model
 from lowbit_hf.layouts import WRITERS, layout_of
 from lowbit_hf.lint import lint
 from lowbit_hf.loading import modules_of, read_weight
@@ -47,6 +50,15 @@ LAYOUTS = {
     "modelopt": "NVFP4A16",
     "deepseek-fp8": "FP8_BLOCK",
     "lowbit": "W4A16_G32",
+}
+# By `quant_method`.
+_OF_METHOD = {
+    "gptq": "gptq",
+    "awq": "awq",
+    "modelopt": "modelopt",
+    "fp8": "deepseek-fp8",
+    "lowbit": "lowbit",
+    "mxfp4": "mxfp4",
 }
 # Stands in code that comes with a checkpoint.
 EVIL = "picked_by_the_checkpoint"
@@ -164,14 +176,14 @@ def _gpt_oss(folder: Path) -> None:
 def attempt(path: Path) -> int:
     """Read a checkpoint in every way; how many succeeded. Whatever is not a LowbitError goes up."""
     done = 0
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         for line in (["inspect"], ["lint"], ["plan", "--to", "W8A16"]):
             code = command.main([line[0], str(path), *line[1:]])
             assert code in (0, 1), code
             done += code == 0
     for read in (_prepare, _convert, lowbit_hf.load, load_tokenizer):
         with suppress(LowbitError):
-            read(path)
+            read(find_model(str(path)))
             done += 1
     return done
 
@@ -181,30 +193,36 @@ def _prepare(path: Path) -> None:
 
 
 def _convert(path: Path) -> None:
-    for writer in (WRITERS["lowbit"], WRITERS["compressed-tensors"], None):
-        source = Source(path, writer)
-        with source.plain:
-            assert source.files
-            source.output_config()
+    source = Source(path, WRITERS["lowbit"])
+    with source.plain:
+        assert source.files
+        source.output_config()
 
 
-def header(data: bytes, root: Path) -> None:
+def header(data: bytes, folders: Mapping[str, Path]) -> None:
     """A safetensors file, and every tensor of it."""
-    (root / "model.safetensors").write_bytes(data)
-    with suppress(LowbitError), Checkpoint.open(root / "model.safetensors") as checkpoint:
+    path = folders["plain"] / "model.safetensors"
+    path.write_bytes(data)
+    with suppress(LowbitError), Checkpoint.open(path) as checkpoint:
         for entry in checkpoint.entries.values():
             assert checkpoint.read(entry).nbytes == entry.nbytes <= len(data)
 
 
-def index(data: bytes, root: Path) -> None:
+def index(data: bytes, folders: Mapping[str, Path]) -> None:
     """An index in a folder of shards."""
+    root = folders["shards"]
     (root / INDEX_NAME).write_bytes(data)
     with suppress(LowbitError), Checkpoint.open(root) as checkpoint:
-        assert all((root / name).is_file() for name in checkpoint.shards)
+        assert all(entry.file.parent == root for entry in checkpoint.entries.values())
 
 
-def config(data: bytes, root: Path) -> None:
-    """A config in a folder of the layout that it names, without building the model that it may describe."""
+def config(data: bytes, folders: Mapping[str, Path]) -> None:
+    """A config, in the folder of the layout that it names, without the model that it may describe."""
+    found = None
+    with suppress(ValueError, RecursionError):
+        quantization = (as_object(json.loads(data)) or {}).get("quantization_config")
+        found = (as_object(quantization) or {}).get("quant_method")
+    root = folders[_OF_METHOD.get(str(found), "W4A16_G32")]
     (root / "config.json").write_bytes(data)
     with suppress(LowbitError), Checkpoint.open(root) as checkpoint:
         layout = layout_of(root, read_config(root), None)
@@ -216,9 +234,9 @@ def config(data: bytes, root: Path) -> None:
         lint(root)
 
 
-def gguf(data: bytes, root: Path) -> None:
+def gguf(data: bytes, folders: Mapping[str, Path]) -> None:
     """A GGUF file, what stands for its config, every tensor of it, and its tokenizer."""
-    path = root / "model.gguf"
+    path = folders["gguf"] / "model.gguf"
     path.write_bytes(data)
     with suppress(LowbitError), open_checkpoint(path) as checkpoint:
         config_in(path)
@@ -230,12 +248,12 @@ def gguf(data: bytes, root: Path) -> None:
 
 
 TARGETS = {"header": header, "index": index, "config": config, "gguf": gguf}
-"""What reads one kind of file, from bytes and a folder that it may write them into."""
+"""What reads one kind of file, given its bytes and folders that they may be written into."""
 
 
 def mutated(value: object, draw: random.Random) -> str:
     """JSON text of a value with a few things in it exchanged, added, taken out or put elsewhere."""
-    value = json.loads(json.dumps(value))
+    value = deepcopy(value)
     for _ in range(draw.choice([1, 1, 2, 3])):
         places = list(_places(value))
         if not places:
@@ -246,13 +264,13 @@ def mutated(value: object, draw: random.Random) -> str:
             case 0:
                 del holder[key]
             case 1:
-                holder[key] = json.loads(json.dumps(other[elsewhere]))
+                holder[key] = deepcopy(other[elsewhere])
             case 2 if isinstance(holder, dict):
-                holder[draw.choice(NAMES)] = draw.choice(ODD)
+                holder[draw.choice(NAMES)] = deepcopy(draw.choice(ODD))
             case 3:
-                holder[key] = [holder[key], draw.choice(ODD)]
+                holder[key] = [holder[key], deepcopy(draw.choice(ODD))]
             case _:
-                holder[key] = draw.choice(ODD)
+                holder[key] = deepcopy(draw.choice(ODD))
     text = json.dumps(value)
     for written, meant in RAW.items():
         text = text.replace(json.dumps(written), meant)

@@ -144,6 +144,7 @@ def test_library_reads_only_what_is_refused_for_a_stated_reason(case):
         "F6_E3M2",
         "65 dimensions",
         "a million dimensions",
+        "a name as long as a book",
         "metadata is null",
         "strides overflow",
         "twice one tensor",

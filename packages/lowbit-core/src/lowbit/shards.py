@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class Checkpoint:
 
     def __init__(self, shards: list[Shard], index: bytes, files: ExitStack) -> None:
         self._files = files
+        # Where an error comes between opening and closing, whoever held it lets go of its files all the same.
+        weakref.finalize(self, files.close)
         self._opened = {shard.file: shard for shard in shards}
         self.shards = {shard.file.name: list(shard.entries.values()) for shard in shards}
         self.entries = {entry.name: entry for entries in self.shards.values() for entry in entries}
@@ -306,9 +309,14 @@ def _find_single(folder: Path) -> str:
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
+        how = (
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            if any(name.endswith(".bin") for name in pickles)
+            else "safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)"
+        )
         raise CheckpointError(
-            f"{folder} holds {quote_names(pickles)}, pickles, which can run code and are never loaded; convert "
-            "what you trust: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} holds {quote_names(pickles)}, pickles, which can run code and are never loaded; convert what "
+            f"you trust: {how}"
         )
     raise CheckpointError(f"{folder} holds no .safetensors file; give the folder of a Hugging Face model")
 

@@ -78,8 +78,8 @@ class Skeleton:
         """
         raw = read_config(folder)
         named = raw.get("architectures")
-        architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else ""
-        model_class: Any = getattr(transformers, architecture, None)
+        architecture = named[0] if isinstance(named, list) and named else None
+        model_class: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         # transformers has much besides models, and a config must not choose what of it runs.
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             msg = (
