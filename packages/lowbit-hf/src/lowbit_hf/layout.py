@@ -269,7 +269,7 @@ def _read_arguments(group: Mapping[str, Any], part: str) -> _Arguments:
             f"{', '.join(_CODES)}, symmetric true or false, and dynamic true, false or 'local'"
         )
         raise CheckpointError(msg)
-    return _Arguments(_CODES[name], symmetric, *_read_block(args, part), dynamic, scale and str(scale))
+    return _Arguments(_CODES[name], symmetric, *_read_block(args, part), dynamic, None if scale is None else str(scale))
 
 
 def _read_block(args: Mapping[str, Any], part: str) -> tuple[str, tuple[int, int]]:
