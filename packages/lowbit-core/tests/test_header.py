@@ -52,7 +52,8 @@ HOSTILE = {
     "NUL padding": (file_bytes(json.dumps(VALID).encode() + b"\0\0"), "Extra data"),
     "leading space": (file_bytes(b" " + json.dumps(VALID).encode()), "first byte"),
     "deep": (file_bytes(nested(100_000)), "not the JSON"),
-    "deep within the count": (file_bytes(nested(20_000) + b" " * 2_000_000), "recursion"),
+    "deep within the count": (file_bytes(nested(20_000) + b" " * 2_000_000), "more than 64 deep"),
+    "a name as long as a book": (file_bytes({"a" * 5000: entry()}), "name of 5000 characters"),
     "deep in strings is fine but no entry": (file_bytes({"a": "[" * 1000}), "not an object of dtype"),
     "twice one tensor": (file_bytes(b'{"a":%b,"a":%b}' % ((json.dumps(entry()).encode(),) * 2)), "'a' stands twice"),
     "twice one field": (
@@ -143,6 +144,7 @@ def test_library_reads_only_what_is_refused_for_a_stated_reason(case):
         "F6_E3M2",
         "65 dimensions",
         "a million dimensions",
+        "a name as long as a book",
         "metadata is null",
         "strides overflow",
         "twice one tensor",
@@ -247,6 +249,23 @@ def test_layout_is_aligned_padded_and_independent_of_order(tmp_path):
 def test_layout_refuses_what_the_reader_would(tensors, metadata, words, tmp_path):
     with pytest.raises(CheckpointError, match=words):
         lay_out(tensors, metadata, tmp_path / "f")
+
+
+def test_json_may_be_64_deep():
+    assert parse_json(b"[" * 64 + b"]" * 64, "x", 100)
+    assert parse_json(b'["[[]]",' + b"[]," * 90 + b'"]"]', "x", 100)
+    with pytest.raises(CheckpointError, match="x is not .* more than 64 deep"):
+        parse_json(b"[" * 65 + b"]" * 65, "x", 100)
+
+
+@pytest.mark.parametrize("text", [r'["\ud800"]', r'{"a": ["\uDC00\ud800"]}', r'{"\udfff": 1}'])
+def test_lone_surrogates_are_refused_wherever_they_stand(text):
+    with pytest.raises(CheckpointError, match="surrogates"):
+        parse_json(text.encode(), "x", 10)
+
+
+def test_pairs_of_surrogates_are_one_character():
+    assert parse_json(rb'["\ud83d\ude00"]', "x", 10) == ["\N{GRINNING FACE}"]
 
 
 def test_container_limit_counts_outside_strings_only():

@@ -63,3 +63,8 @@ def test_columns_line_up_and_empty_ones_are_left_out():
 )
 def test_sizes_are_in_binary_units(count, text):
     assert size(count) == text
+
+
+def test_numbers_that_count_nothing_stay_as_they_are():
+    name = f"a.{'9' * 5000}"
+    assert fold([name, "a.1", "a.2"]) == [(name, 1), ("a.{1..2}", 2)]

@@ -40,7 +40,7 @@ def test_damaged_files_are_named(make, change):
 def test_a_config_that_is_no_json_cannot_be_linted(make, change):
     folder = change(make("llama"))
     (folder / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="is not the JSON it should be"):
         lint(folder)
 
 

@@ -49,7 +49,11 @@ _SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 _FIELDS = {"dtype", "shape", "data_offsets"}
 # Matches up to and including the next bracket outside a string, or the end. It matches everywhere (a string's closing
 # quote is optional), so that text which is not JSON is scanned once too.
-_UP_TO_CONTAINER = re.compile(r'(?:[^"\[{]++|"(?:[^"\\]++|\\.)*+"?)*+(?:([\[{])|\Z)', re.DOTALL)
+_UP_TO_BRACKET = re.compile(r'(?:[^"\[{\]}]++|"(?:[^"\\]++|\\.)*+"?)*+(?:([\[{])|[\]}]|\Z)', re.DOTALL)
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# Objects and lists in one another. What walks through a parsed file calls itself as often.
+_DEEPEST = 64
+_LONGEST_NAME = 4096
 _BRIEF = reprlib.Repr()
 _BRIEF.maxstring = _BRIEF.maxother = 200
 
@@ -125,7 +129,7 @@ def lay_out(
 
 
 def parse_json(raw: bytes, where: str, containers: int) -> object:
-    """JSON from an untrusted source: unique keys, no lone surrogates, at most `containers` objects and lists.
+    """JSON from an untrusted source: unique keys, no lone surrogates, at most `containers` objects and lists, 64 deep.
 
     Raises:
         CheckpointError: it is not that.
@@ -133,9 +137,13 @@ def parse_json(raw: bytes, where: str, containers: int) -> object:
     try:
         text = raw.decode("utf-8")
         _check_containers(text, containers)
-        return json.loads(text, object_pairs_hook=_unique)
+        found: object = json.loads(text, object_pairs_hook=_unique)
+        # A lone surrogate cannot be encoded, and would fail much later, in a file name or on a terminal.
+        if _SURROGATE.search(text):
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not the JSON it should be: {error}; download the file again") from error
+    return found
 
 
 def quote(value: object) -> str:
@@ -162,6 +170,8 @@ def is_strings(value: object) -> TypeGuard[dict[str, str]]:
 
 def _read_entry(name: str, info: object, file: Path, start: int) -> TensorEntry:
     where = f"{file}: tensor {quote(name)}"
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointError(f"{where} has a name of {len(name)} characters, more than {_LONGEST_NAME}")
     fields = as_object(info)
     if fields is None or fields.keys() != _FIELDS:
         raise CheckpointError(f"{where} is {quote(info)}, not an object of dtype, shape and data_offsets")
@@ -204,17 +214,19 @@ def _check_coverage(entries: list[TensorEntry], file: Path, start: int, size: in
 
 def _check_containers(text: str, limit: int) -> None:
     """Bound what the parser may build: `[[],[],...` takes 30 times its length in memory."""
-    if sum(1 for match in _UP_TO_CONTAINER.finditer(text) if match.lastindex) > limit:
-        raise ValueError(f"it has more than {limit} objects and lists")
+    count = depth = 0
+    for match in _UP_TO_BRACKET.finditer(text):
+        depth += 1 if match.lastindex else -1
+        count += 1 if match.lastindex else 0
+        if count > limit:
+            raise ValueError(f"it has more than {limit} objects and lists")
+        if depth > _DEEPEST:
+            raise ValueError(f"its objects and lists are more than {_DEEPEST} deep")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     unique: dict[str, object] = {}
     for key, value in pairs:
-        # A lone surrogate cannot be encoded, and would fail much later, in a file name or on a terminal.
-        key.encode()
-        if isinstance(value, str):
-            value.encode()
         if key in unique:
             raise ValueError(f"key {quote(key)} stands twice")
         unique[key] = value

@@ -65,7 +65,7 @@ class Rule:
         if self.match.startswith(_REGEX):
             try:
                 re.compile(self.match.removeprefix(_REGEX))
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise RecipeError(f"rule {self.match!r} holds a malformed regular expression: {error}") from error
 
     @classmethod

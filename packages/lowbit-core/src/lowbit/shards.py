@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ __all__ = [
     "TensorEntry",
     "byte_view",
     "contained_file",
+    "read_contained",
     "read_header",
     "row_slices",
 ]
@@ -78,6 +80,8 @@ class Checkpoint:
 
     def __init__(self, shards: list[Shard], index: bytes, files: ExitStack) -> None:
         self._files = files
+        # Where an error comes between opening and closing, whoever held it lets go of its files all the same.
+        weakref.finalize(self, files.close)
         self._opened = {shard.file: shard for shard in shards}
         self.shards = {shard.file.name: list(shard.entries.values()) for shard in shards}
         self.entries = {entry.name: entry for entries in self.shards.values() for entry in entries}
@@ -217,6 +221,20 @@ def contained_file(folder: Path, name: str) -> Path:
     return real
 
 
+def read_contained(folder: Path, name: str, limit: int) -> bytes:
+    """The bytes of the file `name` of `folder` (see `contained_file`), at most `limit` of them.
+
+    Raises:
+        CheckpointError: as `contained_file`; or it is unreadable, no regular file, or larger.
+    """
+    file, real = folder / name, contained_file(folder, name)
+    with _reading(file), ExitStack() as files:
+        fd, status = _open(file, files, real)
+        if status.st_size > limit:
+            raise CheckpointError(f"{file} holds {status.st_size} bytes, more than {limit}; the folder is damaged")
+        return _read(fd, file, 0, status.st_size)
+
+
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, shared with it.
 
@@ -230,16 +248,28 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 def _open_shard(file: Path, files: ExitStack, real: Path | None = None) -> Shard:
     with _reading(file):
-        # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
-        fd = os.open(real or file, os.O_RDONLY | os.O_NONBLOCK)
-        files.callback(os.close, fd)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{file} is not a regular file")
+        fd, status = _open(file, files, real or file)
         header = _read_header_bytes(fd, file, status.st_size)
     entries, metadata = parse_header(header, file, status.st_size)
     digest = hashlib.sha256(header).hexdigest()
     return Shard(file, fd, status.st_size, status.st_mtime_ns, digest, entries, metadata)
+
+
+def _open(file: Path, files: ExitStack, real: Path) -> tuple[int, os.stat_result]:
+    # Without O_NONBLOCK, opening a pipe would wait for its writer for ever.
+    fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK)
+    files.callback(os.close, fd)
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{file} is not a regular file")
+    return fd, status
+
+
+def _read(fd: int, file: Path, offset: int, count: int) -> bytes:
+    read = bytearray(count)
+    if not _fill(fd, memoryview(read), offset):
+        raise CheckpointError(f"{file} changed while it was read; start again once it is complete")
+    return bytes(read)
 
 
 def _read_header_bytes(fd: int, file: Path, size: int) -> bytes:
@@ -253,20 +283,11 @@ def _read_header_bytes(fd: int, file: Path, size: int) -> bytes:
         raise CheckpointError(f"{file} is not a safetensors file: header of {length} bytes, not 1 to {HEADER_LIMIT}")
     if 8 + length > size:
         raise CheckpointError(f"{file} is truncated: it holds {size} bytes, but its header alone needs {8 + length}")
-    header = bytearray(length)
-    if not _fill(fd, memoryview(header), 8):
-        raise CheckpointError(f"{file} changed while it was read; start again once it is complete")
-    return bytes(header)
+    return _read(fd, file, 8, length)
 
 
 def _read_index(folder: Path) -> tuple[bytes, dict[str, str]]:
-    file = folder / INDEX_NAME
-    real = contained_file(folder, INDEX_NAME)
-    with _reading(file):
-        status = real.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _INDEX_LIMIT:
-            raise CheckpointError(f"{file} is not a regular file of at most {_INDEX_LIMIT} bytes")
-        raw = real.read_bytes()
+    file, raw = folder / INDEX_NAME, read_contained(folder, INDEX_NAME, _INDEX_LIMIT)
     index = as_object(parse_json(raw, str(file), _INDEX_CONTAINERS)) or {}
     weight_map = index.get("weight_map")
     if not weight_map or not is_strings(weight_map):
@@ -288,9 +309,14 @@ def _find_single(folder: Path) -> str:
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
+        how = (
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            if any(name.endswith(".bin") for name in pickles)
+            else "safetensors.torch.save_file(torch.load(file, weights_only=True), new_file)"
+        )
         raise CheckpointError(
-            f"{folder} holds {quote_names(pickles)}, pickles, which can run code and are never loaded; convert "
-            "what you trust: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder} holds {quote_names(pickles)}, pickles, which can run code and are never loaded; convert what "
+            f"you trust: {how}"
         )
     raise CheckpointError(f"{folder} holds no .safetensors file; give the folder of a Hugging Face model")
 

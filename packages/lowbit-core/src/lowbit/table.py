@@ -20,16 +20,15 @@ def fold(names: Iterable[str]) -> list[tuple[str, int]]:
     """Names that differ in whole-number parts only, written once and counted: `layers.{0..5}.mlp.weight`, 6."""
     folded = [tuple(frozenset([int(p)]) if _is_number(p) else p for p in name.split(".")) for name in names]
     for position in reversed(range(max(map(len, folded), default=0))):
-        merged: dict[tuple[object, ...], tuple[frozenset[int] | str, ...]] = {}
+        merged: dict[tuple[frozenset[int] | str | None, ...], set[int]] = {}
         for parts in folded:
             here = parts[position] if position < len(parts) else ""
-            key = (*parts[:position], None if isinstance(here, frozenset) else here, *parts[position + 1 :])
-            before = merged.setdefault(key, parts)
-            if isinstance(here, frozenset):
-                there = before[position]
-                assert isinstance(there, frozenset)
-                merged[key] = (*parts[:position], there | here, *parts[position + 1 :])
-        folded = list(merged.values())
+            numbers = here if isinstance(here, frozenset) else None
+            key = parts if numbers is None else (*parts[:position], None, *parts[position + 1 :])
+            merged.setdefault(key, set()).update(numbers or ())
+        folded = [
+            tuple(frozenset(numbers) if part is None else part for part in key) for key, numbers in merged.items()
+        ]
     return [
         (
             ".".join(part if isinstance(part, str) else _numbers(part) for part in parts),
@@ -40,7 +39,8 @@ def fold(names: Iterable[str]) -> list[tuple[str, int]]:
 
 
 def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdecimal() and (part == "0" or part[0] != "0")
+    # Longer ones are no counts, and Python refuses to convert those of 4300 digits.
+    return part.isascii() and part.isdecimal() and len(part) < 19 and (part == "0" or part[0] != "0")
 
 
 def _numbers(numbers: frozenset[int]) -> str:

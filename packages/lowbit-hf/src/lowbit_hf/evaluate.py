@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from lowbit.errors import CheckpointError
+from lowbit.shards import contained_file, lies_inside
 from lowbit_hf.gguf.source import is_gguf, read_metadata
 from lowbit_hf.gguf.tokens import tokenizer_of
+from lowbit_hf.skeleton import read_json
 
 _BATCH_TOKENS = 8192
 
@@ -107,15 +109,33 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in the model's folder, or in its GGUF file.
 
     Raises:
-        CheckpointError: there is none, or of a kind that lowbit does not read.
+        CheckpointError: there is none, or of a kind that lowbit does not read; or a file of it leads elsewhere.
     """
     if is_gguf(folder):
         return tokenizer_of(read_metadata(folder))
+    _require_inside(folder)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Undecided, it would ask whether to run the code that a tokenizer comes with.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         msg = f"{folder} has no tokenizer that transformers can load: {error}"
         raise CheckpointError(msg) from error
+
+
+def _require_inside(folder: Path) -> None:
+    """Refuse what transformers would follow to files outside: links, and lists of files that are none of the folder's.
+
+    Raises:
+        CheckpointError: there is one; or a config cannot be read.
+    """
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not lies_inside(folder.resolve(), path.resolve()):
+            msg = f"{path} is a link to {path.resolve()}, outside the folder; replace it by a copy if you trust it"
+            raise CheckpointError(msg)
+    for name, key in (("config.json", "configuration_files"), ("tokenizer_config.json", "fast_tokenizer_files")):
+        named = read_json(folder / name).get(key) if (folder / name).is_file() else None
+        for file in cast("list[object]", named) if isinstance(named, list) else []:
+            contained_file(folder, str(file))
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor) -> Tensor:

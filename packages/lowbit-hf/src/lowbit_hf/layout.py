@@ -262,14 +262,14 @@ def _read_arguments(group: Mapping[str, Any], part: str) -> _Arguments:
         msg = f"{part} has actorder {args['actorder']!r}, which scatters groups by a g_idx; use actorder 'weight'"
         raise CheckpointError(msg)
     name = f"{args.get('type', 'int')}{args.get('num_bits', 8)}"
-    symmetric, dynamic = args.get("symmetric", True), args.get("dynamic", False)
+    symmetric, dynamic, scale = args.get("symmetric", True), args.get("dynamic", False), args.get("scale_dtype")
     if name not in _CODES or not isinstance(symmetric, bool) or dynamic not in (False, True, "local"):
         msg = (
             f"{part} has {name} codes, symmetric {symmetric!r} and dynamic {dynamic!r}; lowbit reads "
             f"{', '.join(_CODES)}, symmetric true or false, and dynamic true, false or 'local'"
         )
         raise CheckpointError(msg)
-    return _Arguments(_CODES[name], symmetric, *_read_block(args, part), dynamic, args.get("scale_dtype"))
+    return _Arguments(_CODES[name], symmetric, *_read_block(args, part), dynamic, None if scale is None else str(scale))
 
 
 def _read_block(args: Mapping[str, Any], part: str) -> tuple[str, tuple[int, int]]:

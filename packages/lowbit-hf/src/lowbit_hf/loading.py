@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -19,9 +19,12 @@ from lowbit.tensor import QuantizedTensor
 from lowbit_hf.experts import use_lowbit_experts
 from lowbit_hf.gguf.source import locate, open_checkpoint
 from lowbit_hf.layouts import Layout, Outline, layout_of
-from lowbit_hf.skeleton import Skeleton, read_config
+from lowbit_hf.skeleton import Skeleton, read_config, read_json
 
 _LOG = logging.getLogger(__name__)
+_GENERATION = "generation_config.json"
+# Weights that a file may lack and be told by name.
+_ROOM = 1 << 26
 
 
 def load(path: str | Path, *, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -55,9 +58,10 @@ def assemble(folder: Path, skeleton: Skeleton, state: dict[str, Tensor]) -> PreT
     Raises:
         CheckpointError: they do not fit it.
     """
+    _require_fit(folder, skeleton, state)
     try:
         model, info = _filled(skeleton, state)
-    except RuntimeError as error:
+    except Exception as error:
         msg = f"{folder} does not fit {type(skeleton.model).__name__}: {error}"
         raise CheckpointError(msg) from error
     # Tensors the model has no place for (MTP layers) are no defect; a place without a tensor is.
@@ -66,8 +70,8 @@ def assemble(folder: Path, skeleton: Skeleton, state: dict[str, Tensor]) -> PreT
         msg = f"{folder} does not fit {type(model).__name__}: " + "; ".join(f"{k} {v[:5]}" for k, v in wrong.items())
         raise CheckpointError(msg)
     model.eval().requires_grad_(requires_grad=False)
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if model.can_generate() and (folder / _GENERATION).is_file():
+        model.generation_config = _generation_config(folder)
     use_lowbit_experts(model)
     return model
 
@@ -134,6 +138,35 @@ def outline_of(checkpoint: Checkpoint, layout: Layout, module: str, names: Itera
         return layout.outline(module, parts)
     except ValueError as error:
         msg = f"module {module!r}: {error}"
+        raise CheckpointError(msg) from error
+
+
+def _require_fit(folder: Path, skeleton: Skeleton, state: Mapping[str, Tensor]) -> None:
+    """Refuse a model that is far larger than what there is for it: transformers makes room for all of it at once.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    wanted, held = (sum(tensor.numel() for tensor in of) for of in (skeleton.model.parameters(), state.values()))
+    if wanted > 2 * held + _ROOM:
+        msg = (
+            f"{folder} does not fit {type(skeleton.model).__name__}: its config.json describes {wanted} weights, and "
+            f"its files hold {held}; download the folder again"
+        )
+        raise CheckpointError(msg)
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """What `generation_config.json` says.
+
+    Raises:
+        CheckpointError: it leads outside the folder, or transformers cannot read it.
+    """
+    read_json(folder / _GENERATION)
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        msg = f"{folder / _GENERATION} is none that transformers can load: {type(error).__name__}: {error}"
         raise CheckpointError(msg) from error
 
 

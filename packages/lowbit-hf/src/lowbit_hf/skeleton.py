@@ -7,25 +7,47 @@ transformers' own conversion tables say how.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import get_ident
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from lowbit.errors import CheckpointError
+from lowbit.header import as_object, parse_json, quote
+from lowbit.shards import read_contained
 from lowbit_hf.gguf.source import config_in, is_gguf
 
-_LARGEST_JSON = 16 << 20
+# Of a config, which may say something of every expert of every layer.
+_LARGEST_JSON, _CONTAINERS = 16 << 20, 1 << 18
+# What a config may not decide; see `_values`.
+_NOT_THE_MODELS = frozenset(
+    {"quantization_config", "compression_config", "auto_map", "configuration_files"}
+    | {
+        f"{start}{kind}_implementation{end}"
+        for start in ("", "_")
+        for kind in ("attn", "experts")
+        for end in ("", "_internal")
+    }
+)
+# A config of a few bytes may ask for as many layers as it likes, and lists and modules are made of each.
+_COUNT = re.compile(r"layer|depth|expert|block|stage|head|label")
+_LARGEST_COUNT, _MOST_MODULES = 1 << 16, 1 << 16
+_LARGEST_BUFFERS = 4 << 30
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LONGEST_REASON = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +79,45 @@ class Skeleton:
         raw = read_config(folder)
         named = raw.get("architectures")
         architecture = named[0] if isinstance(named, list) and named else None
-        model_class: Any = getattr(transformers, str(architecture), None)
+        model_class: Any = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
         # transformers has much besides models, and a config must not choose what of it runs.
         if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
             msg = (
-                f"{folder}: architecture {architecture!r} is not part of transformers {transformers.__version__}; a "
-                "newer transformers may have it (code that comes with a checkpoint is never run)"
+                f"{folder}: architecture {quote(architecture)} is not part of transformers {transformers.__version__}; "
+                "a newer transformers may have it (code that comes with a checkpoint is never run)"
             )
             raise CheckpointError(msg)
         try:
-            # As transformers reads it: JSON has no infinity, and it spells that in a way of its own.
-            values = raw if is_gguf(folder) else PreTrainedConfig.get_config_dict(folder, local_files_only=True)[0]
-            # Or transformers would load quantized weights its own way.
-            values = {key: values[key] for key in values if key not in ("quantization_config", "compression_config")}
+            values = _values(raw)
             config = CONFIG_MAPPING[values["model_type"]].from_dict(values)
             if not isinstance(config, model_class.config_class):  # pyright: ignore[reportArgumentType] - every model class has one
                 msg = f"it is for model_type {raw['model_type']!r}"
                 raise TypeError(msg)  # noqa: TRY301 - told like whatever the constructors raise
-            with torch.device("meta"):
+            with torch.device("meta"), _bounded():
                 model = model_class(config)
+            skeleton = cls(config, model)
+            skeleton.check()
         except Exception as error:
-            msg = f"{folder}: config.json does not describe a {architecture}: {type(error).__name__}: {error}"
+            told = f"{type(error).__name__}: {str(error)[:_LONGEST_REASON]}"
+            msg = f"{folder}: config.json does not describe a {architecture}: {told}"
             raise CheckpointError(msg) from error
-        return cls(config, model)
+        return skeleton
+
+    def check(self) -> None:
+        """Refuse what is no model's, and answer now what is asked later of transformers, which may raise anything.
+
+        Raises:
+            ValueError: the config names a dtype in which no model computes, or buffers that no model has.
+        """
+        dtype = getattr(self.config, "dtype", None)
+        if dtype is not None and dtype not in _DTYPES:
+            msg = f"its dtype is {dtype}, and models are of {', '.join(map(str, _DTYPES))}"
+            raise ValueError(msg)
+        size = sum(buffer.nbytes for buffer in self.model.buffers())
+        if size > _LARGEST_BUFFERS:
+            msg = f"its buffers, which no checkpoint holds, take {size} bytes"
+            raise ValueError(msg)
+        _ = self._names, self._conversions, self.linears, self.output_embedding
 
     @property
     def dtype(self) -> torch.dtype:
@@ -170,6 +208,52 @@ def _at_once(tensor: Tensor) -> Any:
     return lambda: tensor
 
 
+def _values(given: Any) -> Any:
+    """A config as its class takes it: without what would have transformers do more than build a model.
+
+    That is to load quantized weights its own way, to take attention from a repository of the hub, or to run the code
+    that comes with a checkpoint. JSON has no infinity, which transformers spells {"__float__": "Infinity"}.
+
+    Raises:
+        ValueError: a count is larger than any model's.
+    """
+    if isinstance(given, list):
+        return [_values(value) for value in given]
+    if not isinstance(given, dict):
+        return given
+    found = cast("dict[str, Any]", given)
+    if found.keys() == {"__float__"} and found["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(found["__float__"])
+    for key, value in found.items():
+        if isinstance(value, int) and value > _LARGEST_COUNT and _COUNT.search(key):
+            msg = f"{key} is {quote(value)}, and no model has more than {_LARGEST_COUNT}"
+            raise ValueError(msg)
+    return {key: _values(value) for key, value in found.items() if key not in _NOT_THE_MODELS}
+
+
+@contextmanager
+def _bounded() -> Generator[None]:
+    """Refuse to build more modules than any model has, before memory is full of them.
+
+    Raises:
+        ValueError: there are more.
+    """
+    thread, made = get_ident(), 0
+
+    def count(_module: nn.Module, _name: str, _submodule: nn.Module | None) -> None:
+        nonlocal made
+        made += get_ident() == thread
+        if made > _MOST_MODULES:
+            msg = f"it has more than {_MOST_MODULES} modules"
+            raise ValueError(msg)
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 LINEAR = ("Linear", "Conv1D")
 """Classes whose `weight` is multiplied by the input; transformers' Conv1D (GPT-2) stores it as (K, N)."""
 
@@ -189,17 +273,14 @@ def read_json(path: Path, needed: str = "") -> dict[str, Any]:
     """The object in a JSON file of a folder; `needed` ends the error if it cannot be read.
 
     Raises:
-        CheckpointError: it is missing, too large, or no JSON object.
+        CheckpointError: it is missing, leads outside the folder, is too large, or no JSON object.
     """
     try:
-        if path.stat().st_size > _LARGEST_JSON:
-            msg = f"{path} has {path.stat().st_size} bytes, which no config has; the folder is damaged"
-            raise CheckpointError(msg)
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        msg = f"{path} cannot be read: {error}{needed}"
+        found = as_object(parse_json(read_contained(path.parent, path.name, _LARGEST_JSON), str(path), _CONTAINERS))
+    except CheckpointError as error:
+        msg = f"{error}{needed}"
         raise CheckpointError(msg) from error
-    if not isinstance(found, dict):
+    if found is None:
         msg = f"{path} holds no JSON object; the folder is damaged"
         raise CheckpointError(msg)
-    return cast("dict[str, Any]", found)
+    return found

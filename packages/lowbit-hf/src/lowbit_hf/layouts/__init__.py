@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lowbit.errors import CheckpointError
+from lowbit.header import quote
 from lowbit_hf.layouts.awq import Awq, AwqWriter
 from lowbit_hf.layouts.compressed_tensors import CompressedTensors, CompressedTensorsWriter
 from lowbit_hf.layouts.fp8 import Fp8, Fp8Writer
@@ -52,7 +53,7 @@ def layout_of(folder: Path, config: Mapping[str, Any], skeleton: Skeleton | None
     if isinstance(quantization, dict):
         # Configs of old named no method; only compressed-tensors ever had groups.
         method = cast("dict[str, Any]", quantization).get("quant_method", "compressed-tensors")
-    if not isinstance(quantization, dict) or method not in LAYOUTS:
-        msg = f"this checkpoint is quantized by {method!r}; lowbit reads {', '.join(LAYOUTS)}"
+    if not isinstance(quantization, dict) or not isinstance(method, str) or method not in LAYOUTS:
+        msg = f"this checkpoint is quantized by {quote(method)}; lowbit reads {', '.join(LAYOUTS)}"
         raise CheckpointError(msg)
-    return LAYOUTS[str(method)](cast("dict[str, Any]", quantization), skeleton)
+    return LAYOUTS[method](cast("dict[str, Any]", quantization), skeleton)

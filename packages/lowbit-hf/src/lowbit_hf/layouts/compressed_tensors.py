@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lowbit_hf.layout import (
     to_compressed,
 )
 from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer
+from lowbit_hf.patterns import PREFIX, Pattern
 from lowbit_hf.schemes import Scheme, quantization_config, scheme_for, targets_of
 from lowbit_hf.skeleton import Skeleton
 
@@ -50,8 +50,9 @@ class CompressedTensors(Layout):
             if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
                 msg = f"quantization_config group {name!r} must be an object with a list of targets"
                 raise CheckpointError(msg)
-            _check_patterns(targets)
             self.groups.append({**group, "format": group.get("format") or quantization.get("format")})
+        targets = {target for group in self.groups for target in group["targets"]}
+        self._patterns = {t: Pattern(t.removeprefix(PREFIX)) for t in targets if t.startswith(PREFIX)}
 
     def find(self, module: str) -> dict[str, Any]:
         """The group that covers checkpoint module `module`: by name, else by pattern, else by class.
@@ -59,10 +60,13 @@ class CompressedTensors(Layout):
         Raises:
             CheckpointError: none does.
         """
-        for covers in (_by_name, _by_pattern):
-            for group in self.groups:
-                if any(covers(target, module) for target in group["targets"]):
-                    return group
+        for group in self.groups:
+            if module in group["targets"]:
+                return group
+        for group in self.groups:
+            patterns = (self._patterns[target] for target in group["targets"] if target in self._patterns)
+            if any(pattern.starts(module) for pattern in patterns):
+                return group
         owner = None if self.skeleton is None else self.skeleton.owner(f"{module}.weight")
         # One expert's projection is a Linear in every config, though the model holds it as part of a stack.
         classes = ("Linear",) if owner is None or owner.stacked else owner.classes
@@ -148,20 +152,3 @@ def _scale_dtype(outline: Outline) -> torch.dtype:
     """In what integer and fp8 scales are stored: as they are."""
     storage = outline.format.scale.storage
     return storage if storage in (torch.float16, torch.bfloat16, torch.float32) else outline.dtype
-
-
-def _check_patterns(targets: Iterable[str]) -> None:
-    for target in targets:
-        try:
-            re.compile(target[3:] if target.startswith("re:") else "")
-        except re.error as error:
-            msg = f"quantization_config has the target {target!r}, a malformed regular expression: {error}"
-            raise CheckpointError(msg) from error
-
-
-def _by_name(target: str, module: str) -> bool:
-    return target == module
-
-
-def _by_pattern(target: str, module: str) -> bool:
-    return target.startswith("re:") and re.match(target[3:], module) is not None

@@ -22,9 +22,12 @@ from torch import Tensor
 from lowbit.element import BFLOAT16, ELEMENTS, FLOAT16, FLOAT32, Element
 from lowbit.errors import CheckpointError
 from lowbit.format import WHOLE, Format
+from lowbit.header import as_object, quote
 from lowbit.numerics import Scales
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, scale_element, take
+from lowbit_hf.patterns import Pattern
+from lowbit_hf.skeleton import Skeleton
 from lowbit_hf.words import flip_signs, pack_zeros, to_bytes, to_words, transposed, unpack_zeros, words
 
 _BITS = (2, 3, 4, 8)
@@ -45,6 +48,18 @@ class Gptq(Layout):
     marks = frozenset({"qweight"})
     parts = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     told = frozenset({"qzeros", "g_idx", "scales"})
+
+    def __init__(self, quantization: Mapping[str, Any], skeleton: Skeleton | None) -> None:
+        """Read a config."""
+        super().__init__(quantization, skeleton)
+        said = quantization.get("dynamic") or {}
+        given = as_object(said)
+        if given is None or not all(isinstance(other, dict) for other in given.values()):
+            msg = f"the config has dynamic {quote(said)}; needed is an object of patterns and what is other for each"
+            raise CheckpointError(msg)
+        # Those that start with a minus stand for modules that are not quantized.
+        own = {pattern: as_object(other) or {} for pattern, other in given.items() if not pattern.startswith("-:")}
+        self._dynamic = [(Pattern(pattern.removeprefix("+:")), other) for pattern, other in own.items()]
 
     def outline(self, module: str, parts: Mapping[str, Tensor]) -> Outline:
         """See `Layout`."""
@@ -93,12 +108,9 @@ class Gptq(Layout):
     def _sizes(self, module: str) -> tuple[int, int]:
         """Bits and group size of a module; a `dynamic` of GPTQModel may say otherwise than the whole."""
         said = dict(self.quantization)
-        for pattern, other in (self.quantization.get("dynamic") or {}).items():
-            if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
-                said |= other
-                break
+        said |= next((other for pattern, other in self._dynamic if pattern.starts(module)), {})
         bits, group = said.get("bits"), said.get("group_size", -1)
-        if bits not in _BITS or not isinstance(group, int):
+        if bits not in _BITS or type(group) is not int:
             msg = f"the config has bits {bits!r} and group_size {group!r}; lowbit reads bits {_BITS}, and an integer"
             raise CheckpointError(msg)
         return int(bits), group

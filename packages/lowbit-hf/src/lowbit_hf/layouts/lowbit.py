@@ -33,6 +33,7 @@ from lowbit.recipe import VERSION as RECIPE_VERSION
 from lowbit.recipe import Recipe
 from lowbit.tensor import INNER, QuantizedTensor, tail_of
 from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, take
+from lowbit_hf.patterns import PREFIX, Pattern
 from lowbit_hf.skeleton import Skeleton
 
 VERSION = 1
@@ -57,7 +58,14 @@ class Lowbit(Layout):
     def __init__(self, quantization: Mapping[str, Any], skeleton: Skeleton | None) -> None:
         """Read a config."""
         super().__init__(quantization, skeleton)
-        self.recipe = read_rules(quantization)
+        # How each rule of the recipe is asked: expressions are bounded in time, as globs are by what they are.
+        self._rules = [
+            (
+                rule,
+                Pattern(rule.match.removeprefix(PREFIX)).fits if rule.match.startswith(PREFIX) else rule.matches_name,
+            )
+            for rule in read_rules(quantization).rules
+        ]
 
     def modules(self, names: Collection[str]) -> dict[str | None, list[str]]:
         """See `Layout`.
@@ -98,7 +106,7 @@ class Lowbit(Layout):
 
     def read(self, module: str, parts: Mapping[str, Tensor]) -> QuantizedTensor:
         """See `Layout`."""
-        rule = self.recipe.resolve(module)
+        rule = next((rule for rule, fits in self._rules if rule.modules is None and fits(module)), None)
         if rule is None or rule.weight is None:
             msg = "it has quantized tensors, but no rule of quantization_config says what they mean"
             raise CheckpointError(msg)

@@ -5,12 +5,12 @@ Source: compressed-tensors 0.20.0, `QuantizationScheme` and `QuantizationArgs`, 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from lowbit.header import as_object
+from lowbit_hf.patterns import PREFIX, Pattern, fault_in
 
 T = TypeVar("T")
 
@@ -86,18 +86,18 @@ class Names(Generic[T]):
     def __init__(self, entries: Iterable[tuple[str, T]]) -> None:
         """Keep entries with what each stands for; one that starts with `re:` is a pattern that a name's start fits."""
         self._names: dict[str, T] = {}
-        self._patterns: list[tuple[re.Pattern[str], T]] = []
+        self._patterns: list[tuple[Pattern, T]] = []
         for entry, value in entries:
-            if not entry.startswith("re:"):
+            if not entry.startswith(PREFIX):
                 self._names.setdefault(entry, value)
             elif bad_pattern(entry) is None:
-                self._patterns.append((re.compile(entry[3:]), value))
+                self._patterns.append((Pattern(entry.removeprefix(PREFIX)), value))
 
     def find(self, module: str) -> T | None:
         """What stands for a module; None: nothing does."""
         if module in self._names:
             return self._names[module]
-        return next((value for pattern, value in self._patterns if pattern.match(module)), None)
+        return next((value for pattern, value in self._patterns if pattern.starts(module)), None)
 
 
 def read_group(name: str, raw: object, default_format: object) -> Group:
@@ -145,11 +145,7 @@ def _check_targets(targets: object, named: tuple[str, ...]) -> Iterator[Problem]
 
 def bad_pattern(target: str) -> str | None:
     """Why a target that starts with `re:` is no regular expression; None: it is one, or a plain name."""
-    try:
-        re.compile(target[3:] if target.startswith("re:") else "")
-    except re.error as error:
-        return str(error)
-    return None
+    return fault_in(target.removeprefix(PREFIX)) if target.startswith(PREFIX) else None
 
 
 def _read_arguments(part: str, given: object, problems: list[Problem]) -> Arguments | None:

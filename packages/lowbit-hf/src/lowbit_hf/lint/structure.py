@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from math import isfinite
+
+import torch
 
 from lowbit_hf.lint.arguments import Group
 from lowbit_hf.lint.finding import Finding, name_all
@@ -12,6 +15,8 @@ from lowbit_hf.lint.subject import EXPERT, Module, Subject
 from lowbit_hf.lint.table import FUSED, Runtime
 
 _IGNORE = "quantization_config.ignore"
+# A config may claim any number of experts.
+_MOST_MISSING = 1 << 12
 
 
 def check_structure(subject: Subject) -> Iterator[Finding]:
@@ -166,7 +171,8 @@ def _check_global_scales(subject: Subject) -> Iterator[Finding]:
     for found in _siblings(subject) if fusing else ():
         for local in ("weight_global_scale", "input_global_scale"):
             entries = [module.parts[local] for module in found if local in module.parts]
-            values = {entry.name: float(subject.checkpoint.read(entry)) for entry in entries if entry.nbytes == 4}
+            single = [entry for entry in entries if entry.dtype == torch.float32 and entry.nbytes == 4]
+            values = {entry.name: float(subject.checkpoint.read(entry)) for entry in single}
             # What is not finite is another rule's.
             if all(isfinite(value) for value in values.values()):
                 usual = max(values.values(), key=list(values.values()).count, default=0.0)
@@ -195,12 +201,13 @@ def _check_experts(subject: Subject) -> Iterator[Finding]:
         # A config may count the experts of another part of the model.
         count = max(subject.experts or 0, max(experts) + 1)
         projections = {name for parts in experts.values() for name in parts}
-        missing += [
+        lacking = (
             f"{stack}.{i}.{name}"
             for i in range(count)
             for name in sorted(projections)
             if name not in experts.get(i, {})
-        ]
+        )
+        missing += islice(lacking, _MOST_MISSING)
         modules = [module for parts in experts.values() for module in parts.values()]
         unlike += _minority(subject, modules)
     if missing:

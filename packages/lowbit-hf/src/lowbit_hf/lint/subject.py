@@ -19,7 +19,7 @@ from lowbit_hf.lint.arguments import Group, Names, bad_pattern, read_group
 from lowbit_hf.lint.table import Part, Runtime
 from lowbit_hf.skeleton import LINEAR, Skeleton, read_config
 
-EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d+)\.(?P<projection>.+)")
+EXPERT = re.compile(r"(?P<stack>.+\.experts)\.(?P<index>\d{1,6})\.(?P<projection>.+)")
 LOCAL = frozenset(
     {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_global_scale", "weight_g_idx"}
     | {"input_scale", "input_zero_point", "input_global_scale"}

@@ -1,0 +1,50 @@
+"""Coverage-guided fuzzing of one parser by atheris: `python fuzz.py TARGET CORPUS... [libFuzzer's options]`.
+
+Started from `corpus/TARGET`, which `test_fuzz.py` runs too. What crashes is written to the working directory; add it to
+the corpus with the fix. `nox -s fuzz` does all targets.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+# Only what is fuzzed: torch and transformers take minutes to instrument, and their coverage says nothing of lowbit.
+with atheris.instrument_imports(include=["lowbit", "lowbit_hf"]):
+    import hostile
+
+
+def main() -> None:
+    """Fuzz the target that is named first, in a folder that is like a checkpoint but for the file in question."""
+    name = sys.argv.pop(1)
+    root = Path(tempfile.mkdtemp(prefix="lowbit-fuzz-"))
+    folders = hostile.made(root / "sound")
+    work = {kind: shutil.copytree(folder, root / "work" / kind) for kind, folder in folders.items()}
+    options = {"custom_mutator": mutate} if name in ("config", "index") else {}
+    atheris.Setup(sys.argv, lambda data: hostile.TARGETS[name](data, work), **options)
+    try:
+        atheris.Fuzz()
+    finally:
+        shutil.rmtree(root)
+
+
+def mutate(data: bytes, size: int, seed: int) -> bytes:
+    """Half of the time change the value that a JSON text stands for, else its bytes."""
+    draw = random.Random(seed)
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if value is None or draw.random() < 0.5:
+        return atheris.Mutate(data, size)
+    return hostile.mutated(value, draw).encode(errors="replace")[:size]
+
+
+if __name__ == "__main__":
+    main()
