@@ -14,7 +14,7 @@ from lowbit.command import main
 from lowbit_hf.schemes import SCHEMES, scheme
 
 NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes", "synthesize"]
-NAMES += ["export", "dequantize", "lint"]
+NAMES += ["export", "dequantize", "lint", "verify"]
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -101,6 +101,19 @@ def test_wrong_use_leaves_with_2(lowbit, folder, case):
     assert code == 2
     assert out == ""
     assert words in " ".join(err.split())
+
+
+def test_fused_projections_in_several_schemes_are_warned_of(lowbit, folder):
+    attention = [f"model.layers.{{0..1}}.self_attn.{projection}_proj.weight" for projection in "qkv"]
+    second = [f"model.layers.1.mlp.{projection}_proj.weight" for projection in ("gate", "up")]
+    for more, names in (
+        (["--rule", "*.k_proj=W4A16"], attention),
+        (["--keep", "*.layers.1.mlp.up_proj*"], second),
+    ):
+        _, _, err = lowbit("plan", folder, "--to", "W8A16", *more)
+        assert err.partition("refuse several schemes in it: ")[2].strip() == ", ".join(names)
+    for more in ([], ["--rule", "*.o_proj=W4A16"], ["--keep", "*.mlp.gate_proj*", "--keep", "*.mlp.up_proj*"]):
+        assert lowbit("plan", folder, "--to", "W8A16", *more)[2] == ""
 
 
 PROBLEMS = {

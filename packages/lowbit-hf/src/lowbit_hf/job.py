@@ -20,6 +20,7 @@ from lowbit.recipe import Recipe, Rule
 from lowbit.shards import Checkpoint, TensorEntry, row_slices
 from lowbit_algos import Method
 from lowbit_hf.filing import Filing, InCompressedTensors, InLowbit, Name
+from lowbit_hf.fused import fused
 from lowbit_hf.kv_cache import CacheScales, plan_cache
 from lowbit_hf.layouts.layout import Entry
 from lowbit_hf.schemes import OWN, KvCache, Scheme
@@ -62,6 +63,19 @@ class Job:
     filing: Filing = field(default_factory=InCompressedTensors)
     # Scales of a key-value cache that are measured and added; None: none are.
     kv_cache: CacheScales | None = None
+
+    @property
+    def fused(self) -> list[list[str]]:
+        """Quantized weights that serving engines load into one matrix, and plain ones among them."""
+        modules = [name.removesuffix(".weight") for name in self.owners]
+        groups = [[f"{module}.weight" for module in found] for found in fused(modules)]
+        return [names for names in groups if any(name in self.schemes for name in names)]
+
+    @property
+    def divided(self) -> list[str]:
+        """Weights that engines load into one matrix with others of another scheme, which they refuse."""
+        found = [names for names in self.fused if len({self.schemes.get(name) for name in names}) > 1]
+        return [name for names in found for name in names]
 
     @property
     def algorithm(self) -> str:

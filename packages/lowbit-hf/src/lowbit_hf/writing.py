@@ -35,8 +35,6 @@ R = TypeVar("R")
 _SLICE_BYTES = 2 << 20
 # Of a slice's rows, one in so many is decoded again, to tell what rounding cost.
 _JUDGED = 8
-# Projections that serving engines fuse into one, which then has one tensor scale.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3"))
 # In the scratch folder: a line for each weight rounded to nearest.
 ROUNDED = "rounded.jsonl"
 
@@ -70,6 +68,7 @@ class _TensorScales:
     def __init__(self, job: Job, run: Run, reader: Reader) -> None:
         self._job, self._run, self._reader = job, run, reader
         self._amax: dict[str, Tensor] = {}
+        self._fused = {name: names for names in job.fused for name in names}
 
     def of(self, name: str, fmt: Format) -> Tensor | None:
         if not fmt.tensor_scale:
@@ -78,12 +77,8 @@ class _TensorScales:
         return tensor_scale_for_amax(amax.reshape(1, 1), fmt)
 
     def _siblings(self, name: str) -> list[str]:
-        module, _, projection = name.removesuffix(".weight").rpartition(".")
-        for group in _FUSED:
-            if projection in group:
-                names = [f"{module}.{other}.weight" for other in group]
-                return [n for n in names if self._job.schemes.get(n) == self._job.schemes[name]]
-        return [name]
+        schemes = self._job.schemes
+        return [each for each in self._fused.get(name, [name]) if schemes.get(each) == schemes[name]]
 
     def _largest(self, name: str) -> Tensor:
         if name not in self._amax:

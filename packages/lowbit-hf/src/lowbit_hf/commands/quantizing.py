@@ -134,6 +134,7 @@ def quantize(
         to, keep = mix.to.name, [*keep, *mix.keep]
     job = job_of(to, rule, keep)
     require_data(job)
+    _warn(job)
     if dry_run:
         return _show_plan(job, _foreseen(job, device), as_json=as_json)
     account = carry_out(job, out, device_of(device), overwrite=overwrite)
@@ -170,6 +171,7 @@ def plan(
 ) -> int:
     """Show what quantize would do to every tensor: rule, format, bytes, kernel here, or why it is left."""
     job = prepared(model, to, rule, keep, device_of(device), "even", min_coverage, allow_nonfinite=allow_nonfinite)
+    _warn(job)
     return _show_plan(job, as_json=as_json)
 
 
@@ -210,6 +212,13 @@ def prepared(
         layout=layout,
         kv_cache=kv_cache,
     )
+
+
+def _warn(job: Job) -> None:
+    """Say beforehand what engines will refuse."""
+    if job.filing.name == "compressed-tensors" and job.divided:
+        names = ", ".join(name for name, _ in fold(job.divided))
+        note(f"warning: vLLM and SGLang load these into one matrix, and refuse several schemes in it: {names}")
 
 
 def _several(to: str) -> list[str]:

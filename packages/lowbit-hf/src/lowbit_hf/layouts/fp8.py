@@ -94,7 +94,8 @@ class Fp8Writer(Writer):
 
     def refusal(self, outline: Outline) -> str | None:
         """See `Writer`."""
-        fmt: Format = replace(outline.format, scale=FLOAT32)
+        # A scale of a tensor goes with those of e4m3 alone.
+        fmt: Format = outline.format if outline.format.tensor_scale else replace(outline.format, scale=FLOAT32)
         if len(outline.shape) != 2 or (fmt, outline.activation) != _BLOCKS:
             return (
                 f"DeepSeek's layout holds e4m3 in blocks of 128 x 128 with inputs rounded in groups of 128 (scheme "

@@ -226,5 +226,6 @@ def _is_fp8_cache(scheme: Mapping[str, Any]) -> bool:
 
 def _algo_of(outline: Outline) -> str | None:
     fmt = outline.format
-    fmt = replace(fmt, scale=_WIDE) if fmt.element is E4M3FN and fmt.scale is not E8M0 else fmt
+    wide = fmt.element is E4M3FN and fmt.scale is not E8M0 and not fmt.tensor_scale
+    fmt = replace(fmt, scale=_WIDE) if wide else fmt
     return next((name for name, kind in _ALGOS.items() if kind == (fmt, outline.activation)), None)

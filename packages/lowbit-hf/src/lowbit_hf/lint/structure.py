@@ -8,11 +8,12 @@ from math import isfinite
 
 import torch
 
+from lowbit_hf.fused import fused
 from lowbit_hf.lint.arguments import Group
 from lowbit_hf.lint.finding import Finding, name_all
 from lowbit_hf.lint.fitting import fit
 from lowbit_hf.lint.subject import EXPERT, Module, Subject
-from lowbit_hf.lint.table import FUSED, Runtime
+from lowbit_hf.lint.table import Runtime
 
 _IGNORE = "quantization_config.ignore"
 # A config may claim any number of experts.
@@ -122,22 +123,12 @@ def _check_present(subject: Subject) -> Iterator[Finding]:
         )
 
 
-def _siblings(subject: Subject) -> Iterator[list[Module]]:
-    """Modules that engines load into one matrix, those of one kind of each layer together."""
-    for names in FUSED:
-        for module in list(subject.modules.values()):
-            if module.last == names[0]:
-                parent = module.name.removesuffix(names[0])
-                found = [subject.modules[parent + name] for name in names if parent + name in subject.modules]
-                if len(found) > 1:
-                    yield found
-
-
 def _check_fused(subject: Subject) -> Iterator[Finding]:
     fusing = tuple(runtime.name for runtime in subject.runtimes if runtime.fuses)
     apart: list[str] = []
     unlike: list[str] = []
-    for found in _siblings(subject) if fusing else ():
+    for names in fused(subject.modules) if fusing else ():
+        found = [subject.modules[name] for name in names]
         plain = [module for module in found if not module.quantized]
         if plain and len(plain) < len(found):
             # One that `ignore` forgot has a finding of its own.
@@ -168,7 +159,8 @@ def _check_global_scales(subject: Subject) -> Iterator[Finding]:
     """NVFP4 keeps one global scale for a fused matrix: the largest, under which the others' blocks lose accuracy."""
     fusing = tuple(runtime.name for runtime in subject.runtimes if runtime.fuses)
     unequal: dict[str, list[str]] = {}
-    for found in _siblings(subject) if fusing else ():
+    for names in fused(subject.modules) if fusing else ():
+        found = [subject.modules[name] for name in names]
         for local in ("weight_global_scale", "input_global_scale"):
             entries = [module.parts[local] for module in found if local in module.parts]
             single = [entry for entry in entries if entry.dtype == torch.float32 and entry.nbytes == 4]

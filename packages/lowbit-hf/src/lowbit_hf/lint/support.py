@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowbit_hf.fused import FUSED
 from lowbit_hf.lint.arguments import FORMATS, Group
 from lowbit_hf.lint.envelope import stored_otherwise
 from lowbit_hf.lint.finding import Finding, Support, name_all
 from lowbit_hf.lint.fitting import fit
 from lowbit_hf.lint.gpus import describe
 from lowbit_hf.lint.subject import Module, Subject
-from lowbit_hf.lint.table import COLUMN_PARALLEL, FUSED, ROW_PARALLEL, Part, Row, Runtime
+from lowbit_hf.lint.table import COLUMN_PARALLEL, ROW_PARALLEL, Part, Row, Runtime
 
 
 def check_support(subject: Subject) -> Iterator[Finding]:

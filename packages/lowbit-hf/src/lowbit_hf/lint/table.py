@@ -102,17 +102,6 @@ class Runtime:
     kv_lenient: bool = False
 
 
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("q_a_proj", "kv_a_proj_with_mqa"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
-"""Projections that vLLM and SGLang load into one matrix.
-
-Source: vLLM 0.32.0, `packed_modules_mapping` of vllm/model_executor/models/{llama,qwen3_moe,deepseek_v2}.py.
-"""
-
 ROW_PARALLEL = ("o_proj", "down_proj", "w2", "out_proj", "c_proj", "dense_4h_to_h", "fc2", "wo", "proj")
 """Last names of modules whose columns, not rows, are divided among GPUs.
 
