@@ -141,6 +141,20 @@ class Calibrated:
             widths.append(length * int(config.num_attention_heads))
         return max(widths)
 
+    @property
+    def blocks(self) -> list[str]:
+        """Names of the blocks, in order."""
+        return list(self._blocks)
+
+    def stored(self, block: str) -> dict[str, tuple[str, Part]]:
+        """Tensors of the checkpoint that a block is made of, each with the parameter that it is a part of."""
+        return {
+            tensor: (parameter, part)
+            for parameter, parts in self.parts.items()
+            if parameter.startswith(f"{block}.")
+            for tensor, part in parts.items()
+        }
+
     def run(self, windows: Tensor, method: Method, progress: Progress, write: Write, *, tokens: int) -> None:
         """Quantize block after block, from the first that is not done; `write` is given every tensor.
 
@@ -158,9 +172,8 @@ class Calibrated:
             return progress.scratch / f"hidden-{rank}-{k}", progress.scratch / f"other-{rank}-{k}"
 
         def take(result: BlockResult, weights: Mapping[str, Tensor]) -> None:
-            for parameter, parts in self.parts.items():
-                for tensor, part in parts.items() if parameter.startswith(f"{result.name}.") else ():
-                    write(tensor, part.of(weights[parameter]) if parameter in weights else None)
+            for tensor, (parameter, part) in self.stored(result.name).items():
+                write(tensor, part.of(weights[parameter]) if parameter in weights else None)
             self._cache.give(result.name, write)
             k = names.index(result.name)
             record = progress.scratch / f"block-{k}.json"

@@ -163,6 +163,9 @@ def write_calibrated(
         staging.sync()
         budget.check()
 
+    for block in calibrated.blocks:
+        if staging.is_done(f"block:{block}"):
+            run.advance(sum(entries[name].nbytes for name in calibrated.stored(block)))
     progress = Progress(staging.scratch, lambda block: staging.is_done(f"block:{block}"), done)
     calibrated.run(windows, job.method or Method(), progress, write, tokens=budget.tokens)
     for writer in writers.values():
