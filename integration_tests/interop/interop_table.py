@@ -37,7 +37,7 @@ def tables(readers, vllm):
             "|---" * (len(columns) + len(VLLM_COLUMNS) + 1) + "|",
         ]
         for scheme, cells in rows.items():
-            served = vllm["rows"][model].get(scheme, {})
+            served = vllm["rows"].get(model, {}).get(scheme, {})
             told = [cell(cells[column], reasons) for column in columns]
             told += [cell(served[column], reasons) if column in served else "" for column in VLLM_COLUMNS]
             lines.append(f"| `{scheme}` | " + " | ".join(told) + " |")
@@ -50,7 +50,7 @@ def tables(readers, vllm):
 def cell(outcome, reasons):
     """What a reader makes of it: a mark, and the number of the reason why it is no better."""
     mark, why = outcome["mark"], outcome.get("why")
-    return mark if why is None else f"{mark} ({reasons.setdefault(why, len(reasons) + 1)})"
+    return mark if why is None else f"{mark} ({reasons.setdefault(plainly(why), len(reasons) + 1)})".strip()
 
 
 def plainly(error):
@@ -60,7 +60,7 @@ def plainly(error):
     text = re.sub(
         r"^it is [^,]*, and |, none of which is .*|, not \S*( with \S* inputs)?$|, and these are rounded.*", "", text
     )
-    text = re.sub(r"(model\.layers)\.\d+", r"\1.N", text)
+    text = re.sub(r"(model\.layers\.|num_bits=)\d+", r"\1N", text)
     text = re.sub(r"torch\.Size\(\[[\d, ]*\]\)|\(\d+(, \d+)*,?\)", "(...)", text)
     return text[:160]
 
