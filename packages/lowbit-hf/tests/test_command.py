@@ -14,7 +14,7 @@ from lowbit.command import main
 from lowbit_hf.schemes import SCHEMES, scheme
 
 NAMES = ["quantize", "plan", "eval", "compare", "inspect", "diff", "schemes", "synthesize"]
-NAMES += ["export", "dequantize", "lint", "verify"]
+NAMES += ["export", "dequantize", "lint", "verify", "release"]
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -65,7 +65,8 @@ def test_help_has_an_example_that_parses(lowbit, name):
     assert all(argument in options for argument in arguments if argument.startswith("-"))
     for wanted in [] if name == "schemes" else ["MODEL"] if name != "diff" else ["A", "B"]:
         assert wanted in out
-    assert "--json" in out
+    # A release tells in files.
+    assert ("--json" in out) == (name != "release")
 
 
 def test_the_list_of_commands_says_what_each_does(lowbit):
@@ -231,7 +232,8 @@ def test_plan(lowbit, folder, tmp_path, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     more = ["--dry-run"] if name == "quantize" else []
     code, said, err = lowbit(name, folder, "--to", "W4A16_G32", "--keep", Q, *more)
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert re.fullmatch(r"warning: .* refuse several schemes in it: [^\n]*q_proj[^\n]*\n", err)
     assert "13 of 20 parameters become low-bit" in said
     assert re.search(rf"{Q}.weight +32 KiB +kept by rule '{Q}'", said)
     assert ".linear" in said  # the kernel, whichever it is here

@@ -301,8 +301,8 @@ def test_rules_match_the_names_they_were_made_for_and_no_others(names):
         name: Outline((4, 32), lowbit.MXFP4 if name in odd else lowbit.INT4_G32, None, torch.bfloat16) for name in every
     }
     written = LowbitWriter().config(outline, ())
-    recipe = Lowbit(written, None).recipe
-    assert {name for name in every if recipe.resolve(name).weight == lowbit.MXFP4} == set(odd)
+    layout = Lowbit(written, None)
+    assert {name for name in every if layout.meaning(name).weight == lowbit.MXFP4} == set(odd)
     assert len(written["rules"]) <= (9 if names == "ragged" else 5)
 
 

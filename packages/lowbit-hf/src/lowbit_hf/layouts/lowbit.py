@@ -30,7 +30,7 @@ from lowbit.format import Format
 from lowbit.numerics import Scales, data_shape
 from lowbit.packing import unit
 from lowbit.recipe import VERSION as RECIPE_VERSION
-from lowbit.recipe import Recipe
+from lowbit.recipe import Recipe, Rule
 from lowbit.tensor import INNER, QuantizedTensor, tail_of
 from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, take
 from lowbit_hf.patterns import PREFIX, Pattern
@@ -96,6 +96,10 @@ class Lowbit(Layout):
         holder = self.skeleton.model.get_submodule(owner.name.rpartition(".")[0])
         return "Conv1D" in owner.classes or bool(getattr(holder, "is_transposed", False))
 
+    def meaning(self, parameter: str) -> Rule | None:
+        """The rule that says what a parameter's codes mean; None: none does."""
+        return next((rule for rule, fits in self._rules if rule.modules is None and fits(parameter)), None)
+
     def outline(self, module: str, parts: Mapping[str, Tensor]) -> Outline:
         """See `Layout`."""
         found = self.read(module, parts)
@@ -106,7 +110,7 @@ class Lowbit(Layout):
 
     def read(self, module: str, parts: Mapping[str, Tensor]) -> QuantizedTensor:
         """See `Layout`."""
-        rule = next((rule for rule, fits in self._rules if rule.modules is None and fits(module)), None)
+        rule = self.meaning(module)
         if rule is None or rule.weight is None:
             msg = "it has quantized tensors, but no rule of quantization_config says what they mean"
             raise CheckpointError(msg)
