@@ -31,7 +31,9 @@ def source(worded, change):
 
     def of(kind="llama", card=CARD):
         folder = change(worded(kind))
-        (folder / "README.md").write_text(card)
+        # As a release has them.
+        for name, content in {"README.md": card, "BASE_README.md": "older", "SHA256SUMS": "0  x\n"}.items():
+            (folder / name).write_text(content)
         return folder
 
     return of

@@ -6,14 +6,12 @@ import signal
 import subprocess
 import sys
 from difflib import SequenceMatcher
-from math import inf
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from lowbit.command import main
 from lowbit_hf import load
 from lowbit_hf.synthesis import sample
 from lowbit_hf.texts import Calibration
@@ -23,16 +21,8 @@ PROMPT, LENGTH, SAMPLES = 8, 128, 16
 
 
 @pytest.fixture
-def lowbit(capsys, monkeypatch):
-    """`lowbit("synthesize", folder, ...)`: exit code, stdout and stderr of the command, which is never slow enough to tell."""
-    monkeypatch.setattr("lowbit_hf.progress._DELAY", inf)
-
-    def called(*arguments):
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return called
+def lowbit(command):
+    return command
 
 
 @pytest.fixture(scope="session")

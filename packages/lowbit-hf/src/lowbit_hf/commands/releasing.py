@@ -129,7 +129,7 @@ def release(
         if _linted(rehearsal, gpu, tp).failed:
             say("nothing was done; this is what the result would be")
             return PROBLEM
-    told = [job.fingerprint(), to, gpu, tp, push, sha256(ids.numpy().tobytes()).hexdigest(), speeds]
+    told = [job.fingerprint(), gpu, tp, push, sha256(ids.numpy().tobytes()).hexdigest(), speeds]
     fingerprint = sha256(json.dumps(told).encode()).hexdigest()
     with Staging.open(out, fingerprint=fingerprint, overwrite=overwrite, command=command_line()) as staging:
         if not staging.published:
@@ -140,8 +140,9 @@ def release(
             lint = _linted(checkpoint, gpu, tp)
             verification = verifying.verified(checkpoint, [], ids, where)
             verifying.show(verification)
-            quality = _measured(job, checkpoint, ids, where, text)
-            if lint.failed or verification.failed or not isfinite(quality.released.perplexity):
+            sound = not lint.failed and not verification.failed
+            quality = _measured(job, checkpoint, ids, where, text) if sound else None
+            if quality is None or not isfinite(quality.released.perplexity):
                 say(f"not released; what was made is in {checkpoint}")
                 return PROBLEM
             linked = not Path(model).exists()

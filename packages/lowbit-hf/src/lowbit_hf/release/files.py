@@ -28,11 +28,12 @@ def inputs_of(job: Job) -> list[tuple[str, int, str]]:
 def lay_down(staging: Staging, checkpoint: Path, card: str) -> None:
     """The checkpoint's files, the card in place of the original's, and what all of them hash to."""
     for path in sorted(checkpoint.rglob("*")):
-        if path.is_file():
-            name = str(path.relative_to(checkpoint))
+        name = str(path.relative_to(checkpoint))
+        # An original that was released itself has such files too, which speak of other bytes.
+        if path.is_file() and name not in (SUMS, _BASE_CARD):
             staging.link_file(path, _BASE_CARD if name == _CARD else name)
     staging.write_text(_CARD, card)
-    files = sorted(path for path in staging.files.rglob("*") if path.is_file() and path.name != SUMS)
+    files = sorted(path for path in staging.files.rglob("*") if path.is_file())
     staging.write_text(SUMS, "".join(f"{_digest(path)}  {path.relative_to(staging.files)}\n" for path in files))
 
 

@@ -28,8 +28,7 @@ from lowbit_hf.stored import Plain, open_plain
 from lowbit_hf.verify.readers import READERS, Reader
 
 TRANSFORMERS = "transformers"
-NAMES = (*(reader.name for reader in READERS), TRANSFORMERS)
-"""What `--with` takes."""
+"""What `--with` calls it; others are `READERS`."""
 
 
 @dataclass(frozen=True, slots=True)
