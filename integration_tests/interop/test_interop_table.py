@@ -104,6 +104,7 @@ def row(kind, name, source, folder):
     return cells
 
 
+# Other programs warn of their own code.
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", MODELS)

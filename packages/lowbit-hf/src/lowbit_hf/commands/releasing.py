@@ -45,6 +45,7 @@ from lowbit_hf.commands.options import (
 from lowbit_hf.commands.quantizing import carry_out, prepared
 from lowbit_hf.commands.running import command_line, say, subcommand
 
+# transformers takes seconds to import, so what needs it is imported by the command that runs it.
 if TYPE_CHECKING:
     from lowbit_hf.job import Job
     from lowbit_hf.lint import Report as Lint
