@@ -38,6 +38,6 @@ def check_stacked(subject: Subject) -> Iterator[Finding]:
             severity="error",
             key=name_all(alone),
             what=f"experts are stored one by one, and here {architecture} is read with stacks of them alone",
-            fix="quantize with the experts kept (--keep), or to MXFP4A16 in stacks where the model has that itself",
+            fix="quantize with the experts kept (--keep '*.experts.*'), or load it by lowbit_hf.load",
             runtimes=tuple(lost),
         )
