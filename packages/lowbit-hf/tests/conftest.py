@@ -52,6 +52,10 @@ MODELS = {
         | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "tie_word_embeddings": False},
     ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        SMALL | {"head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128},
+    ),
     "phi3": ("Phi3ForCausalLM", SMALL),  # q, k and v are one matrix
     "qwen3-next": (
         "Qwen3NextForCausalLM",

@@ -96,12 +96,12 @@ class Calibrated:
             owner, scheme = owners[name], schemes.get(name)
             if part.parameter in left:
                 if owner is not None and scheme is not None:
-                    self._outside[part.parameter] = _target(owner, scheme, skeleton.dtype)
+                    self._outside[part.parameter] = _target(owner, part, scheme, skeleton.dtype)
                 continue
             self.parts.setdefault(part.parameter, {})[name] = part
             if owner is None or scheme is None:
                 continue
-            self.targets[part.parameter] = _target(owner, scheme, skeleton.dtype)
+            self.targets[part.parameter] = _target(owner, part, scheme, skeleton.dtype)
         if rotated:
             self.ends = find_ends(self._stream.model, self._blocks)
             self.rotation = Rotation(int(skeleton.config.get_text_config().hidden_size))
@@ -307,6 +307,7 @@ def _share(windows: Tensor, tokens: int) -> tuple[Tensor, ...]:
     return windows[rank::count].split(max(tokens // windows.shape[1], 1))
 
 
-def _target(owner: Owner, scheme: Scheme, dtype: torch.dtype) -> Target:
+def _target(owner: Owner, part: Part, scheme: Scheme, dtype: torch.dtype) -> Target:
     """What a scheme makes of a weight of a module."""
-    return Target(scheme.weight_format(dtype), scheme.activation, 0 if "Conv1D" in owner.classes else -1)
+    axis = 0 if "Conv1D" in owner.classes else -2 if part.transposed else -1
+    return Target(scheme.weight_format(dtype), scheme.activation, axis)

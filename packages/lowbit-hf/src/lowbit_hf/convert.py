@@ -18,6 +18,7 @@ from typing import Any
 from lowbit.errors import CheckpointError
 from lowbit.shards import INDEX_NAME, TensorEntry, row_slices
 from lowbit.staging import ShardWriter, Staging
+from lowbit_hf.apart import notes_of, put_together
 from lowbit_hf.carrying import check_target, ignored_modules, other_files, texts_of
 from lowbit_hf.exactness import changes, note_change
 from lowbit_hf.layouts import LAYOUTS, Layout, Outline, Writer
@@ -62,6 +63,8 @@ class Source:
             msg = f"{folder} holds no quantized weights; make some: lowbit quantize {folder} --to SCHEME -o OUT"
             raise CheckpointError(msg)
         self.plain = plain
+        # What is written, by name.
+        self.view = plain if writer is not None else put_together(plain, self.skeleton)
         scheme = plain.layout.cache_scheme
         # What the new config says of a key-value cache; None: its scales, if there are any, are left behind.
         self.cache = None if writer is None or scheme is None else writer.cache(scheme)
@@ -88,8 +91,13 @@ class Source:
                 *(made for entry in entries for made in self.outputs(entry)),
                 *(scale for scale, _ in self.scales(file)),
             ]
-            for file, entries in self.plain.shards.items()
+            for file, entries in self.view.shards.items()
         }
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What every output file says of itself."""
+        return {"format": "pt"} | ({} if self.writer is None else notes_of(self.plain))
 
     def scales(self, file: str) -> Iterator[tuple[Entry, TensorEntry]]:
         """Scales of the key-value cache that an output file gets, and what each comes from."""
@@ -154,7 +162,7 @@ def convert(
     ):
         if not staging.published:
             staging.require_space(size + sum((folder / name).stat().st_size for name in carried))
-            for file in source.plain.shards:
+            for file in source.view.shards:
                 _write_file(source, staging, file, advance)
             for name in carried:
                 staging.copy_file(folder / name, name)
@@ -181,14 +189,14 @@ def convert(
 
 def _write_file(source: Source, staging: Staging, file: str, advance: Callable[[int], None] | None) -> None:
     """Write one shard."""
-    writer = staging.plan_file(file, source.files[file], {"format": "pt"})
-    for entry in source.plain.shards[file]:
+    writer = staging.plan_file(file, source.files[file], source.metadata)
+    for entry in source.view.shards[file]:
         if not staging.is_done(entry.name):
             if entry.name in source.plain.outlines and source.writer is not None:
                 _write_weight(source, source.writer, staging, writer, entry)
             else:
                 for rows in row_slices(entry, _SLICE_BYTES):
-                    writer.write(entry.name, source.plain.read(entry, rows if entry.shape else None), rows.start)
+                    writer.write(entry.name, source.view.read(entry, rows if entry.shape else None), rows.start)
             staging.done(entry.name)
         if advance is not None:
             advance(entry.nbytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from math import inf, log10
 from pathlib import Path
@@ -15,11 +15,13 @@ from lowbit.apply import plain_weight
 from lowbit.errors import CheckpointError
 from lowbit.shards import TensorEntry
 from lowbit.tensor import QuantizedTensor
+from lowbit_hf.apart import Expert
 from lowbit_hf.gguf.source import is_gguf, open_checkpoint
 from lowbit_hf.layouts import layout_of
 from lowbit_hf.layouts.compressed_tensors import CompressedTensors
 from lowbit_hf.loading import outline_of, read_weight
 from lowbit_hf.skeleton import Skeleton, read_config
+from lowbit_hf.stacks import PROJECTIONS, Stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         """Open a folder; close it with `close`."""
-        self.checkpoint = open_checkpoint(folder)
+        self._folder, self.checkpoint = folder, open_checkpoint(folder)
         whole = folder.is_dir() or is_gguf(folder)
         self._layout = layout_of(folder, read_config(folder), None) if whole else None
         modules: dict[str | None, list[str]] = {None: list(self.checkpoint.entries)}
@@ -77,8 +79,39 @@ class Weights:
         scales = set(self.caches.values())
         self.names = [*(name for name in self._plain if name not in scales), *self._compressed]
 
+        # Matrices of stacks that were taken apart; and the quantized stack that one was last read of.
+        self._experts: dict[str, tuple[Expert, Stack]] = {}
+        self._held: tuple[str, Tensor] | None = None
+
+    def take_apart(self, names: Collection[str]) -> None:
+        """Have stacks of experts as those of their matrices that are among `names`."""
+        candidates = [name for name in self.names if name not in names and name.rpartition(".")[2] in PROJECTIONS]
+        if not candidates or not self._folder.is_dir():
+            return
+        skeleton = Skeleton.build(self._folder)
+        for name in candidates:
+            shape = self.shape(name)
+            stack = skeleton.stack(name, shape) if len(shape) == 3 else None
+            if stack is not None:
+                module = name.rpartition(".")[0]
+                made = [(e, i, part) for e in range(shape[0]) for i, part in enumerate(stack.parts(module, e))]
+                if all(part in names for _, _, part in made):
+                    self._experts |= {part: (Expert(name, e, i), stack) for e, i, part in made}
+                    self.names = [*(n for n in self.names if n != name), *(part for _, _, part in made)]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name` as its model holds it."""
+        if name not in self._compressed or self._layout is None:
+            return self.checkpoint.entries[name].shape
+        module, parts = self._compressed[name]
+        shape = outline_of(self.checkpoint, self._layout, module, parts).shape
+        return (*shape[:-2], *shape[:-3:-1]) if self._layout.transposed(module) else shape
+
     def read(self, name: str) -> Tensor:
         """The tensor `name` as its model holds it, quantized ones as QuantizedTensor."""
+        if name in self._experts:
+            place, stack = self._experts[name]
+            return stack.take(self._expert(place), place.number)
         if name in self._compressed and self._layout is not None:
             return read_weight(self.checkpoint, self._layout, *self._compressed[name])
         if name in self.caches:
@@ -86,6 +119,15 @@ class Weights:
             scale = self.checkpoint.read(self.checkpoint.entries[self.caches[name]])
             return scale if scale.dim() else scale.reshape(1)
         return self.checkpoint.read(self.checkpoint.entries[name])
+
+    def _expert(self, place: Expert) -> Tensor:
+        if place.stack not in self._compressed:
+            one = slice(place.expert, place.expert + 1)
+            return self.checkpoint.read(self.checkpoint.entries[place.stack], one)[0]
+        if self._held is None or self._held[0] != place.stack:
+            self._held = None
+            self._held = place.stack, self.read(place.stack)
+        return self._held[1][place.expert]
 
     def describe(self) -> list[dict[str, Any]]:
         """Name, shape, what is stored, and bytes of every tensor; no weight is read.
@@ -99,8 +141,7 @@ class Weights:
             assert self._layout is not None
             found = outline_of(self.checkpoint, self._layout, module, parts)
             stored = str(found.format) if found.activation is None else f"{found.format} x {found.activation}"
-            shape = (*found.shape[:-2], *found.shape[:-3:-1]) if self._layout.transposed(module) else found.shape
-            rows.append(_row(name, shape, stored, [entries[part] for part in parts]))
+            rows.append(_row(name, self.shape(name), stored, [entries[part] for part in parts]))
         return rows
 
     def close(self) -> None:
@@ -111,11 +152,16 @@ class Weights:
 def compare(a: Path, b: Path, *, advance: Callable[[str], None] | None = None) -> Comparison:
     """Differences of every tensor that both checkpoints have, by name, one tensor in memory at a time.
 
+    A stack of experts that the other has as matrices is compared by those.
+
     Raises:
         CheckpointError: a folder cannot be read, or a tensor has different shapes in the two.
     """
     first, second = Weights(a), Weights(b)
     try:
+        of_second = set(second.names)
+        second.take_apart(set(first.names))
+        first.take_apart(of_second)
         both = first.caches and second.caches
         of_a, of_b = ([*each.names, *(each.caches if both else ())] for each in (first, second))
         in_a, in_b = set(of_a), set(of_b)

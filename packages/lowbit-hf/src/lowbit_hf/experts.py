@@ -6,6 +6,7 @@ is registered here as "lowbit" never does.
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
@@ -34,10 +35,28 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return through_experts(hidden_states, top_k_index, top_k_weights, self.num_experts, experts)
 
 
+def all_experts_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """Llama 4's experts (E, K, N), each of which takes as many rows of (M, K): the first takes the first M / E of them.
+
+    `self` is the module, which multiplies by `bmm` and has no other way to run.
+    """
+    rows = hidden_states.reshape(-1, self.hidden_size)
+    ends = torch.arange(1, self.num_experts + 1, dtype=torch.int32, device=rows.device) * (
+        len(rows) // self.num_experts
+    )
+    both = torch.nn.functional.grouped_mm(rows, self.gate_up_proj, offs=ends)
+    gate, up = both.chunk(2, dim=-1)
+    return torch.nn.functional.grouped_mm(up * self.act_fn(gate), self.down_proj, offs=ends)
+
+
 def use_lowbit_experts(model: PreTrainedModel) -> None:
-    """Make every stacked-experts module of `model` run through `experts_forward`."""
+    """Make every stacked-experts module run through `experts_forward`, Llama 4's through `all_experts_forward`."""
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
     model.set_experts_implementation(NAME)
+    for module in model.modules():
+        # By name: its file takes a second to import.
+        if type(module).__name__ == "Llama4TextExperts":
+            module.forward = MethodType(all_experts_forward, module)
 
 
 def _project(module: Any, name: str, tokens: Tensor, ends: Tensor, ids: Tensor) -> Tensor:

@@ -30,9 +30,12 @@ _Kind = tuple[Format, Activation | None, list[str]]
 class Incoming:
     """The quantized weights of a checkpoint."""
 
-    def __init__(self, layout: Lowbit, weights: Mapping[str, str]) -> None:
-        """Keep the layout, and for each parameter of the model a weight that goes into it; `of` finds them."""
-        self.layout, self.weights = layout, weights
+    def __init__(self, layout: Lowbit, weights: Mapping[str, str], joining: Sequence[WeightConverter]) -> None:
+        """Keep the layout, for each parameter of the model a weight that goes into it, and what joins experts.
+
+        `of` finds them; `joining` is for experts that transformers has no conversion for.
+        """
+        self.layout, self.weights, self._joining = layout, weights, joining
         # What a converter that takes parts stands for.
         self._plain: dict[WeightConverter, WeightConverter | None] = {}
 
@@ -71,14 +74,14 @@ class Incoming:
                 first, _ = found[owner.name]
                 msg = f"{name!r} is plain, and {first!r} is quantized; the model has one parameter for both"
                 raise CheckpointError(f"{msg}, {owner.name!r}")
-        return cls(layout, {name: module for name, (module, _) in found.items()})
+        return cls(layout, {name: module for name, (module, _) in found.items()}, skeleton.joining)
 
     def conversions(self, plain: Sequence[Any]) -> list[Any]:
         """Conversions that also make weights of parts."""
         renamings = [entry for entry in plain if isinstance(entry, WeightRenaming)]
         renamed = [rename_source_key(weight, renamings, [])[0] for weight in self.weights.values()]
         made: list[Any] = []
-        for converter in plain:
+        for converter in (*plain, *self._joining):
             if isinstance(converter, WeightConverter) and any(converter.rename_source_key(n)[1] for n in renamed):
                 sources = [f"{s.removesuffix('$')}:{part}$" for s in converter.source_patterns for part in PARTS]
                 operations = [Assemble(self), *converter.operations]
@@ -95,9 +98,9 @@ class Incoming:
         return [*made, rest]
 
     def plain(self, conversions: Sequence[Any]) -> list[Any]:
-        """Of conversions that were used, those that a plain checkpoint would have needed."""
+        """Of conversions that were used, those that a plain checkpoint would have needed, as transformers reads it."""
         meant = [self._plain.get(entry, entry) for entry in conversions]
-        return list(dict.fromkeys(entry for entry in meant if entry is not None))
+        return list(dict.fromkeys(entry for entry in meant if entry is not None and entry not in self._joining))
 
 
 class Assemble(ConversionOps):

@@ -19,12 +19,14 @@ from lowbit.plan import Parameter, Plan, Row, plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.shards import Checkpoint, TensorEntry, row_slices
 from lowbit_algos import Method
+from lowbit_hf.apart import Apart, notes_of, take_apart
 from lowbit_hf.filing import Filing, InCompressedTensors, InLowbit, Name
 from lowbit_hf.fused import fused
 from lowbit_hf.kv_cache import CacheScales, plan_cache
 from lowbit_hf.layouts.layout import Entry
 from lowbit_hf.schemes import OWN, KvCache, Scheme
 from lowbit_hf.skeleton import LINEAR, Owner, Skeleton, read_config
+from lowbit_hf.stacks import Stack
 from lowbit_hf.stored import open_plain, without_quantization
 from lowbit_hf.texts import Calibration
 
@@ -92,6 +94,11 @@ class Job:
         for file, scale in self.cache_scales:
             files[file].append(scale)
         return files
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What every file says of itself."""
+        return {"format": "pt"} | notes_of(self.checkpoint)
 
     @property
     def cache_scales(self) -> list[tuple[str, Entry]]:
@@ -169,8 +176,8 @@ def prepare(
     """Decide what happens to every tensor of the checkpoint in `folder`; nothing is written.
 
     Every Linear (and GPT-2's Conv1D) weight and every expert gets scheme `to`, but for the output head and routers,
-    which stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that. `kv_cache`
-    adds scales of a key-value cache.
+    which stay; `keep` and `rules` (patterns on checkpoint or model names, in this order) go before that. A stack of
+    experts is a matrix for each, unless all of them stay. `kv_cache` adds scales of a key-value cache.
 
     Raises:
         CheckpointError: the folder is damaged.
@@ -180,20 +187,22 @@ def prepare(
     skeleton = Skeleton.build(folder)
     config = read_config(folder)
     # A weight that is quantized already is what it stands for.
-    checkpoint = open_plain(folder, config, skeleton)
+    checkpoint = take_apart(open_plain(folder, config, skeleton), skeleton)
     config = without_quantization(config, skeleton.dtype)
     owners = {name: skeleton.owner(name) for name in checkpoint.entries}
     parameters = [_parameter(entry, owners[entry.name]) for entry in checkpoint.entries.values()]
     # What a match on tensors stands for, in the user's words.
-    given = {_translate(pattern, owners): pattern for pattern in (*keep, *(pattern for pattern, _ in rules))}
-    made: list[tuple[Rule, Scheme | None]] = [(Rule(_translate(pattern, owners), None), None) for pattern in keep]
+    stacks = checkpoint.stacks if isinstance(checkpoint, Apart) else {}
+    meant = {pattern: _translate(pattern, owners, stacks) for pattern in (*keep, *(pattern for pattern, _ in rules))}
+    given = {match: pattern for pattern, match in meant.items()}
+    made: list[tuple[Rule, Scheme | None]] = [(Rule(meant[pattern], None), None) for pattern in keep]
     nonfinite: tuple[str, ...] = ()
     if allow_nonfinite:
         candidates = [name for name in checkpoint.entries if not any(rule.matches_name(name) for rule, _ in made)]
         nonfinite = tuple(name for name in candidates if not _finite(checkpoint, checkpoint.entries[name]))
     made += [(Rule(name, None), None) for name in nonfinite]
     for pattern, scheme in rules:
-        made += _rules(_translate(pattern, owners), scheme, skeleton.dtype, parameters, made)
+        made += _rules(meant[pattern], scheme, skeleton.dtype, parameters, made)
     made += [(Rule(name, None), None) for name in _kept_by_default(skeleton, owners, [rule for rule, _ in made])]
     made += _rules("*", to, skeleton.dtype, parameters, made)
     try:
@@ -207,6 +216,9 @@ def prepare(
         if scheme is not None:
             schemes[row.name] = scheme
     found = Plan(tuple(_as_given(row, given) for row in found.rows))
+    if isinstance(checkpoint, Apart):
+        checkpoint, found = _with_whole(checkpoint, found, schemes)
+        owners = {name: skeleton.owner(name) for name in checkpoint.entries}
     rotated = calibration is not None and method is not None and method.rotation
     untied = _untied(skeleton, owners, schemes) if rotated else {}
     job = Job(
@@ -295,15 +307,39 @@ def _finite(checkpoint: Checkpoint, entry: TensorEntry) -> bool:
     return all(bool(torch.isfinite(checkpoint.read(entry, rows)).all()) for rows in slices)
 
 
-def _translate(pattern: str, owners: Mapping[str, Owner | None]) -> str:
-    """The pattern on tensor names that a user's pattern stands for: tensors, modules, or the model's parameters."""
-    for candidate in (pattern, f"{pattern}.weight"):
-        rule = Rule(candidate, None)
-        if any(rule.matches_name(name) for name in owners):
-            return candidate
+def _translate(pattern: str, owners: Mapping[str, Owner | None], stacks: Mapping[str, Stack]) -> str:
+    """The pattern on tensor names that a user's pattern stands for: tensors, modules, or the model's parameters.
+
+    That of a stack of experts stands for all that is in it.
+    """
     rule = Rule(pattern, None)
+    direct = [name for name in owners if rule.matches_name(name)]
+    whole = [stack.matrices(name) for name, stack in stacks.items() if rule.matches_name(name)]
+    if whole:
+        return "re:" + "|".join([*map(re.escape, direct), *whole])
+    if direct:
+        return pattern
+    module = Rule(f"{pattern}.weight", None)
+    if any(module.matches_name(name) for name in owners):
+        return module.match
     held = [name for name, owner in owners.items() if owner is not None and rule.matches_name(owner.name)]
     return "re:" + "|".join(re.escape(name) for name in held) if held else pattern
+
+
+def _with_whole(checkpoint: Apart, found: Plan, schemes: Mapping[str, Scheme]) -> tuple[Checkpoint, Plan]:
+    """The checkpoint and the plan with those stacks whole of which nothing is quantized."""
+    divided = {checkpoint.experts[name].stack for name in schemes if name in checkpoint.experts}
+    rows: dict[str, Row] = {}
+    for row in found.rows:
+        place = checkpoint.experts.get(row.name)
+        if place is None or place.stack in divided:
+            rows[row.name] = row
+        elif place.stack not in rows:
+            entry = checkpoint.stored.entries[place.stack]
+            held = {"bytes_before": entry.nbytes, "bytes_after": entry.nbytes}
+            rows[place.stack] = replace(row, name=entry.name, shape=entry.shape, **held)
+    left = {name: stack for name, stack in checkpoint.stacks.items() if name in divided}
+    return Apart(checkpoint.stored, left) if left else checkpoint.stored, Plan(tuple(rows.values()))
 
 
 def _as_given(row: Row, given: Mapping[str, str]) -> Row:
@@ -380,9 +416,21 @@ def require_data(job: Job) -> None:
 def _check_stacks(job: Job) -> None:
     """Refuse stacks of experts that would have several schemes where a stack is calibrated as one weight.
 
+    Also those that a model keeps with gate and up in turn, in a format with one scale for several rows.
+
     Raises:
         RecipeError: there is one.
     """
+    if isinstance(job.checkpoint, Apart):
+        for name, place in job.checkpoint.experts.items():
+            scheme = job.schemes.get(name)
+            rows = 1 if scheme is None else scheme.weight.block[-2]
+            if scheme is not None and rows > 1 and job.checkpoint.stacks[place.stack].interleaved:
+                raise RecipeError(
+                    f"{scheme.name} has one scale for {rows} rows, and the model keeps gate and up of {place.stack!r} in "
+                    "turn, a row of each, which no such scale fits; use a scheme with scales of rows, or leave it by "
+                    "--keep"
+                )
     stacks: dict[str, set[str]] = {}
     for name, owner in job.owners.items():
         if owner is not None and owner.stacked and job.calibration is not None:

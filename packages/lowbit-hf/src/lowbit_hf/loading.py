@@ -60,7 +60,7 @@ def assemble(folder: Path, skeleton: Skeleton, state: dict[str, Tensor]) -> PreT
     """
     _require_fit(folder, skeleton, state)
     try:
-        model, info = _filled(skeleton, state)
+        model, info = _filled(skeleton, _stacked(skeleton, state))
     except Exception as error:
         msg = f"{folder} does not fit {type(skeleton.model).__name__}: {error}"
         raise CheckpointError(msg) from error
@@ -139,6 +139,19 @@ def outline_of(checkpoint: Checkpoint, layout: Layout, module: str, names: Itera
     except ValueError as error:
         msg = f"module {module!r}: {error}"
         raise CheckpointError(msg) from error
+
+
+def _stacked(skeleton: Skeleton, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with stacks of experts that transformers would not make of their matrices; `state` is emptied."""
+    stacks: dict[str, dict[str, Tensor]] = {}
+    made: dict[str, Tensor] = {}
+    for name in list(state):
+        place = skeleton.stack_of(name)
+        (made if place is None else stacks.setdefault(place[0], {}))[name] = state.pop(name)
+    for name in list(stacks):
+        (stack,) = skeleton.assemble(stacks.pop(name)).values()
+        made[name] = stack
+    return made
 
 
 def _require_fit(folder: Path, skeleton: Skeleton, state: Mapping[str, Tensor]) -> None:

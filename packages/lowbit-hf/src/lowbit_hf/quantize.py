@@ -20,6 +20,7 @@ from lowbit.errors import CheckpointError, RecipeError
 from lowbit.report import Report
 from lowbit.shards import INDEX_NAME, Checkpoint, TensorEntry, row_slices
 from lowbit.staging import Staging, scratch_of
+from lowbit_hf.apart import Apart
 from lowbit_hf.budget import Budget
 from lowbit_hf.calibrated import Calibrated
 from lowbit_hf.carrying import check_target, ignored_modules, other_files, texts_of
@@ -27,6 +28,7 @@ from lowbit_hf.filing import InLowbit
 from lowbit_hf.job import Job, prepare, require_data
 from lowbit_hf.layouts.layout import Outline
 from lowbit_hf.layouts.lowbit import LowbitWriter
+from lowbit_hf.patterns import PREFIX
 from lowbit_hf.processes import agree, follow, rank, require_windows, together
 from lowbit_hf.reporting import REPORTS, report_of
 from lowbit_hf.schemes import Scheme, quantization_config, targets_of
@@ -45,6 +47,7 @@ class Account:
 
     # Input tensor -> the output tensors it became, read back from the written files.
     tensors: Mapping[str, tuple[str, ...]]
+    # Input tensors that are, or hold experts that are.
     quantized: int
     # Tensors that stay as precise as they were, but hold other values, for what others became.
     changed: tuple[str, ...]
@@ -88,7 +91,8 @@ def run(
         return None
     carried, left_behind = other_files(job.folder, job.checkpoint)
     texts, lost = texts_of(job.folder)
-    left_behind += [*lost, *(job.checkpoint.cache_left if isinstance(job.checkpoint, Plain) else ())]
+    stored = job.checkpoint.stored if isinstance(job.checkpoint, Apart) else job.checkpoint
+    left_behind += [*lost, *(stored.cache_left if isinstance(stored, Plain) else ())]
     with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
         if staging.published:
             return _account(job, out, [*carried, *texts], left_behind)
@@ -206,6 +210,9 @@ def _quantization_config(job: Job) -> dict[str, Any]:
     named = {name.removesuffix(".weight") for name in job.schemes if not job.linear(name)}
     groups = targets_of(modules, named, classes)
     ignored = ignored_modules(job.checkpoint, job.skeleton, job.owners, set(job.schemes))
+    # Engines name the experts of a stack that stays by the matrices that it is made of.
+    whole = {name: job.skeleton.stack(name, entry.shape) for name, entry in job.checkpoint.entries.items()}
+    ignored += [PREFIX + stack.modules(name) for name, stack in whole.items() if stack is not None]
     return quantization_config(groups, ignored, None if job.kv_cache is None else job.kv_cache.scheme)
 
 
@@ -224,12 +231,15 @@ def _account(job: Job, folder: Path, carried: Sequence[str], left_behind: Sequen
     Raises:
         CheckpointError: a tensor is missing from the output, or one is there that nothing became.
     """
-    became = {
+    became: Mapping[str, tuple[str, ...]] = {
         name: tuple(planned for planned, _, _ in job.outputs(entry)) for name, entry in job.checkpoint.entries.items()
     }
+    expected = {name for names in became.values() for name in names} | {name for _, (name, _, _) in job.cache_scales}
+    quantized = set(job.schemes)
+    if isinstance(job.checkpoint, Apart):
+        became, quantized = job.checkpoint.by_stack(became), job.checkpoint.wholes(quantized)
     with Checkpoint.open(folder) as written:
         added = tuple(name for _, (name, _, _) in job.cache_scales)
-        expected = {name for names in (*became.values(), added) for name in names}
         if expected != set(written.entries):
             lost, extra = sorted(expected - set(written.entries)), sorted(set(written.entries) - expected)
             msg = (
@@ -241,7 +251,7 @@ def _account(job: Job, folder: Path, carried: Sequence[str], left_behind: Sequen
         looks = job.method is not None and job.method.probes
         changed = tuple(entry.name for entry in kept if looks and not _equal(job.checkpoint, written, entry))
     unowned = tuple(name for name, owner in job.owners.items() if owner is None)
-    return Account(became, len(job.schemes), changed, unowned, tuple(carried), tuple(left_behind), added)
+    return Account(became, len(quantized), changed, unowned, tuple(carried), tuple(left_behind), added)
 
 
 def _equal(before: Checkpoint, after: Checkpoint, entry: TensorEntry) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import get_ident
@@ -29,6 +29,7 @@ from lowbit.errors import CheckpointError
 from lowbit.header import as_object, parse_json, quote
 from lowbit.shards import read_contained
 from lowbit_hf.gguf.source import config_in, is_gguf
+from lowbit_hf.stacks import JoinExperts, Stack, converters_of, stacks_of
 
 # Of a config, which may say something of every expert of every layer.
 _LARGEST_JSON, _CONTAINERS = 16 << 20, 1 << 18
@@ -127,26 +128,62 @@ class Skeleton:
 
     def owner(self, name: str) -> Owner | None:
         """Where the checkpoint's tensor `name` goes; None if the model has no place for it (an MTP layer, say)."""
-        renamings, converters = self._conversions
-        target, source = rename_source_key(
-            name, renamings, converters, self.model.base_model_prefix, dict.fromkeys(self._names, 0)
-        )
+        target, source = self._place(name)
         if target not in self._names:
             return None
         prefix, _, _ = target.rpartition(".")
         classes = tuple(c.__name__ for c in type(self.model.get_submodule(prefix)).__mro__)
         return Owner(target, classes, source is not None and "*" in source)
 
+    def stack(self, name: str, shape: tuple[int, ...] | None = None) -> Stack | None:
+        """How a checkpoint's tensor `name` holds matrices of experts that could be tensors of their own.
+
+        Without a shape, as the model does. None if it is no such stack, or has another name than those would make it.
+        """
+        target, source = self._place(name)
+        stack = self._stacks.get(target)
+        module, _, last = name.rpartition(".")
+        if stack is None or last != target.rpartition(".")[2] or (source is not None and "*" in source):
+            return None
+        if any(self._place(part)[0] != target for part in stack.parts(module, 0)):
+            return None
+        wanted = tuple(self.model.get_parameter(target).shape)
+        if shape is None or shape == wanted:
+            return stack
+        # transformers turns those of some models when it loads them.
+        turned = source is not None and shape == (wanted[0], wanted[2], wanted[1])
+        return replace(stack, transposed=not stack.transposed) if turned else None
+
+    def stack_of(self, name: str) -> tuple[str, Stack] | None:
+        """The stack that the checkpoint's tensor `name` is an expert's part of, by the name it has in a checkpoint.
+
+        None if it is none, or transformers puts it into its stack by itself.
+        """
+        target, source = self._place(name)
+        ours = any(source in converter.source_patterns for converter in self.joining)
+        if not ours or target not in self._names:
+            return None
+        # MODULE.7.gate_proj.weight
+        return f"{name.rsplit('.', 3)[0]}.{target.rpartition('.')[2]}", self._stacks[target]
+
+    @cached_property
+    def joining(self) -> list[WeightConverter]:
+        """What joins matrices of experts for which transformers has no conversion."""
+        return [c for c in self._conversions[1] if any(isinstance(step, JoinExperts) for step in c.operations)]
+
+    def _place(self, name: str) -> tuple[str, str | None]:
+        """Name of the parameter that a tensor goes to, if there is one, and the pattern of what converts it."""
+        renamings, converters = self._conversions
+        return rename_source_key(name, renamings, converters, self.model.base_model_prefix, self._names)
+
     def assemble(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's parameters, by name, that the checkpoint's `tensors` make; those of a stack must be together."""
-        renamings, converters = self._conversions
+        _, converters = self._conversions
         by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
         made: dict[str, Tensor] = {}
         stacks: dict[str, WeightConverter] = {}
         for name in sorted(tensors, key=dot_natural_key):
-            target, source = rename_source_key(
-                name, renamings, converters, self.model.base_model_prefix, dict.fromkeys(self._names, 0)
-            )
+            target, source = self._place(name)
             if source is None:
                 made[target] = tensors[name]
             else:
@@ -189,18 +226,35 @@ class Skeleton:
         return next((name for name, module in self.model.named_modules() if module is wanted), None)
 
     @cached_property
-    def _names(self) -> set[str]:
-        return {n for n, _ in self.model.named_parameters(remove_duplicate=False)} | {
-            n for n, _ in self.model.named_buffers()
-        }
+    def _names(self) -> dict[str, int]:
+        # transformers asks for a dict, of values that are not None.
+        names = [n for n, _ in self.model.named_parameters(remove_duplicate=False)]
+        return dict.fromkeys([*names, *(n for n, _ in self.model.named_buffers())], 0)
 
     @cached_property
     def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
         found = get_model_conversion_mapping(self.model)
-        return (
-            [entry for entry in found if isinstance(entry, WeightRenaming)],
-            [entry for entry in found if isinstance(entry, WeightConverter)],
-        )
+        renamings = [entry for entry in found if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in found if isinstance(entry, WeightConverter)]
+
+        # transformers has names of its own for the experts of these.
+        taken = [
+            target.rpartition("\\1")[2]
+            for converter in converters
+            if any("*" in source for source in converter.source_patterns)
+            for target in converter.target_patterns
+        ]
+        left = {name: stack for name, stack in self._stacks.items() if not name.endswith(tuple(taken))}
+        return renamings, [*converters, *converters_of(left)]
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Names of the parameters that hold experts as (E, K, N)."""
+        return frozenset(name for name, stack in self._stacks.items() if stack.transposed)
+
+    @cached_property
+    def _stacks(self) -> dict[str, Stack]:
+        return stacks_of(self.model)
 
 
 def _at_once(tensor: Tensor) -> Any:

@@ -20,11 +20,17 @@ class Part:
 
     parameter: str
     expert: int | None = None
-    rows: tuple[int, int] | None = None
+    # First row, the end, and how far the rows lie from one another.
+    rows: tuple[int, int, int] | None = None
+    # Whether the parameter holds the expert with its rows as columns.
+    transposed: bool = False
 
     def of(self, weight: Tensor) -> Tensor:
         """That part of the parameter, quantized or not."""
-        return weight if self.expert is None or self.rows is None else weight[self.expert][slice(*self.rows)]
+        if self.expert is None or self.rows is None:
+            return weight
+        matrix = weight[self.expert]
+        return (matrix.mT if self.transposed else matrix)[slice(*self.rows)]
 
 
 class Stream:
@@ -81,12 +87,15 @@ class Stream:
         # One column of each matrix, that of number i holding i, shows where it comes to lie.
         rows = {name: self._checkpoint.entries[name].shape[0] for name in stacked}
         probes = {name: torch.full((rows[name], 1), i, dtype=torch.int32) for i, name in enumerate(stacked)}
-        made = self._skeleton.assemble(probes)
+        made, transposed = self._skeleton.assemble(probes), self._skeleton.transposed
         for i, name in enumerate(stacked):
             parameter = owned[name].name
-            found = (made[parameter] == i).nonzero()
-            count = rows[name]
-            if made[parameter].dim() != 3 or len(found) != count or len(found[:, 0].unique()) != 1:
+            turned, count = parameter in transposed, rows[name]
+            place = made[parameter].mT if turned and made[parameter].dim() == 3 else made[parameter]
+            found = (place == i).nonzero()
+            if place.dim() != 3 or len(found) != count or len(found[:, 0].unique()) != 1:
                 raise CheckpointError(f"{name!r} is not a matrix of rows of {parameter!r}; keep such experts by --keep")
-            parts[name] = Part(parameter, int(found[0, 0]), (int(found[0, 1]), int(found[-1, 1]) + 1))
+            step = int(found[1, 1] - found[0, 1]) if count > 1 else 1
+            lies = int(found[0, 1]), int(found[-1, 1]) + 1, step
+            parts[name] = Part(parameter, int(found[0, 0]), lies, turned)
         return parts

@@ -96,7 +96,7 @@ def write_rest(
     job: Job, staging: Staging, file: str, run: Run, without: AbstractSet[str], reader: Reader
 ) -> ShardWriter:
     """Write a file's tensors, those `without` excepted: as they are, or rounded to nearest."""
-    writer, scales = staging.plan_file(file, job.files[file], {"format": "pt"}), _TensorScales(job, run, reader)
+    writer, scales = staging.plan_file(file, job.files[file], job.metadata), _TensorScales(job, run, reader)
     for entry in job.checkpoint.shards[file]:
         unit = f"{file}:{entry.name}"
         if entry.name in without:

@@ -93,8 +93,7 @@ class Lowbit(Layout):
         owner = None if self.skeleton is None else self.skeleton.owner(module)
         if owner is None or self.skeleton is None or owner.stacked:
             return False
-        holder = self.skeleton.model.get_submodule(owner.name.rpartition(".")[0])
-        return "Conv1D" in owner.classes or bool(getattr(holder, "is_transposed", False))
+        return "Conv1D" in owner.classes or owner.name in self.skeleton.transposed
 
     def meaning(self, parameter: str) -> Rule | None:
         """The rule that says what a parameter's codes mean; None: none does."""

@@ -196,7 +196,19 @@ def _ours(folder: Path, device: str, *, plain: bool) -> PreTrainedModel:
 
 
 def _by_transformers(folder: Path, device: str, *, plain: bool) -> PreTrainedModel:
-    """transformers' model of a folder or GGUF file, its weights plain or as transformers keeps them."""
+    """transformers' model of a folder or GGUF file, its weights plain or as transformers keeps them.
+
+    Raises:
+        CheckpointError: it would leave experts as they were initialized.
+    """
+    if not is_gguf(folder):
+        skeleton = Skeleton.build(folder)
+        with open_checkpoint(folder) as checkpoint:
+            weights = (f"{name.rpartition('.')[0]}.weight" for name in checkpoint.entries)
+            alone = next((name for name in weights if skeleton.stack_of(name) is not None), None)
+        if alone is not None:
+            model = type(skeleton.model).__name__
+            raise CheckpointError(f"it reads the experts of {model} as stacks alone, and {alone!r} is of one expert")
     # compressed-tensors draws progress whatever transformers is told, and transformers prints a report before it fails.
     with quiet(), redirect_stderr(StringIO()):
         model = _loaded(folder, device, plain=plain)
