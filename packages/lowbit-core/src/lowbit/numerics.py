@@ -75,17 +75,21 @@ def choose_scale(
         FormatError: x is not floating point, does not fit the format's block, the mode is unknown, or a tensor scale is
             given to a format without one.
     """
-    _check_float(x)
-    _check_choice("scale mode", mode, ScaleMode)
-    if tensor_scale is not None and not fmt.tensor_scale:
-        msg = f"{fmt} has no tensor scale, and one was given; leave it out, or use a format that ends in ':tensor'"
-        raise FormatError(msg)
-    blocks = split_blocks(x, fmt.block_of(tuple(x.shape)))
-    within = tuple(range(1, blocks.dim(), 2))
-    if fmt.zero is not None:
-        low, high = torch.aminmax(_merge(blocks, within), dim=-1)
-        return _asymmetric(low.to(torch.float32), high.to(torch.float32), fmt)
-    return scale_for_amax(_largest_magnitude(blocks, within), fmt, mode=mode, tensor_scale=tensor_scale)
+    return _fit(_extent(x, fmt, mode, tensor_scale), fmt, mode, tensor_scale)
+
+
+def choose_scales(
+    x: Tensor, fmt: Format, shares: Tensor, *, mode: ScaleMode = DEFAULT_MODE, tensor_scale: Tensor | None = None
+) -> Scales:
+    """What `choose_scale` makes of `share * x` for each of the float32 `shares` (C,), in a first dim of C.
+
+    Raises:
+        FormatError: as `choose_scale`.
+    """
+    extent = _extent(x, fmt, mode, tensor_scale)
+    # Rounding keeps an order, so the largest of products is the product of the largest.
+    several = tuple(part * shares.view(-1, *(1,) * part.dim()) for part in extent)
+    return _fit(several, fmt, mode, tensor_scale)
 
 
 def scale_for_amax(
@@ -206,6 +210,30 @@ def data_shape(shape: tuple[int, ...], fmt: Format) -> tuple[int, ...]:
 def total_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of all `tensors` together."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _extent(x: Tensor, fmt: Format, mode: ScaleMode, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
+    """Of each block, float32: the largest magnitude; for zero points, the smallest and the largest value."""
+    _check_float(x)
+    _check_choice("scale mode", mode, ScaleMode)
+    if tensor_scale is not None and not fmt.tensor_scale:
+        msg = f"{fmt} has no tensor scale, and one was given; leave it out, or use a format that ends in ':tensor'"
+        raise FormatError(msg)
+    blocks = split_blocks(x, fmt.block_of(tuple(x.shape)))
+    within = tuple(range(1, blocks.dim(), 2))
+    if fmt.zero is None:
+        return (_largest_magnitude(blocks, within),)
+    low, high = torch.aminmax(_merge(blocks, within), dim=-1)
+    return low.to(torch.float32), high.to(torch.float32)
+
+
+def _fit(extent: tuple[Tensor, ...], fmt: Format, mode: ScaleMode, tensor_scale: Tensor | None) -> Scales:
+    """Scales that fit `_extent`."""
+    if fmt.zero is not None:
+        low, high = extent
+        return _asymmetric(low, high, fmt)
+    (amax,) = extent
+    return scale_for_amax(amax, fmt, mode=mode, tensor_scale=tensor_scale)
 
 
 def _largest_magnitude(blocks: Tensor, within: tuple[int, ...]) -> Tensor:

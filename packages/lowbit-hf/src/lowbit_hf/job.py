@@ -427,9 +427,9 @@ def _check_stacks(job: Job) -> None:
             rows = 1 if scheme is None else scheme.weight.block[-2]
             if scheme is not None and rows > 1 and job.checkpoint.stacks[place.stack].interleaved:
                 raise RecipeError(
-                    f"{scheme.name} has one scale for {rows} rows, and the model keeps gate and up of {place.stack!r} in "
-                    "turn, a row of each, which no such scale fits; use a scheme with scales of rows, or leave it by "
-                    "--keep"
+                    f"{scheme.name} has one scale for {rows} rows, and the model keeps gate and up of {place.stack!r} "
+                    "in turn, a row of each, which no such scale fits; use a scheme with scales of rows, or leave it "
+                    "by --keep"
                 )
     stacks: dict[str, set[str]] = {}
     for name, owner in job.owners.items():

@@ -1,0 +1,1 @@
+"""Kernels of lowbit for NVIDIA GPUs, in Triton; `backend` lists them."""

@@ -1,0 +1,55 @@
+"""The backend `cuda`: every kernel of this distribution, and what keeps a machine from running them.
+
+Kernels are imported when they first run, so that finding the backend needs no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from lowbit.backends import Call, Kernel
+
+_CAPABILITY = (8, 0)
+
+
+class Cuda:
+    """The backend; its entry point resolves to `backend`."""
+
+    name = "cuda"
+
+    def probe(self) -> str | None:
+        """None on a machine with a GPU that the kernels run on."""
+        if find_spec("triton") is None:
+            return "needs triton, which is not installed here: pip install triton (it has wheels for Linux)"
+        if not torch.cuda.is_available():
+            return "needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False here"
+        found = torch.cuda.get_device_capability()
+        if found < _CAPABILITY:
+            return f"needs a GPU of compute capability 8.0 or later; this one has {found[0]}.{found[1]}"
+        return None
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every kernel."""
+        return (_row("round_columns", "algos.round_columns", 10, "columns:round_columns", _takes_all),)
+
+
+def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call], str | None]) -> Kernel:
+    """A row of the kernel `MODULE:FUNCTION` of this package."""
+    module, _, function = target.partition(":")
+
+    def run(*args: Any) -> Any:
+        return getattr(import_module(f"lowbit_kernels_cuda.{module}"), function)(*args)
+
+    return Kernel(f"cuda.{name}", op, "cuda", priority, run, refuses)
+
+
+def _takes_all(call: Call) -> str | None:
+    del call
+
+
+backend = Cuda()
