@@ -181,6 +181,21 @@ def test_statistics_are_saved_and_move_undiminished(name):
     assert all(buffer.is_meta for buffer in model.to("meta").buffers())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_hessian_is_the_sum_in_float64_of_what_inputs_hold(dtype, device):
+    x = torch.randn(3, 400, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[..., 5] *= 30
+    observer = Hessian(48).to(device)
+    for rows in x:
+        observer.update(rows.to(device))
+    wide = x.flatten(0, 1).double()
+    # A float32 sum of 1,200 products, each in error by no more than the sum of magnitudes rounds by.
+    bound = 1200 * 2.0**-24 * (wide.abs().T @ wide.abs())
+    assert ((observer.hessian.cpu().double() - wide.T @ wide).abs() <= bound).all()
+    assert observer.tokens.item() == 1200
+
+
 def test_hessian_of_experts_is_that_of_each_ones_rows():
     x, ends = torch.cat(batches()), torch.tensor([100, 100, 256], dtype=torch.int32)
     observer = Hessian(K, experts=3)
