@@ -190,7 +190,8 @@ def test_doctor_shows_a_broken_one(build, start):
     assert ["lowbit-demo", "0.1"] in lines
     assert f"demo lowbit-demo 0.1: {problem}".split() in lines
     assert f"problem: backend demo: {problem}".split() in lines
-    assert f"not demo: {problem}".split() in lines
+    # Once, not for every op.
+    assert output.count("not demo") == 0
 
 
 def test_two_distributions_of_one_backend_are_an_error(installed):

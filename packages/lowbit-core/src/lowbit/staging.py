@@ -98,22 +98,24 @@ class Staging:
         """Folder for files that a run which continues this one needs; deleted when the output is published."""
         return scratch_of(self.out)
 
-    def wrote(self, path: Path) -> None:
-        """Note that a file of `scratch` was written, so that it is on disk before the next unit counts as done."""
-        self._journal.wrote(path, path.stat().st_size)
+    def wrote(self, *paths: Path) -> None:
+        """Note that files of `scratch` were written, so that they are on disk before the next unit counts as done."""
+        for path in paths:
+            self._journal.wrote(path, path.stat().st_size)
 
     def is_done(self, unit: str) -> bool:
         """Whether `unit` need not be done (again)."""
         return self._journal.is_done(unit)
 
-    def done(self, unit: str) -> None:
-        """Record that everything of `unit` has been written; it is on disk, and survives a kill, from the next sync.
+    def done(self, *units: str) -> None:
+        """Record that everything of `units` has been written; it is on disk, and survives a kill, from the next sync.
 
         Raises:
             CheckpointError: the disk failed.
         """
         with self._writing(self.partial):
-            self._journal.done(unit)
+            for unit in units:
+                self._journal.done(unit)
 
     def sync(self) -> None:
         """Put everything written so far on disk, then the units done so far into the journal.

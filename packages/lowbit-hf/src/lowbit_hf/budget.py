@@ -24,6 +24,8 @@ class Budget:
 
     # Tokens that run through a block at once.
     tokens: int
+    # Whether what blocks are fed stays on the GPU.
+    held: bool
     planned: Footprint
 
     def __init__(self, job: Job, calibrated: Calibrated | None, device: str) -> None:
@@ -55,13 +57,13 @@ class Budget:
         self._seen = max(self._seen, memory_in_use(), peak if peak > self._before else 0)
         return Footprint(self._seen, 0 if self._gpu is None else torch.cuda.max_memory_allocated(self._gpu))
 
-    def agree(self, tokens: int) -> None:
-        """Plan for as many tokens at once as other processes, or a run that this one continues, decided on.
+    def agree(self, tokens: int, *, held: bool) -> None:
+        """Plan for as many tokens at once, and for as much on the GPU, as other processes or an earlier run decided on.
 
         Raises:
             RecipeError: they do not fit.
         """
-        self.tokens, self.planned = tokens, self._plan(tokens)
+        self.tokens, self.held, self.planned = tokens, held, self._plan(tokens, held=held)
         if lacking := self._lacking():
             raise RecipeError(f"{lacking}; the run that this one continues began with {tokens} tokens at once")
 
@@ -119,22 +121,35 @@ class Budget:
         length = 1 if self._job.calibration is None else self._job.calibration.length
         self.tokens = max(BATCH_TOKENS, length)
         while True:
-            self.planned = self._plan(self.tokens)
+            self.held, self.planned = False, self._plan(self.tokens, held=False)
             lacking = self._lacking()
             if not lacking:
+                self._hold()
                 return
             if self._calibrated is None or self.tokens // 2 < length:
                 raise RecipeError(lacking)
             self.tokens //= 2
 
-    def _plan(self, tokens: int) -> Footprint:
-        job, held = self._job, self._held
+    def _hold(self) -> None:
+        """Have what blocks are fed on the GPU, if there is room for it beside all else."""
+        if self._gpu is None or self._calibrated is None or (self._job.method or Method()).distilled:
+            return
+        free, _ = torch.cuda.mem_get_info(self._gpu)
+        allowed = self._held.gpu + free // 2 if self._job.max_gpu is None else self._job.max_gpu
+        planned = self._plan(self.tokens, held=True)
+        if planned.gpu <= allowed:
+            self.held, self.planned = True, planned
+
+    def _plan(self, tokens: int, *, held: bool) -> Footprint:
+        job, before = self._job, self._held
         if self._calibrated is None:
             needed = of_rounding(torch.get_num_threads(), cuda=self._gpu is not None)
         else:
-            length = 1 if job.calibration is None else job.calibration.length
-            needed = self._calibrated.memory(job.method or Method(), tokens, length)
-        return Footprint(held.host + needed.host, held.gpu + needed.gpu)
+            method, data = job.method or Method(), job.calibration
+            needed = self._calibrated.memory(method, tokens, 1 if data is None else data.length)
+            if held and data is not None:
+                needed = needed.more(self._calibrated.fed(data.samples * data.length, tokens, method))
+        return Footprint(before.host + needed.host, before.gpu + needed.gpu)
 
     def _lacking(self) -> str | None:
         """What does not fit, in words."""

@@ -1,13 +1,15 @@
 """The part of a run that calibrates: one decoder block after the other, from a checkpoint into an output in the making.
 
 What a run that was killed needs to go on lies in the output's scratch folder: what the next block is fed, as files, and
-how the blocks before fared, as JSON. Under torchrun every process feeds the blocks its share of the text, and all make
+how the blocks before fared, as JSON. Where a GPU holds what blocks are fed, such files are written now and then, and
+the blocks since then count as done. Under torchrun every process feeds the blocks its share of the text, and all make
 the same weights, which the first one writes; the others keep what they feed in the same folder.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from inspect import signature
@@ -39,6 +41,8 @@ from lowbit_hf.stream import Part, Stream
 
 # Tokens that run through a block at once, where memory allows.
 BATCH_TOKENS = 4096
+# Seconds of work that a kill may undo where a GPU holds what blocks are fed.
+_UNSAVED = 20.0
 
 Write = Callable[[str, Tensor | None], None]
 """Takes the name of a tensor of the checkpoint, and what became of it; None: it stays as it is.
@@ -52,9 +56,40 @@ class Progress:
     """Where a run keeps what one that continues it needs."""
 
     scratch: Path
-    # Whether a block is done, and to be told when one is.
+    # Whether a block is done, and to be told when some are.
     is_done: Callable[[str], bool]
-    done: Callable[[str, Sequence[Path]], None]
+    done: Callable[[Sequence[str], Sequence[Path]], None]
+
+
+class _Saving:
+    """Blocks that are finished, and when what a run that goes on after them needs is on disk."""
+
+    def __init__(self, progress: Progress, files: Sequence[Path]) -> None:
+        """Begin where an earlier run left `files`, if there was one."""
+        self._progress, self._files, self._since = progress, files, time.monotonic()
+        self._finished: dict[str, Path] = {}
+
+    @property
+    def due(self) -> bool:
+        """Whether a kill would undo more than it may."""
+        return time.monotonic() - self._since > _UNSAVED
+
+    def finished(self, name: str, record: Path) -> None:
+        """A block is finished, and `record` tells how it fared."""
+        self._finished[name] = record
+
+    def save(self, files: Sequence[Path], held: Sequence[Hidden] = ()) -> None:
+        """What finished counts as done, with `files` for what comes next; those before are not needed any more.
+
+        What is `held` in memory is written to them.
+        """
+        for hidden, path in zip(held, files, strict=False):
+            Hidden.of(list(hidden), path)
+        self._progress.done(list(self._finished), [*self._finished.values(), *files])
+        for path in self._files:
+            path.unlink(missing_ok=True)
+        self._finished.clear()
+        self._files, self._since = files, time.monotonic()
 
 
 class Calibrated:
@@ -155,10 +190,18 @@ class Calibrated:
             for tensor, part in parts.items()
         }
 
-    def run(self, windows: Tensor, method: Method, progress: Progress, write: Write, *, tokens: int) -> None:
+    def fed(self, tokens: int, at_once: int, method: Method) -> int:
+        """Bytes of what blocks are fed of so many tokens, and of what runs through the original ones."""
+        size = int(self._skeleton.config.get_text_config().hidden_size) * self._skeleton.dtype.itemsize
+        batches = -(-tokens // at_once)
+        return (batches + Walk.beside(method, batches)) * at_once * size
+
+    def run(
+        self, windows: Tensor, method: Method, progress: Progress, write: Write, *, tokens: int, held: bool = False
+    ) -> None:
         """Quantize block after block, from the first that is not done; `write` is given every tensor.
 
-        `tokens` is how many run through a block at once.
+        `tokens` is how many run through a block at once. What blocks are fed is `held` where they run, or in files.
 
         Raises:
             LowbitError: the model's blocks cannot be run one by one, or values are not finite.
@@ -171,6 +214,8 @@ class Calibrated:
         def paths(k: int) -> tuple[Path, Path]:
             return progress.scratch / f"hidden-{rank}-{k}", progress.scratch / f"other-{rank}-{k}"
 
+        saving = _Saving(progress, () if method.distilled else paths(begin))
+
         def take(result: BlockResult, weights: Mapping[str, Tensor]) -> None:
             for tensor, (parameter, part) in self.stored(result.name).items():
                 write(tensor, part.of(weights[parameter]) if parameter in weights else None)
@@ -178,13 +223,18 @@ class Calibrated:
             k = names.index(result.name)
             record = progress.scratch / f"block-{k}.json"
             record.write_text(json.dumps(asdict(result)))
-            progress.done(result.name, [record, *([] if method.distilled else paths(k + 1))])
+            saving.finished(result.name, record)
+            if not held:
+                saving.save(() if method.distilled else paths(k + 1))
+            elif _agreed(int(saving.due or k + 1 == len(names))):
+                saving.save(paths(k + 1), (walk.hidden, walk.other))
 
-        if method.distilled:
-            if begin < len(names):
-                self._distill(windows, method, take, tokens)
+        if begin == len(names):
             return
-        captured, walk = self._start(batches, method, begin, paths(begin))
+        if method.distilled:
+            self._distill(windows, method, take, tokens)
+            return
+        captured, walk = self._start(batches, method, begin, paths(begin), held=held)
         for k in range(begin, len(names)):
             name = names[k]
             block = self._stream.names([f"{name}."])
@@ -196,13 +246,11 @@ class Calibrated:
             walk.step(
                 *(name, self._blocks[name], self.targets, captured.calls[k], take),
                 probe=runs,
-                paths=paths(k + 1),
+                paths=(None, None) if held else paths(k + 1),
                 feeding=self._cache.seeing,
             )
             self._stream.drop(block)
             release()
-            for path in paths(k):
-                path.unlink(missing_ok=True)
 
     def _distill(self, windows: Tensor, method: Method, take: Take, tokens: int) -> None:
         """Quantize the whole model, in memory, and see what it puts into its cache in the end."""
@@ -246,13 +294,14 @@ class Calibrated:
         return found
 
     def _start(
-        self, batches: Sequence[Tensor], method: Method, begin: int, paths: tuple[Path, Path]
+        self, batches: Sequence[Tensor], method: Method, begin: int, paths: tuple[Path, Path], *, held: bool
     ) -> tuple[Captured, Walk]:
         """How blocks are called, and the way through them from block `begin`; what that one is fed is in `paths`.
 
-        It goes there batch by batch, unless an earlier run left it there.
+        It goes there batch by batch, unless an earlier run left it there; or, `held`, it stays where blocks run.
         """
-        fed, beside = (Hidden((), path, torch.device(self._device)) for path in paths)
+        device = torch.device(self._device)
+        fed, beside = (Hidden((), None if held and not begin else path, device) for path in paths)
         rooms = (fed, len(batches)), (beside, Walk.beside(method, len(batches)))
 
         def keep(hidden: Tensor) -> None:
@@ -267,6 +316,8 @@ class Calibrated:
         captured = self._capture(batches, keep, probe=method.probes)
         if begin:
             self._stream.drop(self._stream.names([f"{next(iter(self._blocks))}."]))
+            if held:
+                fed, beside = (Hidden.of(list(room)) for room, _ in rooms)
         return captured, Walk(method, fed, self.rotation, beside)
 
     def _capture(

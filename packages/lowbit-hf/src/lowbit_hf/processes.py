@@ -67,11 +67,11 @@ def follow(job: Job, calibrated: Calibrated, windows: Tensor, budget: Budget, sc
     Raises:
         LowbitError: this process takes more memory than is allowed.
     """
-    budget.agree(agree(0))
+    budget.agree(agree(0), held=bool(agree(0)))
     together()
 
-    def done(block: str, files: Sequence[Path]) -> None:
-        del block
+    def done(blocks: Sequence[str], files: Sequence[Path]) -> None:
+        del blocks
         for path in files:
             if path.suffix != ".json":
                 sync_path(path)
@@ -82,7 +82,7 @@ def follow(job: Job, calibrated: Calibrated, windows: Tensor, budget: Budget, sc
         del name, weight
 
     progress = Progress(scratch, lambda _: False, done)
-    calibrated.run(windows, job.method or Method(), progress, write, tokens=budget.tokens)
+    calibrated.run(windows, job.method or Method(), progress, write, tokens=budget.tokens, held=budget.held)
 
 
 def agree(tokens: int) -> int:

@@ -104,7 +104,7 @@ def run(
                         write_rest(job, staging, file, run_, set(), Reader(job)).finish()
                         budget.check()
                 else:
-                    budget.agree(agree(_agreed(staging, budget.tokens)))
+                    budget.agree(agree(_agreed(staging, budget.tokens)), held=bool(agree(int(budget.held))))
                     together()
                     write_calibrated(job, calibrated, windows, budget, staging, run_)
         except NonfiniteError:

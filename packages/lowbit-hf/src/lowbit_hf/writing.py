@@ -155,11 +155,10 @@ def write_calibrated(
             writer.write(name, plain)
         run.advance(entry.nbytes)
 
-    def done(block: str, files: Sequence[Path]) -> None:
+    def done(blocks: Sequence[str], files: Sequence[Path]) -> None:
         together()
-        for path in files:
-            staging.wrote(path)
-        staging.done(f"block:{block}")
+        staging.wrote(*files)
+        staging.done(*(f"block:{block}" for block in blocks))
         staging.sync()
         budget.check()
 
@@ -167,7 +166,7 @@ def write_calibrated(
         if staging.is_done(f"block:{block}"):
             run.advance(sum(entries[name].nbytes for name in calibrated.stored(block)))
     progress = Progress(staging.scratch, lambda block: staging.is_done(f"block:{block}"), done)
-    calibrated.run(windows, job.method or Method(), progress, write, tokens=budget.tokens)
+    calibrated.run(windows, job.method or Method(), progress, write, tokens=budget.tokens, held=budget.held)
     for writer in writers.values():
         writer.finish()
 
