@@ -32,7 +32,8 @@ def codes(x, noise, code, value, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, N
     i = tl.program_id(0) * N + tl.arange(0, N)
     c = encode(tl.load(x + i), 0.0, tl.load(noise + i), SPEC, STOCHASTIC)
     tl.store(code + i, c)
-    tl.store(value + i, decode(c, SPEC.element))
+    ELEMENT: tl.constexpr = SPEC.element
+    tl.store(value + i, decode(c, ELEMENT))
 
 
 def numbers(count, generator):
@@ -43,7 +44,9 @@ def numbers(count, generator):
     bits &= kept[torch.randint(len(kept), bits.shape, generator=generator)]
     bits += torch.randint(-1, 2, bits.shape, generator=generator).to(torch.int32)
     # As many of a size that small floats tell apart.
-    near = torch.randn(count // 2, generator=generator) * 2.0 ** torch.randint(-9, 9, (count // 2,), generator=generator)
+    near = torch.randn(count // 2, generator=generator) * 2.0 ** torch.randint(
+        -9, 9, (count // 2,), generator=generator
+    )
     x = bits.view(torch.float32)
     x[: count // 2] = near.half().float()
     return torch.cat((special, x))

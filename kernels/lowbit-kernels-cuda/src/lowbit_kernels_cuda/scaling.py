@@ -37,7 +37,10 @@ class Spec:
     # Exponent of the element's largest value, and the mantissa of amax beyond which an e8m0 scale is one larger.
     top: int
     bound: int
-    # The same of an amax of the whole matrix for the tensor scale, which is a power of two.
+    # Bits, as float32, of the smallest and the largest scale.
+    least: int
+    most: int
+    # As `top` and `bound`, of an amax of the whole matrix, for the tensor scale.
     tensor_top: int
     tensor_bound: int
     # Codes of the shortest run that ends on a byte boundary, and its bytes.
@@ -61,12 +64,19 @@ def spec(fmt: Format, mode: ScaleMode = DEFAULT_MODE, device: torch.device | Non
         divisor=element.max - element.min if fmt.zero is not None else amax_divisor(element),
         top=exponent_and_mantissa(element.max)[0],
         bound=mantissa_bound(element, mode),
+        least=_bits(fmt.scale.smallest),
+        most=_bits(fmt.scale.max),
         tensor_top=whole[0],
         tensor_bound=whole[1],
         run=unit(element.bits)[0],
         run_bytes=unit(element.bits)[1],
         native=native,
     )
+
+
+def _bits(value: float) -> int:
+    exponent, mantissa = exponent_and_mantissa(value)
+    return ((exponent + 127) << 23) + mantissa
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -80,25 +90,29 @@ def raw(tensor: Tensor) -> Tensor:
 def to_float32(x):
     """Float32 of what `raw` gave of a float32, float16 or bfloat16 tensor."""
     if x.dtype == tl.int16:
-        return (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return x.to(tl.float32)
+        value = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        value = x.to(tl.float32)
+    return value
 
 
 @triton.jit
 def from_float32(x, like: tl.constexpr, SPEC: tl.constexpr):
     """Float32 `x` rounded once to what a pointer of type `like`, to a `raw` tensor, takes."""
-    if like == tl.int16:
-        if SPEC.native:
-            return x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    if like != tl.int16:
+        value = x.to(like)
+    elif SPEC.native:
+        value = x.to(tl.bfloat16).to(tl.int16, bitcast=True)
+    else:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
-    return x.to(like)
+        value = tl.where(x == x, rounded, 0x7FC0).to(tl.int16)
+    return value
 
 
 @triton.jit
 def ordered(x):
-    """Int32 that orders as float32 `x` does; a NaN lies beyond the infinity of its sign. It is its own inverse."""
+    """Int32 that orders as float32 `x` does; a NaN lies beyond the infinity of its sign."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
@@ -124,12 +138,12 @@ def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr):
     if SPEC.scale.powers_of_two:
         bits = amax.to(tl.int32, bitcast=True)
         code = (bits >> 23) - SPEC.top + ((bits & 0x7FFFFF) > SPEC.bound).to(tl.int32)
-        code = tl.where(bits < 0x7F800000, tl.minimum(tl.maximum(code, 0), 254), 255).to(tl.uint8)
-        return code, scale_value(code, tensor_scale, SPEC)
-    scale = tl.div_rn(amax, SPEC.divisor)
-    if SPEC.tensor:
-        scale = tl.div_rn(scale, tensor_scale)
-    stored = _store_scale(scale, SPEC)
+        stored = tl.where(bits < 0x7F800000, tl.minimum(tl.maximum(code, 0), 254), 255).to(tl.uint8)
+    else:
+        scale = tl.div_rn(amax, SPEC.divisor)
+        if SPEC.tensor:
+            scale = tl.div_rn(scale, tensor_scale)
+        stored = _store_scale(scale, SPEC)
     return stored, scale_value(stored, tensor_scale, SPEC)
 
 
@@ -163,31 +177,37 @@ def scale_value(stored, tensor_scale, SPEC: tl.constexpr):
         code = stored.to(tl.int32)
         # 2^-127 is a subnormal.
         bits = tl.where(code == 0, 0x400000, tl.where(code == 255, 0x7FC00000, code << 23))
-        return bits.to(tl.float32, bitcast=True)
-    if SPEC.scale.bits == 8:
-        scale = decode(stored, SPEC.scale)
+        scale = bits.to(tl.float32, bitcast=True)
+    elif SPEC.scale.bits == 8:
+        ELEMENT: tl.constexpr = SPEC.scale
+        scale = decode(stored, ELEMENT)
     else:
         scale = to_float32(stored)
-    return scale * tensor_scale if SPEC.tensor else scale
+    if SPEC.tensor:
+        scale *= tensor_scale
+    return scale
 
 
 @triton.jit
 def divisor_of(scale, SPEC: tl.constexpr):
     """What `divide` takes in the place of a scale: of a power of two, the reciprocal, which is exact."""
+    by = scale
     if SPEC.scale.powers_of_two:
         bits = scale.to(tl.int32, bitcast=True)
         # Those of 2^127 and 2^-127 are 2^-127, a subnormal, and 2^127.
         inverse = tl.where(bits == 254 << 23, 0x400000, tl.where(bits == 0x400000, 254 << 23, (254 << 23) - bits))
-        return tl.where(bits < 0x7F800000, inverse, 0x7FC00000).to(tl.float32, bitcast=True)
-    return scale
+        by = tl.where(bits < 0x7F800000, inverse, 0x7FC00000).to(tl.float32, bitcast=True)
+    return by
 
 
 @triton.jit
 def divide(x, by, SPEC: tl.constexpr):
     """IEEE `x / scale`, where `by` is `divisor_of(scale)`."""
     if SPEC.scale.powers_of_two:
-        return x * by
-    return tl.div_rn(x, by)
+        value = x * by
+    else:
+        value = tl.div_rn(x, by)
+    return value
 
 
 @triton.jit
@@ -197,51 +217,52 @@ def encode(x, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr):
     `zero` is read where the format has zero points, `noise` where rounding is stochastic.
     """
     if SPEC.element.kind == "float":
-        return encode_float(x, noise, SPEC.element, SPEC.native, STOCHASTIC)
-    # Beyond these bounds nothing but an end of the range is near, and within them float32 has every integer.
-    value = _within(tl.where(x == x, x, 0.0))
-    if STOCHASTIC:
-        floor = tl.floor(value)
-        value = floor + (value - floor > noise).to(tl.float32)
+        ELEMENT: tl.constexpr = SPEC.element
+        NATIVE: tl.constexpr = SPEC.native
+        code = encode_float(x, noise, ELEMENT, NATIVE, STOCHASTIC)
     else:
-        value = _round_to_even(value)
-    if SPEC.zero:
-        value += zero
-    code = tl.minimum(tl.maximum(value, SPEC.element.min), SPEC.element.max).to(tl.int32)
-    return (code & ((1 << SPEC.element.bits) - 1)).to(tl.uint8)
+        # Beyond these bounds nothing but an end of the range is near, and within them float32 has every integer.
+        value = _within(tl.where(x == x, x, 0.0))
+        if STOCHASTIC:
+            floor = tl.floor(value)
+            value = floor + (value - floor > noise).to(tl.float32)
+        else:
+            value = _round_to_even(value)
+        if SPEC.zero:
+            value += zero
+        value = tl.minimum(tl.maximum(value, SPEC.element.min), SPEC.element.max)
+        code = (value.to(tl.int32) & ((1 << SPEC.element.bits) - 1)).to(tl.uint8)
+    return code
 
 
 @triton.jit
 def encode_float(x, noise, ELEMENT: tl.constexpr, NATIVE: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Codes as uint8 of float32 `x` in a float element of at most 8 bits."""
+    # Triton's conversions saturate, infinities too.
     if NATIVE and not STOCHASTIC and ELEMENT.name == "e4m3fn":
-        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    if NATIVE and not STOCHASTIC and ELEMENT.name == "e5m2":
-        return tl.minimum(tl.maximum(x, ELEMENT.min, tl.PropagateNan.ALL), ELEMENT.max, tl.PropagateNan.ALL).to(
-            tl.float8e5
-        ).to(tl.uint8, bitcast=True)
-    bits = x.to(tl.int32, bitcast=True)
-    size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), ELEMENT.max)
-    lowest = 1 - ELEMENT.bias
-    # Field of the exponent, no lower than that of the element's subnormals.
-    field = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, lowest + 127)
-    steps_down = 127 + ELEMENT.mantissa
-    if STOCHASTIC:
-        exact = size * ((127 + steps_down - field) << 23).to(tl.float32, bitcast=True)
-        floor = tl.floor(exact)
-        steps = floor.to(tl.int32) + (exact - floor > noise).to(tl.int32)
+        code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    elif NATIVE and not STOCHASTIC and ELEMENT.name == "e5m2":
+        code = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
     else:
-        # Float32 numbers from here on are as far apart as the element's around x: the sum rounds as the element does.
-        shifter = (field + (23 - ELEMENT.mantissa)) << 23
-        steps = (size + shifter.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - shifter
-    # A carry out of the steps ends up in the exponent by itself.
-    code = steps + ((field - (lowest + 127)) << ELEMENT.mantissa)
-    code |= (bits >> (32 - ELEMENT.bits)) & (1 << (ELEMENT.bits - 1))
-    if ELEMENT.has_nan:
-        nan = (1 << (ELEMENT.bits - 1)) - 1
-    else:
-        nan = 0
-    return tl.where(x == x, code, nan).to(tl.uint8)
+        bits = x.to(tl.int32, bitcast=True)
+        size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), ELEMENT.max)
+        # Field of the exponent, no lower than that of the element's subnormals.
+        LOWEST: tl.constexpr = 128 - ELEMENT.bias
+        field = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, LOWEST)
+        if STOCHASTIC:
+            exact = size * ((254 + ELEMENT.mantissa - field) << 23).to(tl.float32, bitcast=True)
+            floor = tl.floor(exact)
+            steps = floor.to(tl.int32) + (exact - floor > noise).to(tl.int32)
+        else:
+            # Float32 numbers from here on are as far apart as the element's around x: the sum rounds as it does.
+            shifter = (field + (23 - ELEMENT.mantissa)) << 23
+            steps = (size + shifter.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - shifter
+        # A carry out of the steps ends up in the exponent by itself.
+        steps += (field - LOWEST) << ELEMENT.mantissa
+        steps |= (bits >> (32 - ELEMENT.bits)) & (1 << (ELEMENT.bits - 1))
+        NAN: tl.constexpr = (1 << (ELEMENT.bits - 1)) - 1 if ELEMENT.has_nan else 0
+        code = tl.where(x == x, steps, NAN).to(tl.uint8)
+    return code
 
 
 @triton.jit
@@ -251,17 +272,18 @@ def decode(code, ELEMENT: tl.constexpr):
     if ELEMENT.kind == "int":
         if ELEMENT.signed:
             code = (code << (32 - ELEMENT.bits)) >> (32 - ELEMENT.bits)
-        return code.to(tl.float32)
-    size = code & ((1 << (ELEMENT.bits - 1)) - 1)
-    # The fields as those of a float32, whose subnormals are the element's once the biases are made equal.
-    value = (size << (23 - ELEMENT.mantissa)).to(tl.float32, bitcast=True) * 2.0 ** (127 - ELEMENT.bias)
-    bits = value.to(tl.int32, bitcast=True)
-    if ELEMENT.name == "e4m3fn":
-        bits = tl.where(size == 0x7F, 0x7FC00000, bits)
-    if ELEMENT.name == "e5m2":
-        bits = tl.where(size > 0x7C, 0x7FC00000, tl.where(size == 0x7C, 0x7F800000, bits))
-    sign = (code >> (ELEMENT.bits - 1)) << 31
-    return (bits | sign).to(tl.float32, bitcast=True)
+        value = code.to(tl.float32)
+    else:
+        size = code & ((1 << (ELEMENT.bits - 1)) - 1)
+        # The fields as those of a float32, whose subnormals are the element's once the biases are made equal.
+        value = (size << (23 - ELEMENT.mantissa)).to(tl.float32, bitcast=True) * 2.0 ** (127 - ELEMENT.bias)
+        bits = value.to(tl.int32, bitcast=True)
+        if ELEMENT.name == "e4m3fn":
+            bits = tl.where(size == 0x7F, 0x7FC00000, bits)
+        if ELEMENT.name == "e5m2":
+            bits = tl.where(size > 0x7C, 0x7FC00000, tl.where(size == 0x7C, 0x7F800000, bits))
+        value = (bits | ((code >> (ELEMENT.bits - 1)) << 31)).to(tl.float32, bitcast=True)
+    return value
 
 
 @triton.jit
@@ -283,6 +305,18 @@ def merge(codes, SPEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         first, second = tl.split(tl.reshape(word, (ROWS, COLUMNS // 8, 2)))
         word = first | (second << (4 * BITS))
     return word
+
+
+@triton.jit
+def split_apart(word, SPEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Undo `merge`: codes (ROWS, COLUMNS) of integers that hold a run each."""
+    BITS: tl.constexpr = SPEC.element.bits
+    if SPEC.run >= 8:
+        word = tl.reshape(tl.join(word, word >> (4 * BITS)), (ROWS, COLUMNS // 4))
+    if SPEC.run >= 4:
+        word = tl.reshape(tl.join(word, word >> (2 * BITS)), (ROWS, COLUMNS // 2))
+    word = tl.reshape(tl.join(word, word >> BITS), (ROWS, COLUMNS))
+    return (word & ((1 << BITS) - 1)).to(tl.uint8)
 
 
 @triton.jit
@@ -310,16 +344,21 @@ def uniform(seed, starts, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl
 @triton.jit
 def _store_scale(scale, SPEC: tl.constexpr):
     """Float32 scales as stored: 1 for 0 (a block of zeros), no less than the smallest, NaN where not finite."""
-    kept = tl.minimum(tl.maximum(scale, SPEC.scale.smallest), SPEC.scale.max)
-    kept = tl.where(scale == 0, 1.0, kept)
-    kept = tl.where(magnitude(scale) < 0x7F800000, kept, float("nan"))
+    # As integers, whose order is the same: a float32 subnormal is no constant that every Triton takes.
+    bits = scale.to(tl.int32, bitcast=True)
+    kept = tl.where(scale == 0, 0x3F800000, tl.minimum(tl.maximum(bits, SPEC.least), SPEC.most))
+    kept = tl.where((bits & 0x7FFFFFFF) < 0x7F800000, kept, 0x7FC00000).to(tl.float32, bitcast=True)
     if SPEC.scale.name == "float16":
-        return kept.to(tl.float16)
-    if SPEC.scale.name == "bfloat16":
-        return from_float32(kept, tl.int16, SPEC)
-    if SPEC.scale.bits == 8:
-        return encode_float(kept, kept, SPEC.scale, SPEC.native, False)
-    return kept
+        stored = kept.to(tl.float16)
+    elif SPEC.scale.name == "bfloat16":
+        stored = from_float32(kept, tl.int16, SPEC)
+    elif SPEC.scale.bits == 8:
+        ELEMENT: tl.constexpr = SPEC.scale
+        NATIVE: tl.constexpr = SPEC.native
+        stored = encode_float(kept, kept, ELEMENT, NATIVE, False)
+    else:
+        stored = kept
+    return stored
 
 
 @triton.jit

@@ -127,13 +127,13 @@ def _quantize(
         scales = choose_scale(x, parsed, mode=mode, tensor_scale=tensor_scale)
     else:
         scales = Scales(scale, zero, tensor_scale)
-    data = encode(x, parsed, scales, rounding=rounding, seed=seed)
-    parts = [data]
+    parts = [encode(x, parsed, scales, rounding=rounding, seed=seed)]
     for given, part in ((scale, scales.scale), (zero, scales.zero), (tensor_scale, scales.tensor_scale)):
         if part is not None:
             # An op must not return its own input.
             parts.append(part.clone() if part is given else part)
-    return parts
+    # Elementwise operators keep the strides of a transposed input.
+    return [part.contiguous() for part in parts]
 
 
 def _quantize_blocked(
@@ -157,7 +157,7 @@ def _quantize_both(
         msg = f"x of shape {tuple(x.shape)} has one direction; quantize_both needs two or more dimensions"
         raise FormatError(msg)
     parts: list[Tensor] = []
-    for view, spec in ((x, fmt), (x.mT.contiguous(), other_format)):
+    for view, spec in ((x, fmt), (x.mT, other_format)):
         given = tensor_scale if _format(spec).tensor_scale else None
         if blocked:
             parts += _quantize_blocked(view, given, spec, mode, rounding, seed)
