@@ -67,7 +67,9 @@ def _refuses_cast(call: Call) -> str | None:
         return f"needs values in float32, bfloat16 or float16; these are {call.x_dtype}"
     fmt = call.format
     group, row = fmt.block[-1], fmt.block[:-1] == (1,)
-    if not (row and group in _GROUPS) and (fmt.tensor_scale or not (row and group == WHOLE) and fmt.block not in _BLOCKS):
+    if not (row and group in _GROUPS) and (
+        fmt.tensor_scale or not (row and group == WHOLE) and fmt.block not in _BLOCKS
+    ):
         return (
             "needs blocks of one row by 16, 32, 64, 128 or 256, or, without a tensor scale, whole rows, whole matrices "
             f"or 128x128; this is {fmt}"

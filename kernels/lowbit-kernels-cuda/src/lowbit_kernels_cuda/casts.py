@@ -189,7 +189,9 @@ class _Out:
             # An operator must not return its own input.
             self.tensor_scale = tensor_scale.clone()
         if given is not None:
-            scale, zero = (None if part is None else part.clone(memory_format=torch.contiguous_format) for part in given)
+            scale, zero = (
+                None if part is None else part.clone(memory_format=torch.contiguous_format) for part in given
+            )
         elif blocked:
             scale = x.new_empty(blocked_shape(natural), dtype=fmt.scale.storage)
             raw(scale).zero_()
@@ -203,7 +205,13 @@ class _Out:
             source = "extent"
         tensor = ""
         if self.tensor_scale is not None:
-            tensor = "amax" if chooses else "rows" if self.tensor_scale.dim() > 1 and self.tensor_scale.shape[-2] > 1 else "matrix"
+            tensor = (
+                "amax"
+                if chooses
+                else "rows"
+                if self.tensor_scale.dim() > 1 and self.tensor_scale.shape[-2] > 1
+                else "matrix"
+            )
         self.way = _Way(spec(fmt, mode, x.device if x.is_cuda else None), group, height, source, tensor, blocked)
 
     def parts(self) -> list[Tensor]:
@@ -339,9 +347,7 @@ def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.
 
 
 @triton.jit
-def _read(
-    x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _read(x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Float32 tile, zero beyond the matrix."""
     r = row + tl.arange(0, ROWS)[:, None]
     c = column + tl.arange(0, COLUMNS)[None, :]

@@ -222,7 +222,7 @@ def encode(x, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr):
         code = encode_float(x, noise, ELEMENT, NATIVE, STOCHASTIC)
     else:
         # Beyond these bounds nothing but an end of the range is near, and within them float32 has every integer.
-        value = _within(tl.where(x == x, x, 0.0))
+        value = _within(x)
         if STOCHASTIC:
             floor = tl.floor(value)
             value = floor + (value - floor > noise).to(tl.float32)
@@ -230,6 +230,7 @@ def encode(x, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr):
             value = _round_to_even(value)
         if SPEC.zero:
             value += zero
+        value = tl.where(x == x, value, 0.0)
         value = tl.minimum(tl.maximum(value, SPEC.element.min), SPEC.element.max)
         code = (value.to(tl.int32) & ((1 << SPEC.element.bits) - 1)).to(tl.uint8)
     return code

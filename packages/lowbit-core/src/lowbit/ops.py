@@ -139,9 +139,7 @@ def _quantize_fake(
     return parts
 
 
-def _quantize_blocked_fake(
-    x: Tensor, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int
-) -> list[Tensor]:
+def _quantize_blocked_fake(x: Tensor, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int) -> list[Tensor]:
     data, scale, *rest = _quantize_fake(x, None, None, tensor_scale, fmt, mode, rounding, seed)
     return [data, scale.new_empty(blocked_shape(tuple(scale.shape))), *rest]
 
