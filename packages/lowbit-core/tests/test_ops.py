@@ -55,6 +55,9 @@ def calls(fmt, dtype=torch.bfloat16):
         "quantize",
         (weight.dequantize(), weight.scale, weight.zero, weight.tensor_scale, spec, "even", "stochastic", 7),
     )
+    yield "quantize_blocked", (sample((n, k), dtype=dtype), None, spec, DEFAULT_MODE, "nearest", 0)
+    yield "quantize_both", (sample((n, k), dtype=dtype), None, spec, "INT8_ROW_ASYM", DEFAULT_MODE, "nearest", 0)
+    yield "quantize_both", (sample((n, k), dtype=dtype), None, spec, "FP8_ROW", "even", "stochastic", 7, True)
     yield "dequantize", (*parts(weight), spec, k, dtype)
     yield "embedding", (torch.tensor([[1, 0, 5]]), *parts(weight), spec, k, dtype)
     for activation in activations(fmt):

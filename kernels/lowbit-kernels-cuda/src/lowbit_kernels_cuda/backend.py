@@ -13,8 +13,12 @@ from typing import Any
 import torch
 
 from lowbit.backends import Call, Kernel
+from lowbit.format import WHOLE
 
 _CAPABILITY = (8, 0)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUPS = (16, 32, 64, 128, 256)
+_BLOCKS = ((WHOLE, WHOLE), (128, 128))
 
 
 class Cuda:
@@ -35,7 +39,13 @@ class Cuda:
 
     def kernels(self) -> tuple[Kernel, ...]:
         """Every kernel."""
-        return (_row("round_columns", "algos.round_columns", 10, "columns:round_columns", _takes_all),)
+        return (
+            _row("round_columns", "algos.round_columns", 10, "columns:round_columns", _takes_all),
+            _row("quantize", "quantize", 10, "casts:quantize", _refuses_cast),
+            _row("quantize_blocked", "quantize_blocked", 10, "casts:quantize_blocked", _refuses_cast),
+            _row("quantize_both", "quantize_both", 10, "casts:quantize_both", _refuses_cast),
+            _row("dequantize", "dequantize", 10, "values:dequantize", _refuses_cast),
+        )
 
 
 def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call], str | None]) -> Kernel:
@@ -50,6 +60,21 @@ def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call
 
 def _takes_all(call: Call) -> str | None:
     del call
+
+
+def _refuses_cast(call: Call) -> str | None:
+    if call.x_dtype not in _DTYPES:
+        return f"needs values in float32, bfloat16 or float16; these are {call.x_dtype}"
+    fmt = call.format
+    group, row = fmt.block[-1], fmt.block[:-1] == (1,)
+    if not (row and group in _GROUPS) and (
+        fmt.tensor_scale or not (row and group == WHOLE) and fmt.block not in _BLOCKS
+    ):
+        return (
+            "needs blocks of one row by 16, 32, 64, 128 or 256, or, without a tensor scale, whole rows, whole matrices "
+            f"or 128x128; this is {fmt}"
+        )
+    return None
 
 
 backend = Cuda()

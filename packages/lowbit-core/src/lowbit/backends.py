@@ -36,7 +36,7 @@ VARIABLE = "LOWBIT_BACKENDS"
 class Call:
     """What is known of a call before it runs; never the number of tokens, so one choice serves every batch."""
 
-    # quantize, dequantize, linear, scaled_mm, grouped_mm or embedding; one of another distribution has a dot in it.
+    # An operator of `lowbit.ops`, such as quantize or linear; one of another distribution has a dot in it.
     op: str
     # Format of the weight (of the result, for quantize).
     format: Format

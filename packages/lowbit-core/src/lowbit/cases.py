@@ -25,7 +25,7 @@ from lowbit.activation import Activation
 from lowbit.backends import Call
 from lowbit.element import E8M0
 from lowbit.errors import FormatError
-from lowbit.format import Format
+from lowbit.format import INT8_ROW, Format
 from lowbit.grid import product_bound, sample, shapes
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, Scales, choose_scale, decode, encode, total_scale
 from lowbit.packing import pack, unpack
@@ -36,7 +36,7 @@ from lowbit.tensor import INNER, QuantizedTensor
 _UNIT = 2.0**-24
 # Roundings that an honest float32 kernel may add to those of the sum: of values, of scales and of their products.
 _FEW = 8
-_quantize = next(kernel.run for kernel in reference.kernels() if kernel.op == "quantize")
+_run = {kernel.op: kernel.run for kernel in reference.kernels() if kernel.pack is None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,9 @@ def calls(
         for shape in (*shapes(fmt), *larger):
             weight, k = _Weight(fmt, shape, dtype), shape[-1]
             yield Call("quantize", fmt, None, device, dtype, k=k), weight.quantize
+            yield Call("quantize_blocked", fmt, None, device, dtype, k=k), weight.quantize_blocked
+            if len(shape) > 1:
+                yield Call("quantize_both", fmt, None, device, dtype, k=k), weight.quantize_both
             yield Call("dequantize", fmt, None, device, dtype, k=k), weight.dequantize
             if len(shape) == 2:
                 yield Call("embedding", fmt, None, device, dtype, *shape), weight.embedding
@@ -143,15 +146,36 @@ class _Weight:
             given = (None, None, near.tensor_scale)
             uses.append(("given tensor scale", (x, *given, str(fmt), DEFAULT_MODE, "nearest", 0)))
         for told, arguments in uses:
-            yield Case(f"x {_shown(x)}, {told}", arguments, _bits(*_quantize(*arguments)))
+            yield Case(f"x {_shown(x)}, {told}", arguments, _bits(*_run["quantize"](*arguments)))
         arguments = (_extremes(x), *none, str(fmt), DEFAULT_MODE, "nearest", 0)
         # A block that is not finite may have any codes.
         yield Case(
             f"x {_shown(x)}, zeros, an infinity, a NaN",
             arguments,
-            _bits(*self._decoded(_quantize(*arguments))),
+            _bits(*self._decoded(_run["quantize"](*arguments))),
             read=self._decoded,
         )
+
+    def quantize_blocked(self) -> Iterator[Case]:
+        x = sample(self.shape, dtype=self.dtype)
+        for rest in (("nearest", 0), ("stochastic", 7)):
+            arguments = (x, None, str(self.format), DEFAULT_MODE, *rest)
+            yield Case(f"x {_shown(x)}, {rest[0]}", arguments, _bits(*_run["quantize_blocked"](*arguments)))
+
+    def quantize_both(self) -> Iterator[Case]:
+        x, fmt = sample(self.shape, dtype=self.dtype), self.format
+        tensor_scale = choose_scale(x / 2, fmt).tensor_scale
+        for other in (fmt, INT8_ROW):
+            if not _fits(other, tuple(x.mT.shape)):
+                continue
+            for rest in (("nearest", 0), ("nearest", 0, True), ("stochastic", 7)):
+                arguments = (x, None, str(fmt), str(other), DEFAULT_MODE, *rest)
+                told = f"x {_shown(x)}, x.mT in {other}, {rest[0]}{', scales in tiles' * (len(rest) > 2)}"
+                yield Case(told, arguments, _bits(*_run["quantize_both"](*arguments)))
+            if tensor_scale is not None:
+                arguments = (x, tensor_scale, str(fmt), str(other), DEFAULT_MODE, "nearest", 0)
+                told = f"x {_shown(x)}, x.mT in {other}, given tensor scale"
+                yield Case(told, arguments, _bits(*_run["quantize_both"](*arguments)))
 
     def _decoded(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Values and scales of what quantize gave."""

@@ -234,11 +234,10 @@ def _check(kernel: Kernel, call: Call, case: Case) -> None:
 
 def _outputs(result: Any, call: Call, given: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the kernel returned, as the operator's schema promises it: tensors of their own, without gaps."""
-    found: Sequence[Any] = result if call.op == "quantize" else [result]
+    several = call.op.startswith("quantize")
+    found: Sequence[Any] = result if several else [result]
     if not isinstance(found, (list, tuple)) or not all(isinstance(part, Tensor) for part in found):
-        raise _FaultError(
-            f"returns {type(result).__name__}; needed is {'tensors' if call.op == 'quantize' else 'a tensor'}"
-        )
+        raise _FaultError(f"returns {type(result).__name__}; needed is {'tensors' if several else 'a tensor'}")
     memory = {tensor.untyped_storage().data_ptr() for tensor in given if tensor.numel()}
     for part in found:
         if part.device.type != call.device or not part.is_contiguous():

@@ -7,6 +7,7 @@ bits, because inductor's C++ lacks their dtypes, some in torch 2.11 and some sti
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -33,7 +34,13 @@ def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dic
         named = [*zip(argument_names(op), args, strict=False), *kwargs.items()]
         given = {name: _as_traced(name, value) for name, value in named}
         results = kernel(f"reference.{op.name().removeprefix('lowbit::')}").run(*given.values())
-        return results if isinstance(results, Tensor) else _stored(results, Format.parse(args[4]))
+        if isinstance(results, Tensor):
+            return results
+        parts, stored = iter(results), []
+        for fmt in (Format.parse(value) for name, value in named if name.endswith("format")):
+            count = 2 + (fmt.zero is not None) + fmt.tensor_scale
+            stored += _stored(list(islice(parts, count)), fmt)
+        return stored
 
 
 def argument_names(op: Any) -> list[str]:

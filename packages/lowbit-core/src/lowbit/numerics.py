@@ -100,16 +100,33 @@ def scale_for_amax(
     Raises:
         FormatError: the mode is unknown.
     """
-    _check_choice("scale mode", mode, ScaleMode)
+    check_choice("scale mode", mode, ScaleMode)
     if fmt.scale.powers_of_two:
         return Scales(_power_of_two_scale(amax, fmt, mode))
-    largest = (2**fmt.element.bits - 1) / 2 if fmt.element.kind == "int" and fmt.element.signed else fmt.element.max
-    scale = _divide(amax, largest)
+    scale = _divide(amax, amax_divisor(fmt.element))
     if fmt.tensor_scale:
         if tensor_scale is None:
             tensor_scale = tensor_scale_for_amax(_largest_finite(amax), fmt)
         scale = scale / tensor_scale
     return Scales(_store_scale(scale, fmt.scale), None, tensor_scale)
+
+
+def amax_divisor(element: Element) -> float:
+    """What the amax of a block is divided by to give a symmetric scale that is no power of two."""
+    return (2**element.bits - 1) / 2 if element.kind == "int" and element.signed else element.max
+
+
+def mantissa_bound(element: Element, mode: ScaleMode) -> int:
+    """The 23-bit mantissa of amax beyond which an e8m0 scale is one larger than the exponents of amax and max say."""
+    full = 1 << 23
+    mantissa_bits = element.mantissa if element.kind == "float" else element.bits - 1 - element.signed
+    bounds: dict[ScaleMode, int] = {
+        "floor": full,
+        "ceil": 0,
+        "even": full - (full >> (mantissa_bits + 1)) - 1,
+        "rceil": exponent_and_mantissa(element.max)[1],
+    }
+    return bounds[mode]
 
 
 def tensor_scale_for_amax(amax: Tensor, fmt: Format) -> Tensor:
@@ -202,6 +219,17 @@ def check_scales(scales: Scales, fmt: Format, shape: tuple[int, ...]) -> None:
             raise FormatError(msg)
 
 
+def check_choice(name: str, given: str, choices: object) -> None:
+    """Refuse a scale mode or a rounding that is none.
+
+    Raises:
+        FormatError: it is not one of `choices`.
+    """
+    if given not in get_args(choices):
+        msg = f"{name} {given!r} is unknown; use one of {', '.join(get_args(choices))}"
+        raise FormatError(msg)
+
+
 def data_shape(shape: tuple[int, ...], fmt: Format) -> tuple[int, ...]:
     """Shape of the packed data of a canonical `shape`."""
     return (*shape[:-1], packed_bytes(shape[-1], fmt.element.bits)) if fmt.element.packed else shape
@@ -215,7 +243,7 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 def _extent(x: Tensor, fmt: Format, mode: ScaleMode, tensor_scale: Tensor | None) -> tuple[Tensor, ...]:
     """Of each block, float32: the largest magnitude; for zero points, the smallest and the largest value."""
     _check_float(x)
-    _check_choice("scale mode", mode, ScaleMode)
+    check_choice("scale mode", mode, ScaleMode)
     if tensor_scale is not None and not fmt.tensor_scale:
         msg = f"{fmt} has no tensor scale, and one was given; leave it out, or use a format that ends in ':tensor'"
         raise FormatError(msg)
@@ -273,14 +301,8 @@ def _check_float(x: Tensor) -> None:
         raise FormatError(msg)
 
 
-def _check_choice(name: str, given: str, choices: object) -> None:
-    if given not in get_args(choices):
-        msg = f"{name} {given!r} is unknown; use one of {', '.join(get_args(choices))}"
-        raise FormatError(msg)
-
-
 def _draw(x: Tensor, rounding: Rounding, seed: int, offset: int) -> Tensor | None:
-    _check_choice("rounding", rounding, Rounding)
+    check_choice("rounding", rounding, Rounding)
     if rounding == "nearest":
         return None
     return uniform(x.numel(), seed, offset=offset, device=x.device).view(x.shape)
@@ -288,18 +310,9 @@ def _draw(x: Tensor, rounding: Rounding, seed: int, offset: int) -> Tensor | Non
 
 def _power_of_two_scale(amax: Tensor, fmt: Format, mode: ScaleMode) -> Tensor:
     """E8m0 scales: the exponent of amax over the element's, plus one where amax's mantissa passes the mode's bound."""
-    element = fmt.element
-    top, top_mantissa = exponent_and_mantissa(element.max)
-    full = 1 << 23
-    mantissa_bits = element.mantissa if element.kind == "float" else element.bits - 1 - element.signed
-    thresholds: dict[ScaleMode, int] = {
-        "floor": full,
-        "ceil": 0,
-        "even": full - (full >> (mantissa_bits + 1)) - 1,
-        "rceil": top_mantissa,
-    }
+    top, _ = exponent_and_mantissa(fmt.element.max)
     exponent, mantissa = _split_float(amax)
-    exponent = exponent - top + (mantissa > thresholds[mode]).to(torch.int32)
+    exponent = exponent - top + (mantissa > mantissa_bound(fmt.element, mode)).to(torch.int32)
     code = torch.where(torch.isfinite(amax), (exponent + fmt.scale.bias).clamp(0, 254), 255)
     return fmt.scale.store(code.to(torch.uint8))
 

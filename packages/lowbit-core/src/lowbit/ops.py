@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
 from lowbit.backends import kernel_for, without_autocast
+from lowbit.blocked import blocked_shape
 from lowbit.decompose import argument_names, decompose
 from lowbit.element import E8M0
 from lowbit.experts import by_expert
@@ -36,6 +37,13 @@ _SCHEMAS = {
     "quantize": (
         "(Tensor x, Tensor? scale, Tensor? zero, Tensor? tensor_scale, "
         "str format, str mode, str rounding, int seed) -> Tensor[]"
+    ),
+    # -> data, scale in tiles[, zero][, tensor_scale]
+    "quantize_blocked": "(Tensor x, Tensor? tensor_scale, str format, str mode, str rounding, int seed) -> Tensor[]",
+    # -> the parts of x, then those of x.mT
+    "quantize_both": (
+        "(Tensor x, Tensor? tensor_scale, str format, str other_format, str mode, str rounding, int seed, "
+        "bool blocked=False) -> Tensor[]"
     ),
     "dequantize": f"({_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
     # x (.., K), weight (N, K) -> (.., N)
@@ -82,6 +90,8 @@ def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch
     first = args[0]
     if op == "quantize":
         return args[4], "", first.device, first.dtype, None, first.shape[-1]
+    if op in {"quantize_blocked", "quantize_both"}:
+        return args[2], "", first.device, first.dtype, None, first.shape[-1]
     if op == "dequantize":
         return args[4], "", first.device, args[-1], None, args[-2]
     if op == "embedding":
@@ -126,6 +136,28 @@ def _quantize_fake(
     if parsed.tensor_scale:
         whole = (*shape[:-2], *(1,) * min(len(shape), 2))
         parts.append(x.new_empty(whole if tensor_scale is None else tensor_scale.shape, dtype=torch.float32))
+    return parts
+
+
+def _quantize_blocked_fake(x: Tensor, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int) -> list[Tensor]:
+    data, scale, *rest = _quantize_fake(x, None, None, tensor_scale, fmt, mode, rounding, seed)
+    return [data, scale.new_empty(blocked_shape(tuple(scale.shape))), *rest]
+
+
+def _quantize_both_fake(
+    x: Tensor,
+    tensor_scale: Any,
+    fmt: str,
+    other_format: str,
+    mode: str,
+    rounding: str,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    parts: list[Tensor] = []
+    for view, spec in ((x, fmt), (x.mT, other_format)):
+        data, scale, *rest = _quantize_fake(view, None, None, tensor_scale, spec, mode, rounding, seed)
+        parts += [data, scale.new_empty(blocked_shape(tuple(scale.shape))) if blocked else scale, *rest]
     return parts
 
 
@@ -191,6 +223,8 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize_fake,
+    "quantize_blocked": _quantize_blocked_fake,
+    "quantize_both": _quantize_both_fake,
     "dequantize": _dequantize_fake,
     "linear": _linear_fake,
     "scaled_mm": _scaled_mm_fake,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.activation import Activation
 from lowbit.backends import Call, Description, Kernel
+from lowbit.blocked import to_blocked
 from lowbit.element import Element
 from lowbit.errors import FormatError
 from lowbit.experts import by_expert
@@ -126,12 +127,42 @@ def _quantize(
         scales = choose_scale(x, parsed, mode=mode, tensor_scale=tensor_scale)
     else:
         scales = Scales(scale, zero, tensor_scale)
-    data = encode(x, parsed, scales, rounding=rounding, seed=seed)
-    parts = [data]
+    parts = [encode(x, parsed, scales, rounding=rounding, seed=seed)]
     for given, part in ((scale, scales.scale), (zero, scales.zero), (tensor_scale, scales.tensor_scale)):
         if part is not None:
             # An op must not return its own input.
             parts.append(part.clone() if part is given else part)
+    # Elementwise operators keep the strides of a transposed input.
+    return [part.contiguous() for part in parts]
+
+
+def _quantize_blocked(
+    x: Tensor, tensor_scale: Any, fmt: str | Format, mode: Any, rounding: Any, seed: int
+) -> list[Tensor]:
+    data, scale, *rest = _quantize(x, None, None, tensor_scale, fmt, mode, rounding, seed)
+    return [data, to_blocked(scale), *rest]
+
+
+def _quantize_both(
+    x: Tensor,
+    tensor_scale: Any,
+    fmt: str | Format,
+    other_format: str | Format,
+    mode: Any,
+    rounding: Any,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    if x.dim() < 2:
+        msg = f"x of shape {tuple(x.shape)} has one direction; quantize_both needs two or more dimensions"
+        raise FormatError(msg)
+    parts: list[Tensor] = []
+    for view, spec in ((x, fmt), (x.mT, other_format)):
+        given = tensor_scale if _format(spec).tensor_scale else None
+        if blocked:
+            parts += _quantize_blocked(view, given, spec, mode, rounding, seed)
+        else:
+            parts += _quantize(view, None, None, given, spec, mode, rounding, seed)
     return parts
 
 
@@ -315,6 +346,8 @@ class Reference:
             "scaled_mm": _scaled_mm,
             "grouped_mm": _grouped_mm,
             "embedding": _embedding,
+            "quantize_blocked": _quantize_blocked,
+            "quantize_both": _quantize_both,
         }
         return (
             *(Kernel(f"reference.{op}", op, "any", 0, run, _refuses_nothing) for op, run in runs.items()),

@@ -1,0 +1,504 @@
+"""The operators `quantize`, `quantize_blocked` and `quantize_both`: scales, codes and packing from one read.
+
+A tile of values is read along whichever dim is contiguous in memory, and all else follows while it is in registers. A
+scale of a matrix or of a row longer than a tile, and a tensor scale that is not given, take one more read before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.blocked import blocked_shape
+from lowbit.errors import FormatError
+from lowbit.format import WHOLE, Format
+from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_scales, data_shape
+from lowbit_kernels_cuda.scaling import (
+    Spec,
+    divide,
+    divisor_of,
+    encode,
+    from_ordered,
+    magnitude,
+    merge,
+    ordered,
+    raw,
+    scale_of_amax,
+    scale_of_range,
+    scale_value,
+    spec,
+    tensor_scale_of_amax,
+    to_float32,
+    uniform,
+)
+
+# Values of a whole row that one program holds.
+_LONGEST = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What a kernel is compiled for besides its tile: a format, and where its scales come from and go to."""
+
+    spec: Spec
+    # Columns and rows of a block; WHOLE: all.
+    group: int
+    height: int
+    # "tile": of the values in it; "extent": of `_measure`; "given".
+    source: str
+    # "": none; "matrix" or "rows": given; "amax": of `_measure`.
+    tensor: str
+    # Whether scales lie in tiles of 128x4, see `lowbit.blocked`.
+    blocked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Rows and columns of values that a program takes, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
+    """The tile for matrices of canonical `rows` x `columns`; `across`: rows lie side by side in memory, not columns.
+
+    These numbers were chosen by measurement.
+    """
+    if way.height not in {1, WHOLE}:
+        return _Tile(way.height, way.group, 8)
+    if way.source == "tile" and way.group == WHOLE:
+        length = max(triton.next_power_of_2(columns), 16)
+        return _Tile(_at_most(4096 // length, rows), length, 4 if length <= 4096 else 8)
+    if across:
+        length = max(64, way.group)
+        return _Tile(_at_most(128, rows), length, 8 if length > 64 else 4)
+    length = max(_at_most(128, columns), way.group, 16)
+    return _Tile(_at_most(4096 // length, rows), length, 4)
+
+
+def _at_most(length: int, needed: int) -> int:
+    """A power of two, `length` or what covers the `needed`."""
+    return max(min(length, triton.next_power_of_2(needed)), 1)
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    mode: ScaleMode,
+    rounding: Rounding,
+    seed: int,
+) -> list[Tensor]:
+    """The operator `quantize`.
+
+    Raises:
+        FormatError: as the operator.
+    """
+    given = None if scale is None else (scale, zero)
+    out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, given=given)
+    return _run(x, out, None, rounding, seed)
+
+
+def quantize_blocked(
+    x: Tensor, tensor_scale: Tensor | None, fmt: str, mode: ScaleMode, rounding: Rounding, seed: int
+) -> list[Tensor]:
+    """The operator `quantize_blocked`.
+
+    Raises:
+        FormatError: as the operator.
+    """
+    out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, blocked=True)
+    return _run(x, out, None, rounding, seed)
+
+
+def quantize_both(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    other_format: str,
+    mode: ScaleMode,
+    rounding: Rounding,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    """The operator `quantize_both`; in one read where both formats have blocks `in_one_row`, otherwise one by one.
+
+    Raises:
+        FormatError: as the operator.
+    """
+    formats = Format.parse(fmt), Format.parse(other_format)
+    if x.dim() < 2:
+        msg = f"x of shape {tuple(x.shape)} has one direction; quantize_both needs two or more dimensions"
+        raise FormatError(msg)
+    given = [tensor_scale if each.tensor_scale else None for each in formats]
+    if all(in_one_row(each) for each in formats):
+        views = zip((x, x.mT), formats, given, strict=True)
+        return _run(x, *(_Out(*each, mode, rounding, blocked=blocked) for each in views), rounding, seed)
+    parts: list[Tensor] = []
+    for view, each, whole in zip((x, x.mT), formats, given, strict=True):
+        if blocked:
+            parts += torch.ops.lowbit.quantize_blocked(view, whole, str(each), mode, rounding, seed)
+        else:
+            parts += torch.ops.lowbit.quantize(view, None, None, whole, str(each), mode, rounding, seed)
+    return parts
+
+
+def in_one_row(fmt: Format) -> bool:
+    """Whether blocks are parts of a row that tiles hold whole."""
+    height, group = fmt.block_for(2)
+    return len(fmt.block) == 2 and height == 1 and group in {16, 32, 64, 128, 256}  # noqa: PLR2004
+
+
+class _Out:
+    """New tensors that a kernel writes for one format, and what it reads besides the values."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        fmt: Format,
+        tensor_scale: Tensor | None,
+        mode: ScaleMode,
+        rounding: Rounding,
+        *,
+        given: tuple[Tensor, Tensor | None] | None = None,
+        blocked: bool = False,
+    ) -> None:
+        check_choice("rounding", rounding, Rounding)
+        check_choice("scale mode", mode, ScaleMode)
+        shape = tuple(x.shape)
+        natural = fmt.scale_shape(shape)
+        matrix = (*shape[:-2], *(1,) * min(len(shape), 2))
+        scale, zero = given or (
+            x.new_empty(natural, dtype=fmt.scale.storage),
+            None if fmt.zero is None else x.new_empty(natural, dtype=fmt.zero.code_dtype),
+        )
+        chooses = fmt.tensor_scale and tensor_scale is None and given is None
+        self.tensor_scale = torch.ones(matrix, device=x.device) if chooses else tensor_scale
+        check_scales(Scales(scale, zero, self.tensor_scale), fmt, shape)
+        if not chooses and tensor_scale is not None:
+            # An operator must not return its own input.
+            self.tensor_scale = tensor_scale.clone()
+        if given is not None:
+            scale, zero = (
+                None if part is None else part.clone(memory_format=torch.contiguous_format) for part in given
+            )
+        elif blocked:
+            scale = x.new_empty(blocked_shape(natural), dtype=fmt.scale.storage)
+            raw(scale).zero_()
+        self.data = x.new_empty(data_shape(shape, fmt), dtype=fmt.element.storage)
+        self.scale, self.zero = scale, zero
+        height, group = fmt.block_for(max(len(shape), 2))[-2:]
+        source = "tile"
+        if given is not None:
+            source = "given"
+        elif group == WHOLE and (height == WHOLE or shape[-1] > _LONGEST or x.stride(-1) != 1):
+            source = "extent"
+        tensor = ""
+        if self.tensor_scale is not None:
+            tensor = (
+                "amax"
+                if chooses
+                else "rows"
+                if self.tensor_scale.dim() > 1 and self.tensor_scale.shape[-2] > 1
+                else "matrix"
+            )
+        self.way = _Way(spec(fmt, mode, x.device if x.is_cuda else None), group, height, source, tensor, blocked)
+
+    def parts(self) -> list[Tensor]:
+        found = (self.data, self.scale, self.zero, self.tensor_scale)
+        return [part for part in found if part is not None]
+
+    def pointers(self, x: Tensor) -> tuple[Any, ...]:
+        """What `_write` takes in its `out`, given x as (batch, rows, columns)."""
+        high = low = None
+        if self.way.tensor == "amax":
+            high = x.new_zeros(x.shape[0], dtype=torch.int32)
+        elif self.way.source == "extent":
+            count = x.shape[0] if self.way.height == WHOLE else x.shape[0] * x.shape[1]
+            high = x.new_zeros(count, dtype=torch.int32)
+            low = x.new_zeros(count, dtype=torch.int32) if self.way.spec.zero else None
+        whole, strides = self.tensor_scale, (0, 0)
+        if whole is not None:
+            lead = (*self.data.shape[:-2], *whole.shape[-2:-1]) if whole.dim() > 1 else (1,)
+            whole = whole.reshape(whole.shape[:-1]).expand(lead).reshape(x.shape[0], -1)
+            strides = whole.stride()
+        parts = (self.data, self.scale, self.zero)
+        return (*(None if part is None else raw(part) for part in parts), whole, *strides, high, low)
+
+
+def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int) -> list[Tensor]:
+    """Fill what `out` holds from x, and what `other` holds from `x.mT`; their parts."""
+    outs = [each for each in (out, other) if each is not None]
+    parts = [part for each in outs for part in each.parts()]
+    if x.numel() == 0:
+        return parts
+    # A view wherever strides allow.
+    x = x.reshape(prod(x.shape[:-2]), *x.shape[-2:]) if x.dim() > 1 else x.reshape(1, 1, -1)
+    batch, rows, columns = x.shape
+    way, pointers, per = out.way, out.pointers(x), 1
+    flat = other is None and way.height == 1 and way.group != WHOLE and x.stride()[1:] == (columns, 1)
+    if flat:
+        # Blocks are rows then, without a gap.
+        per = columns // way.group
+        rows, columns = rows * per, way.group
+        x = x.view(batch, rows, columns)
+    across = x.stride(2) != 1 and x.stride(1) == 1
+    stochastic = rounding == "stochastic"
+    if other is None:
+        tile = _tile(rows, columns, way, across=across)
+        second, other_way = None, None
+    else:
+        tile = _Tile(max(64, other.way.group), max(64, way.group), 8)
+        second, other_way = other.pointers(x), other.way
+    grid = (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    geometry: tuple[Any, ...] = (rows, columns, *x.stride(), per)
+    fixed: dict[str, Any] = {
+        "WAY": way,
+        "OTHER": other_way,
+        "FLAT": flat,
+        "ACROSS": across,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "num_warps": tile.warps,
+        "enable_fp_fusion": False,
+    }
+    if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
+        _measure[grid](raw(x), pointers, second, *geometry, **fixed)
+    aligned = (columns % 4 == 0) and (other is None or rows % 4 == 0)
+    _cast[grid](raw(x), pointers, second, *geometry, seed, STOCHASTIC=stochastic, ALIGNED=aligned, **fixed)
+    return parts
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _cast(
+    x,
+    out,
+    other,
+    rows,
+    columns,
+    x_batch,
+    x_row,
+    x_column,
+    per,
+    seed,
+    WAY: tl.constexpr,
+    OTHER: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACROSS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS)
+    v = _read(x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS, COLUMNS)
+    _write(v, out, batch, row, column, rows, columns, per, seed, WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS)
+    if OTHER is not None:
+        v = tl.trans(v)
+        _write(v, other, batch, column, row, columns, rows, per, seed, OTHER, FLAT, STOCHASTIC, ALIGNED, COLUMNS, ROWS)
+
+
+@triton.jit
+def _measure(
+    x,
+    out,
+    other,
+    rows,
+    columns,
+    x_batch,
+    x_row,
+    x_column,
+    per,
+    WAY: tl.constexpr,
+    OTHER: tl.constexpr,
+    FLAT: tl.constexpr,
+    ACROSS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Fill in what scales are chosen from that are no tile's own."""
+    batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS)
+    v = _read(x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS, COLUMNS)
+    _extend(v, out, batch, row, rows, WAY, ROWS, COLUMNS)
+    if OTHER is not None:
+        _extend(tl.trans(v), other, batch, column, columns, OTHER, COLUMNS, ROWS)
+
+
+@triton.jit
+def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr):
+    """Batch, first row and first column of this program's tile; neighbours in memory run one after the other."""
+    across, along = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    tile = tl.program_id(0)
+    batch = (tile // (across * along)).to(tl.int64)
+    tile = tile % (across * along)
+    if ACROSS:
+        return batch, tile % across * ROWS, tile // across * COLUMNS
+    return batch, tile // along * ROWS, tile % along * COLUMNS
+
+
+@triton.jit
+def _read(x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Float32 tile, zero beyond the matrix."""
+    r = row + tl.arange(0, ROWS)[:, None]
+    c = column + tl.arange(0, COLUMNS)[None, :]
+    at = x + batch * x_batch + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column
+    return to_float32(tl.load(at, (r < rows) & (c < columns), 0))
+
+
+@triton.jit
+def _extend(v, out, batch, row, rows, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    high, low = out[6], out[7]
+    if WAY.tensor == "amax":
+        blocks, _ = _extent(v, WAY, ROWS, COLUMNS)
+        # A block that is not finite is NaN by its own scale, and leaves the others theirs.
+        tl.atomic_max(high + batch, tl.max(tl.where(blocks < 0x7F800000, blocks, 0)), sem="relaxed")
+    if WAY.source == "extent":
+        most, least = _extent(v, WAY, ROWS, COLUMNS)
+        if WAY.height == 0:
+            at, there = batch + tl.zeros_like(most), most == most
+        else:
+            r = row + tl.arange(0, ROWS)[:, None]
+            at, there = batch * rows + r, r < rows
+        tl.atomic_max(high + at, most, there, sem="relaxed")
+        if WAY.spec.zero:
+            tl.atomic_min(low + at, least, there, sem="relaxed")
+
+
+@triton.jit
+def _extent(v, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of the blocks of a tile, (rows of blocks, columns of blocks): the largest `magnitude`, and a dummy.
+
+    With zero points, the largest and the smallest `ordered`.
+    """
+    BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
+    if WAY.spec.zero:
+        numbers = ordered(v)
+    else:
+        numbers = magnitude(v)
+    numbers = tl.reshape(numbers, (ROWS, BLOCKS, COLUMNS // BLOCKS))
+    high = tl.max(numbers, 2)
+    low = tl.min(numbers, 2) if WAY.spec.zero else high
+    if WAY.height != 1:
+        high = tl.max(high, 0, keep_dims=True)
+        low = tl.min(low, 0, keep_dims=True)
+    return high, low
+
+
+@triton.jit
+def _write(
+    v,
+    out,
+    batch,
+    row,
+    column,
+    rows,
+    columns,
+    per,
+    seed,
+    WAY: tl.constexpr,
+    FLAT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes and scales of the float32 canonical tile that starts at (row, column)."""
+    SPEC: tl.constexpr = WAY.spec
+    BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
+    LENGTH: tl.constexpr = COLUMNS // BLOCKS
+    # Rows of scales in the tile.
+    TALL: tl.constexpr = ROWS if WAY.height == 1 else 1
+    data, scales, zeros = out[0], out[1], out[2]
+    tensor_scales, tensor_batch, tensor_row, high, low = out[3], out[4], out[5], out[6], out[7]
+
+    # Where the scales of the tile stand: canonical rows and columns of blocks, and those of them that there are.
+    if WAY.height == 0:
+        r, scale_rows = tl.zeros([1, 1], tl.int32), 1
+    else:
+        r = row // WAY.height + tl.arange(0, TALL)[:, None]
+        scale_rows = tl.cdiv(rows, WAY.height)
+    if WAY.group == 0:
+        c, scale_columns = tl.zeros([1, 1], tl.int32), 1
+    else:
+        c = column // WAY.group + tl.arange(0, BLOCKS)[None, :]
+        scale_columns = tl.cdiv(columns, WAY.group)
+    there = (r < scale_rows) & (c < scale_columns)
+    at = (batch * scale_rows + r) * scale_columns + c
+    # Of the tiles that share a scale, the first writes it.
+    first = there
+    if WAY.group == 0:
+        first = first & (column + tl.zeros([1, 1], tl.int32) == 0)
+    if WAY.height == 0:
+        first = first & (row + tl.zeros([1, 1], tl.int32) == 0)
+    if FLAT:
+        r, c, scale_rows, scale_columns = r // per, r % per, scale_rows // per, per
+
+    tensor_scale = 1.0
+    if WAY.tensor == "amax":
+        tensor_scale = tensor_scale_of_amax(tl.load(high + batch), SPEC)
+        tl.store(tensor_scales + batch, tensor_scale, (row == 0) & (column == 0))
+    if WAY.tensor == "matrix":
+        tensor_scale = tl.load(tensor_scales + batch * tensor_batch)
+    if WAY.tensor == "rows":
+        tensor_scale = tl.load(tensor_scales + batch * tensor_batch + r.to(tl.int64) * tensor_row, r < scale_rows, 1.0)
+
+    zero = 0.0
+    if WAY.source == "given":
+        scale = scale_value(tl.load(scales + at, there, 0), tensor_scale, SPEC)
+        if SPEC.zero:
+            zero = tl.load(zeros + at, there, 0).to(tl.int32)
+            if SPEC.signed_zero:
+                zero = (zero << 24) >> 24
+            zero = zero.to(tl.float32)
+    else:
+        if WAY.source == "extent":
+            most = tl.load(high + at, there, 0)
+            least = tl.load(low + at, there, 0) if SPEC.zero else most
+        else:
+            most, least = _extent(v, WAY, ROWS, COLUMNS)
+        if SPEC.zero:
+            stored, scale, zero = scale_of_range(from_ordered(least), from_ordered(most), SPEC)
+            tl.store(zeros + at, zero.to(tl.int32).to(tl.uint8), first)
+        else:
+            stored, scale = scale_of_amax(most.to(tl.float32, bitcast=True), tensor_scale, SPEC)
+        if WAY.blocked:
+            at = ((batch * tl.cdiv(scale_rows, 128) + r // 128) * tl.cdiv(scale_columns, 4) + c // 4) * 512
+            at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
+        tl.store(scales + at, stored, first)
+
+    scale = tl.broadcast_to(divisor_of(scale, SPEC), (ROWS, BLOCKS))[:, :, None]
+    if SPEC.zero:
+        zero = tl.broadcast_to(zero, (ROWS, BLOCKS))[:, :, None]
+    starts = (batch * rows + row + tl.arange(0, ROWS)[:, None]) * columns + column
+    noise = v
+    if STOCHASTIC:
+        noise = uniform(seed, starts, ROWS, COLUMNS, ALIGNED)
+    tile = divide(tl.reshape(v, (ROWS, BLOCKS, LENGTH)), scale, SPEC)
+    codes = encode(tile, zero, tl.reshape(noise, (ROWS, BLOCKS, LENGTH)), SPEC, STOCHASTIC)
+    codes = tl.reshape(codes, (ROWS, COLUMNS))
+
+    inside = row + tl.arange(0, ROWS)[:, None] < rows
+    c = column + tl.arange(0, COLUMNS)[None, :]
+    if SPEC.run == 1:
+        tl.store(data + starts + tl.arange(0, COLUMNS)[None, :], codes, inside & (c < columns))
+    else:
+        if SPEC.zero and WAY.group == 0:
+            codes = tl.where(c < columns, codes, 0)
+        word = merge(codes, SPEC, ROWS, COLUMNS)
+        # Runs that end on a byte, and how many a row has.
+        run = column // SPEC.run + tl.arange(0, COLUMNS // SPEC.run)[None, :]
+        runs = tl.cdiv(columns, SPEC.run)
+        r = batch * rows + row + tl.arange(0, ROWS)[:, None]
+        at = data + (r * runs + run) * SPEC.run_bytes
+        for i in tl.static_range(SPEC.run_bytes):
+            tl.store(at + i, (word >> (8 * i)).to(tl.uint8), inside & (run < runs))

@@ -1,0 +1,133 @@
+"""The operator `dequantize`: codes are unpacked, decoded and multiplied by their scales in registers."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lowbit.errors import FormatError
+from lowbit.format import WHOLE, Format
+from lowbit.numerics import Scales, check_scales, data_shape
+from lowbit_kernels_cuda.scaling import decode, from_float32, raw, scale_value, spec, split_apart
+
+
+def dequantize(
+    qdata: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The operator `dequantize`; parts with gaps are first copied.
+
+    Raises:
+        FormatError: as the operator.
+    """
+    parsed = Format.parse(fmt)
+    shape = (*qdata.shape[:-1], k)
+    stored = data_shape(shape, parsed)
+    if qdata.dtype != parsed.element.storage or tuple(qdata.shape) != stored:
+        msg = (
+            f"data is {qdata.dtype} of shape {tuple(qdata.shape)}; for k={k} in {parsed} needed is "
+            f"{parsed.element.storage} of shape {stored}"
+        )
+        raise FormatError(msg)
+    check_scales(Scales(scale, zero, tensor_scale), parsed, shape)
+    values = torch.empty(shape, dtype=dtype, device=qdata.device)
+    if not values.numel():
+        return values
+    batch, rows, columns = prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, k
+    height, group = parsed.block_for(max(len(shape), 2))[-2:]
+    if tensor_scale is not None:
+        tensor_scale = tensor_scale.expand(scale.shape[:-1] + (1,)).contiguous()
+    # Blocks of one row are rows then: nothing lies between them.
+    per = 1
+    if height == 1 and group != WHOLE:
+        per = columns // group
+        batch, rows, columns = 1, batch * rows * per, group
+    length = group if group != WHOLE else min(max(triton.next_power_of_2(columns), 16), 1024)
+    tall = max(min(4096 // length, triton.next_power_of_2(rows)), 1)
+    parts: tuple[Any, ...] = tuple(
+        None if part is None else raw(part.contiguous()) for part in (qdata, scale, zero, tensor_scale, values)
+    )
+    _dequantize[(batch * triton.cdiv(rows, tall) * triton.cdiv(columns, length),)](
+        *(*parts, rows, columns, per),
+        SPEC=spec(parsed, device=qdata.device if qdata.is_cuda else None),
+        GROUP=group,
+        HEIGHT=height,
+        ROWS=tall,
+        COLUMNS=length,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return values
+
+
+@triton.jit
+def _dequantize(
+    data,
+    scales,
+    zeros,
+    tensor_scales,
+    values,
+    rows,
+    columns,
+    per,
+    SPEC: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    along = tl.cdiv(columns, COLUMNS)
+    tiles = tl.cdiv(rows, ROWS) * along
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    row, column = tile // along * ROWS + tl.arange(0, ROWS)[:, None], tile % along * COLUMNS
+    c = column + tl.arange(0, COLUMNS)[None, :]
+    inside = row < rows
+
+    # The row of each row's scale, and its scale in it.
+    if HEIGHT == 0:
+        scale_row = batch + tl.zeros_like(row)
+    else:
+        scale_row = batch * tl.cdiv(rows, HEIGHT) + row // HEIGHT
+    at = scale_row
+    if GROUP != 0:
+        at = scale_row * tl.cdiv(columns, GROUP) + column // GROUP
+    tensor_scale = 1.0
+    if SPEC.tensor:
+        tensor_scale = tl.load(tensor_scales + scale_row // per, inside, 1.0)
+    scale = scale_value(tl.load(scales + at, inside, 0), tensor_scale, SPEC)
+
+    ELEMENT: tl.constexpr = SPEC.element
+    row = batch * rows + row
+    if SPEC.run == 1:
+        codes = tl.load(data + row * columns + c, inside & (c < columns), 0)
+    else:
+        runs = tl.cdiv(columns, SPEC.run)
+        run = column // SPEC.run + tl.arange(0, COLUMNS // SPEC.run)[None, :]
+        first = data + (row * runs + run) * SPEC.run_bytes
+        word = tl.load(first, inside & (run < runs), 0)
+        if SPEC.run_bytes > 4:
+            word = word.to(tl.int64)
+        elif SPEC.run_bytes > 1:
+            word = word.to(tl.int32)
+        for i in tl.static_range(1, SPEC.run_bytes):
+            word |= tl.load(first + i, inside & (run < runs), 0).to(word.dtype) << (8 * i)
+        codes = split_apart(word, SPEC, ROWS, COLUMNS)
+    value = decode(codes, ELEMENT)
+    if SPEC.zero:
+        zero = tl.load(zeros + at, inside, 0).to(tl.int32)
+        if SPEC.signed_zero:
+            zero = (zero << 24) >> 24
+        value -= zero.to(tl.float32)
+    value = from_float32(value * scale, values.dtype.element_ty, SPEC)
+    tl.store(values + row * columns + c, value, inside & (c < columns))
