@@ -41,6 +41,7 @@ class Cuda:
         """Every kernel."""
         return (
             _row("round_columns", "algos.round_columns", 10, "columns:round_columns", _takes_all),
+            _row("round_group", "algos.round_group", 10, "columns:round_group", _shared_scales),
             _row("quantize", "quantize", 10, "casts:quantize", _refuses_cast),
             _row("quantize_blocked", "quantize_blocked", 10, "casts:quantize_blocked", _refuses_cast),
             _row("quantize_both", "quantize_both", 10, "casts:quantize_both", _refuses_cast),
@@ -60,6 +61,11 @@ def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call
 
 def _takes_all(call: Call) -> str | None:
     del call
+
+
+def _shared_scales(call: Call) -> str | None:
+    rows = call.format.block[-2]
+    return None if rows == 1 else f"needs scales of one row; this is {call.format}"
 
 
 def _refuses_cast(call: Call) -> str | None:

@@ -6,6 +6,7 @@ a time are in registers; what earlier ones erred by is added to them when their 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.element import Element
+from lowbit.format import Format
+from lowbit.numerics import ScaleMode, Scales
+from lowbit_kernels_cuda.scaling import raw, scale_of_amax, scale_of_range, spec
 
 _COLUMNS = 16
-# Warps that a GPU should have to choose from: with fewer, each takes fewer rows.
-_WARPS = 1024
+# Rows of a warp, or twice as many where there are so many warps that a GPU is busy all the same.
+_ROWS, _WARPS = 32, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """Columns under every candidate, by number: what was rounded and errors (C, g, N), and losses (C, N)."""
+
+    targets: Tensor
+    errors: Tensor
+    losses: Tensor
 
 
 def round_columns(
@@ -28,15 +41,66 @@ def round_columns(
     `w` and `x` (N, g), `m` (g, g), `d` (g,), `scales` and `zeros` (C, N), all float32 and in any strides; fastest where
     rows lie side by side.
     """
+    tried = _try(w, x, m, d, scales, zeros, element)
+    if len(scales) == 1:
+        return tried.targets[0].mT, tried.errors[0].mT, tried.losses
+    best = tried.losses.argmin(0).expand(1, *w.mT.shape)
+    return tried.targets.gather(0, best)[0].mT, tried.errors.gather(0, best)[0].mT, tried.losses
+
+
+def round_group(
+    w: Tensor,
+    x: Tensor,
+    m: Tensor,
+    d: Tensor,
+    free: Tensor,
+    shares: Tensor,
+    tensor_scale: Tensor | None,
+    fmt: Format,
+    mode: ScaleMode,
+    scales: Scales,
+    targets: Tensor,
+    errors: Tensor,
+) -> None:
+    """Choose scales of `shares` (C,) of what `free + w` (N, g) needs, and write all that comes of the best of them.
+
+    The rest is as for `round_columns`. `targets` and `errors` (N, g), and scales and zero points (N, 1), which may lie
+    in larger tensors, are written.
+    """
+    (n, g), count, chosen = w.shape, len(shares), spec(fmt, mode, w.device)
+    stored = torch.empty(count, n, dtype=raw(scales.scale).dtype, device=w.device)
+    values, zeros = w.new_empty(count, n), w.new_empty(count, n)
+    fit: Any = _fit[(triton.cdiv(n, _ROWS),)]
+    fit(
+        *(w, free, shares, tensor_scale, stored, values, zeros, n, g, count, *w.stride(), *free.stride()),
+        SPEC=chosen,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+    tried = _try(w, x, m, d, values, zeros, fmt.element)
+    zero = scales.zero
+    pick: Any = _pick[(triton.cdiv(n, _ROWS),)]
+    pick(
+        *(tried.losses, stored, zeros, tried.targets, tried.errors, raw(scales.scale), zero, targets, errors),
+        *(n, g, count, scales.scale.stride(0), 0 if zero is None else zero.stride(0)),
+        *(*targets.stride(), *errors.stride()),
+        ZERO=zero is not None,
+        ROWS=_ROWS,
+        COLUMNS=_COLUMNS,
+        num_warps=1,
+    )
+
+
+def _try(w: Tensor, x: Tensor, m: Tensor, d: Tensor, scales: Tensor, zeros: Tensor, element: Element) -> _Tried:
     (n, g), count = w.shape, len(scales)
     integer = element.kind == "int"
-    # Columns by rows, for every candidate.
-    targets, errors = w.new_empty(count, g, n), w.new_empty(count, g, n)
-    losses = torch.empty_like(scales)
-    rows = 64 if count * n >= 64 * _WARPS else 32
+    tried = _Tried(w.new_empty(count, g, n), w.new_empty(count, g, n), w.new_empty(count, n))
+    rows = 64 if count * n >= 64 * _WARPS else _ROWS
     run: Any = _round[triton.cdiv(n, rows), count]
     run(
-        *(w, x, m, d, scales.contiguous(), zeros.contiguous(), targets, errors, losses, n, g),
+        *(w, x, m, d, scales.contiguous(), zeros.contiguous(), tried.targets, tried.errors, tried.losses, n, g),
         *(*w.stride(), *x.stride(), *m.stride(), d.stride(0)),
         LOW=element.min,
         HIGH=element.max,
@@ -46,10 +110,7 @@ def round_columns(
         COLUMNS=_COLUMNS,
         num_warps=1,
     )
-    if count == 1:
-        return targets[0].mT, errors[0].mT, losses
-    best = losses.argmin(0).expand(1, g, n)
-    return targets.gather(0, best)[0].mT, errors.gather(0, best)[0].mT, losses
+    return tried
 
 
 @triton.jit
@@ -130,3 +191,96 @@ def _nearest(x, s, z, LOW: tl.constexpr, HIGH: tl.constexpr, MANTISSA: tl.conste
 @triton.jit
 def _round_to_even(x):
     return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _fit(
+    w,
+    free,
+    shares,
+    tensor_scale,
+    stored,
+    values,
+    zeros,
+    n,
+    g,
+    count,
+    w_row,
+    w_column,
+    free_row,
+    free_column,
+    SPEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = rows < n
+    low = tl.zeros([ROWS], tl.float32)
+    high = tl.zeros([ROWS], tl.float32)
+    for first in range(0, g, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)[:, None]
+        inside = there[None, :] & (columns < g)
+        tile = tl.load(w + rows[None, :] * w_row + columns * w_column, inside, 0.0)
+        tile += tl.load(free + rows[None, :] * free_row + columns * free_column, inside, 0.0)
+        low = tl.minimum(low, tl.min(tile, 0))
+        high = tl.maximum(high, tl.max(tile, 0))
+    whole = 1.0
+    if SPEC.tensor:
+        whole = tl.load(tensor_scale)
+    place = rows
+    for candidate in range(count):
+        share = tl.load(shares + candidate)
+        if SPEC.zero:
+            scale, value, zero = scale_of_range(low * share, high * share, SPEC)
+            tl.store(zeros + place, zero, there)
+        else:
+            scale, value = scale_of_amax(tl.maximum(-low, high) * share, whole, SPEC)
+            tl.store(zeros + place, tl.zeros([ROWS], tl.float32), there)
+        tl.store(stored + place, scale, there)
+        tl.store(values + place, value, there)
+        place += n
+
+
+@triton.jit
+def _pick(
+    losses,
+    stored,
+    zeros,
+    tried_targets,
+    tried_errors,
+    scale,
+    zero,
+    targets,
+    errors,
+    n,
+    g,
+    count,
+    scale_row,
+    zero_row,
+    targets_row,
+    targets_column,
+    errors_row,
+    errors_column,
+    ZERO: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    there = rows < n
+    best = tl.zeros([ROWS], tl.int64)
+    least = tl.load(losses + rows, there, 0.0)
+    for candidate in range(1, count):
+        loss = tl.load(losses + candidate * n + rows, there, 0.0)
+        best = tl.where(loss < least, candidate, best)
+        least = tl.minimum(loss, least)
+    tl.store(scale + rows * scale_row, tl.load(stored + best * n + rows, there), there)
+    if ZERO:
+        tl.store(zero + rows * zero_row, tl.load(zeros + best * n + rows, there).to(zero.dtype.element_ty), there)
+    for first in range(0, g, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)[:, None]
+        inside = there[None, :] & (columns < g)
+        place = (best * g * n + rows)[None, :] + columns * n
+        target = tl.load(tried_targets + place, inside)
+        error = tl.load(tried_errors + place, inside)
+        tl.store(targets + rows[None, :] * targets_row + columns * targets_column, target, inside)
+        tl.store(errors + rows[None, :] * errors_row + columns * errors_column, error, inside)

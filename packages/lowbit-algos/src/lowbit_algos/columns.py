@@ -50,7 +50,7 @@ def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Scales
     scales = _of_rows(total_scale(candidates), w, fmt)
     zeros = torch.zeros_like(scales) if candidates.zero is None else _of_rows(candidates.zero, w, fmt)
     if w.device.type != "cpu":
-        kernel = _kernel(fmt, w.device.type, w.shape[1])
+        kernel = kernel_for_columns("round_columns", fmt, w.device.type, w.shape[1])
         run = _round_in_torch if kernel is None else kernel.run
         return Rounded(*run(w, x, m, d, scales, zeros, fmt.element))
     w, element = w.contiguous(), fmt.element
@@ -64,10 +64,15 @@ def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Scales
 
 
 @cache
-def _kernel(fmt: Format, device: str, g: int) -> Kernel | None:
-    """A backend's kernel, which takes the arguments of `_round_in_torch`; None: no installed one takes such groups."""
+def kernel_for_columns(op: str, fmt: Format, device: str, g: int) -> Kernel | None:
+    """A backend's kernel of an op for groups of `g` columns; None: no installed one takes them.
+
+    - `round_columns` takes and returns what `_round_in_torch` does.
+    - `round_group` takes w, x, m, d as that one, what `x - w` comes to if no column is rounded, shares of what a scale
+      covers for the candidates, the tensor scale, format and mode; it writes the best one's scales, targets and errors.
+    """
     try:
-        return select(Call("algos.round_columns", fmt, None, device, torch.float32, k=g), bound=False).kernel
+        return select(Call(f"algos.{op}", fmt, None, device, torch.float32, k=g), bound=False).kernel
     except NoKernelError:
         return None
 

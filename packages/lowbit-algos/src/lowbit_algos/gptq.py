@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lowbit import Format, FormatError, QuantizedTensor, Scales, choose_scale
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, choose_scales, encode
-from lowbit_algos.columns import Rounded, round_columns, rows_a_scale
+from lowbit_algos.columns import kernel_for_columns, round_columns, rows_a_scale
 from lowbit_algos.factor import Factors, factors
 
 # Of a group's values, those that the candidates of a search fit; beyond, all saturates.
@@ -168,10 +168,10 @@ class _Solver:
     def _rows(self, w: Tensor, found: Factors, block: int, tensor_scale: Tensor | None) -> tuple[Tensor, Scales]:
         """Codes and scales of float32 rows (N, K)."""
         order, d, group = found.order, found.d, self.fmt.block_of(tuple(w.shape))[1]
-        scales = self._choose(w, tensor_scale)
+        grouped = group < w.shape[1]
+        scales = self._room(w, tensor_scale) if grouped else self._choose(w, tensor_scale)
         # On a GPU column by column in memory, so that rows lie side by side.
         w = w.mT.index_select(0, order).mT if w.is_cuda else w[:, order]
-        grouped = group < w.shape[1]
         if not grouped:
             scales = self._search_rows(w, found, scales, block)
         targets, errors = torch.empty_like(w), torch.empty_like(w)
@@ -185,15 +185,21 @@ class _Solver:
                 one, here, after = slice(a, b), slice(a - start, b - start), slice(b - start, None)
                 given = w[:, one], x[:, here], inside[here, here], d[one]
                 if grouped:
-                    chosen, rounded = self._group(*given, tensor_scale)
-                    scales.scale[:, at] = chosen.scale[:, 0]
-                    if scales.zero is not None and chosen.zero is not None:
-                        scales.zero[:, at] = chosen.zero[:, 0]
+                    self._group(
+                        *given, _each(lambda part, at=at: part[:, at : at + 1], scales), targets[:, one], errors[:, one]
+                    )
                 else:
                     rounded = round_columns(*given, _each(_alone, scales), self.fmt)
-                targets[:, order[one]], errors[:, one] = rounded.targets, rounded.errors
-                x[:, after].addmm_(rounded.errors, inside[here, after])
-        return encode(targets, self.fmt, scales), scales
+                    targets[:, one], errors[:, one] = rounded.targets, rounded.errors
+                if b < end:
+                    x[:, after].addmm_(errors[:, one], inside[here, after])
+        return encode(targets[:, order.argsort()], self.fmt, scales), scales
+
+    def _room(self, w: Tensor, tensor_scale: Tensor | None) -> Scales:
+        """Scales that are yet to be chosen."""
+        shape, zero = self.fmt.scale_shape(tuple(w.shape)), self.fmt.zero
+        zeros = None if zero is None else w.new_empty(shape, dtype=zero.code_dtype)
+        return Scales(w.new_empty(shape, dtype=self.fmt.scale.code_dtype), zeros, tensor_scale)
 
     def _order(self, diagonal: Tensor, group: int) -> Tensor:
         """Columns in the order they are rounded; those of a group stay together."""
@@ -222,23 +228,39 @@ class _Solver:
     def _choose(self, w: Tensor, tensor_scale: Tensor | None) -> Scales:
         return choose_scale(w, self.fmt, mode=self.mode, tensor_scale=tensor_scale)
 
+    @property
+    def _shares(self) -> tuple[float, ...]:
+        """Of what a scale covers, what the candidates of a search fit."""
+        return (_POWERS if self.fmt.scale.powers_of_two else _SHARES) if self.scale_search else (1.0,)
+
     def _candidates(self, w: Tensor, tensor_scale: Tensor | None) -> Scales:
         """Scales to try, in a first dim."""
-        shares = _POWERS if self.fmt.scale.powers_of_two else _SHARES
-        several = _on(w.device, shares if self.scale_search else (1.0,))
-        return choose_scales(w, self.fmt, several, mode=self.mode, tensor_scale=tensor_scale)
+        return choose_scales(w, self.fmt, _on(w.device, self._shares), mode=self.mode, tensor_scale=tensor_scale)
 
-    def _group(self, w: Tensor, x: Tensor, m: Tensor, d: Tensor, tensor_scale: Tensor | None) -> tuple[Scales, Rounded]:
-        """A group's scales, chosen from what its weights are by now, and its columns rounded under them."""
-        # Where they would go if none of them were rounded: `x_j - w_j` solved for their own part in it.
-        free = w + torch.linalg.solve_triangular(m, x - w, upper=True, left=False, unitriangular=True)
-        candidates = self._candidates(free, tensor_scale)
+    def _group(
+        self, w: Tensor, x: Tensor, m: Tensor, d: Tensor, scales: Scales, targets: Tensor, errors: Tensor
+    ) -> None:
+        """Write a group's scales, chosen from what its weights are by now, and its columns rounded under them."""
+        # How far they would go if none of them were rounded: `x_j - w_j` solved for their own part in it.
+        free = torch.linalg.solve_triangular(m, x - w, upper=True, left=False, unitriangular=True)
+        kernel = (
+            None if w.device.type == "cpu" else kernel_for_columns("round_group", self.fmt, w.device.type, w.shape[1])
+        )
+        if kernel is not None:
+            shares = _on(w.device, self._shares)
+            kernel.run(w, x, m, d, free, shares, scales.tensor_scale, self.fmt, self.mode, scales, targets, errors)
+            return
+        candidates = self._candidates(w + free, scales.tensor_scale)
         rounded = round_columns(w, x, m, d, candidates, self.fmt)
         chosen = self._best(candidates, rounded.losses)
         # Rows that share a scale agree on one, which need not be the best of each.
         if len(rounded.losses) > 1 and self.fmt.block[0] != 1:
             rounded = round_columns(w, x, m, d, _each(_alone, chosen), self.fmt)
-        return chosen, rounded
+        scales.scale.copy_(chosen.scale)
+        if scales.zero is not None and chosen.zero is not None:
+            scales.zero.copy_(chosen.zero)
+        targets.copy_(rounded.targets)
+        errors.copy_(rounded.errors)
 
     def _search_rows(self, w: Tensor, found: Factors, scales: Scales, block: int) -> Scales:
         """Scales that hold for whole rows: those of least loss when blocks of columns are rounded each on its own."""
