@@ -22,6 +22,8 @@ from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_sca
 from lowbit_kernels_cuda.scaling import (
     Spec,
     divide,
+    divide_fast,
+    divides_fast,
     divisor_of,
     encode,
     from_ordered,
@@ -78,8 +80,8 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
         length = max(triton.next_power_of_2(columns), 16)
         return _Tile(_at_most(4096 // length, rows), length, 4 if length <= 4096 else 8)
     if across:
-        length = max(64, way.group)
-        return _Tile(_at_most(128, rows), length, 8 if length > 64 else 4)
+        length = max(32, way.group)
+        return _Tile(_at_most(256 if length <= 64 else 128, rows), length, 4 if length <= 32 else 8)
     length = max(_at_most(128, columns), way.group, 16)
     return _Tile(_at_most(4096 // length, rows), length, 4)
 
@@ -258,7 +260,7 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
         tile = _tile(rows, columns, way, across=across)
         second, other_way = None, None
     else:
-        tile = _Tile(max(64, other.way.group), max(64, way.group), 8)
+        tile = _Tile(max(32, other.way.group), max(_at_most(256, columns), way.group), 4 if other.way.group <= 32 else 8)
         second, other_way = other.pointers(x), other.way
     grid = (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
     geometry: tuple[Any, ...] = (rows, columns, *x.stride(), per)
@@ -274,7 +276,7 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
     }
     if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
         _measure[grid](raw(x), pointers, second, *geometry, **fixed)
-    aligned = (columns % 4 == 0) and (other is None or rows % 4 == 0)
+    aligned = (columns % 8 == 0) and (other is None or rows % 8 == 0)
     _cast[grid](raw(x), pointers, second, *geometry, seed, STOCHASTIC=stochastic, ALIGNED=aligned, **fixed)
     return parts
 
@@ -476,14 +478,25 @@ def _write(
             at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
         tl.store(scales + at, stored, first)
 
-    scale = tl.broadcast_to(divisor_of(scale, SPEC), (ROWS, BLOCKS))[:, :, None]
+    by = tl.broadcast_to(divisor_of(scale, SPEC), (ROWS, BLOCKS))[:, :, None]
     if SPEC.zero:
         zero = tl.broadcast_to(zero, (ROWS, BLOCKS))[:, :, None]
     starts = (batch * rows + row + tl.arange(0, ROWS)[:, None]) * columns + column
     noise = v
     if STOCHASTIC:
         noise = uniform(seed, starts, ROWS, COLUMNS, ALIGNED)
-    tile = divide(tl.reshape(v, (ROWS, BLOCKS, LENGTH)), scale, SPEC)
+    tile = tl.reshape(v, (ROWS, BLOCKS, LENGTH))
+    FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not (
+        SPEC.scale.powers_of_two or SPEC.zero or STOCHASTIC
+    )
+    if FAST:
+        if divides_fast(scale, most, SPEC):
+            inverse = tl.broadcast_to(tl.div_rn(1.0, scale), (ROWS, BLOCKS))[:, :, None]
+            tile = divide_fast(tile, by, inverse)
+        else:
+            tile = divide(tile, by, SPEC)
+    else:
+        tile = divide(tile, by, SPEC)
     codes = encode(tile, zero, tl.reshape(noise, (ROWS, BLOCKS, LENGTH)), SPEC, STOCHASTIC)
     codes = tl.reshape(codes, (ROWS, COLUMNS))
 
@@ -497,8 +510,15 @@ def _write(
         word = merge(codes, SPEC, ROWS, COLUMNS)
         # Runs that end on a byte, and how many a row has.
         run = column // SPEC.run + tl.arange(0, COLUMNS // SPEC.run)[None, :]
-        runs = tl.cdiv(columns, SPEC.run)
+        # In terms that tell the compiler how stores align.
+        if FLAT:
+            runs = COLUMNS // SPEC.run
+        elif ALIGNED:
+            runs = columns // SPEC.run
+        else:
+            runs = tl.cdiv(columns, SPEC.run)
         r = batch * rows + row + tl.arange(0, ROWS)[:, None]
         at = data + (r * runs + run) * SPEC.run_bytes
-        for i in tl.static_range(SPEC.run_bytes):
+        BYTES: tl.constexpr = SPEC.run_bytes
+        for i in tl.static_range(BYTES):
             tl.store(at + i, (word >> (8 * i)).to(tl.uint8), inside & (run < runs))

@@ -120,7 +120,8 @@ def _dequantize(
             word = word.to(tl.int64)
         elif SPEC.run_bytes > 1:
             word = word.to(tl.int32)
-        for i in tl.static_range(1, SPEC.run_bytes):
+        BYTES: tl.constexpr = SPEC.run_bytes
+        for i in tl.static_range(1, BYTES):
             word |= tl.load(first + i, inside & (run < runs), 0).to(word.dtype) << (8 * i)
         codes = split_apart(word, SPEC, ROWS, COLUMNS)
     value = decode(codes, ELEMENT)
