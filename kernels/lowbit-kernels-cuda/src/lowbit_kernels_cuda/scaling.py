@@ -6,6 +6,10 @@ All give the bits of `lowbit.numerics`. Integers do what hardware may not have (
 Kernels that use them are launched with `enable_fp_fusion=False`.
 """
 
+# What a constexpr holds is known to Triton alone.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -213,7 +217,7 @@ def divide(x, by, SPEC: tl.constexpr):
 
 
 @triton.jit
-def divides_fast(scale, amax, SPEC: tl.constexpr):
+def divides_fast(scale, amax):
     """Whether `divide_fast` gives the codes that IEEE division does: in all blocks of these scales and amaxes (bits).
 
     Neither a quotient nor a remainder that a code depends on is then subnormal or infinite. NaN scales take anything.
