@@ -58,14 +58,18 @@ def views(shape, dtype):
 
 def same(found, wanted):
     assert len(found) == len(wanted)
-    for part, right in zip(found, wanted, strict=True):
-        part = part.cpu()
+    for part, right in zip((each.cpu() for each in found), wanted, strict=True):
         assert (part.dtype, part.shape, part.is_contiguous()) == (right.dtype, right.shape, True)
         wide, right_wide = part.float(), right.float()
         unlike = (wide != right_wide) & ~(wide.isnan() & right_wide.isnan())
         assert not unlike.any(), f"{int(unlike.sum())} of {unlike.numel()}, the first at {unlike.nonzero()[0].tolist()}"
         # Of numbers, the sign of zero too.
         assert torch.equal(wide.signbit()[~wide.isnan()], right_wide.signbit()[~wide.isnan()])
+
+
+def as_is(x, device):
+    """A copy in the same strides, unlike that of `to`."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
 
 
 def on(device, arguments):
@@ -76,16 +80,14 @@ def on(device, arguments):
 @pytest.mark.parametrize("spec", FORMATS)
 def test_every_format_has_the_references_bits_in_every_order_of_memory(spec, device):
     fmt = Format.parse(spec)
-    k = 300 if fmt.block[-1] in {0, 128} and fmt.block[0] != 1 or fmt.block[-1] == 0 else 3 * max(fmt.block[-1], 32)
-    for i, (told, x) in enumerate(views((2, 37, k) if spec == "NVFP4" else (37, k), torch.bfloat16)):
-        x = x.to((torch.bfloat16, torch.float32, torch.float16)[i])
+    k = 3 * max(fmt.block[-1], 32) if fmt.block[0] == 1 and fmt.block[-1] else 300
+    for i, (_, given) in enumerate(views((2, 37, k) if spec == "NVFP4" else (37, k), torch.bfloat16)):
+        x = given.to((torch.bfloat16, torch.float32, torch.float16)[i])
         for rounding in ("nearest", "stochastic") if i else ("nearest",):
             arguments = (x, *PLAIN, spec, "even", rounding, 2**40 + 5)
             wanted = RUN["quantize"](*arguments)
-            # Strides survive, unlike with `to`.
-            given = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
-            same(quantize(given, *arguments[1:]), wanted)
-        parts = wanted[:2] + [wanted[2] if fmt.zero else None, wanted[2] if fmt.tensor_scale else None]
+            same(quantize(as_is(x, device), *arguments[1:]), wanted)
+        parts = (*wanted[:2], wanted[2] if fmt.zero else None, wanted[2] if fmt.tensor_scale else None)
         arguments = (*parts, spec, k, x.dtype)
         same([dequantize(*on(device, arguments))], [RUN["dequantize"](*arguments)])
 
@@ -125,8 +127,7 @@ def test_rows_longer_than_a_tile_have_one_scale(spec, k, device):
 def test_tiles_of_scales_are_written_as_they_are_laid_out(spec, device):
     for _, x in views((2, 130, 256), torch.bfloat16):
         data, scale, *rest = RUN["quantize"](x, *PLAIN, spec, "even", "nearest", 0)
-        given = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
-        found = quantize_blocked(given, None, spec, "even", "nearest", 0)
+        found = quantize_blocked(as_is(x, device), None, spec, "even", "nearest", 0)
         same(found, [data, to_blocked(scale), *rest])
 
 
@@ -146,8 +147,7 @@ def test_both_directions_are_those_of_quantize(spec, other, device):
     for i, (_, x) in enumerate(views((128, 128) if blocked else (2, 128, 128), torch.bfloat16)):
         rounding = ("nearest", "stochastic", "nearest")[i]
         arguments = (x, None, spec, other, "even", rounding, 3, blocked)
-        given = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device).copy_(x)
-        same(quantize_both(given, *arguments[1:]), RUN["quantize_both"](*arguments))
+        same(quantize_both(as_is(x, device), *arguments[1:]), RUN["quantize_both"](*arguments))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -16,7 +16,7 @@ def test_every_scale_stands_where_the_tiles_have_it(shape, dtype):
     scale = torch.randint(1, 100, shape, dtype=torch.uint8, generator=generator)
     scale = scale.view(dtype) if dtype.itemsize == 1 else scale.to(dtype)
     tiles = to_blocked(scale)
-    assert tiles.dtype == dtype and tiles.is_contiguous() and tuple(tiles.shape) == blocked_shape(shape)
+    assert (tiles.dtype, tuple(tiles.shape), tiles.is_contiguous()) == (dtype, blocked_shape(shape), True)
     plain = scale.float().reshape(-1, *(shape[-2:] if len(shape) > 1 else (1, *shape)))
     _, rows, columns = plain.shape
     down, along = -(-rows // 128), -(-columns // 4)

@@ -74,7 +74,7 @@ def _refuses_cast(call: Call) -> str | None:
     fmt = call.format
     group, row = fmt.block[-1], fmt.block[:-1] == (1,)
     if not (row and group in _GROUPS) and (
-        fmt.tensor_scale or not (row and group == WHOLE) and fmt.block not in _BLOCKS
+        fmt.tensor_scale or (not (row and group == WHOLE) and fmt.block not in _BLOCKS)
     ):
         return (
             "needs blocks of one row by 16, 32, 64, 128 or 256, or, without a tensor scale, whole rows, whole matrices "

@@ -4,6 +4,11 @@ A tile of values is read along whichever dim is contiguous in memory, and all el
 scale of a matrix or of a row longer than a tile, and a tensor scale that is not given, take one more read before.
 """
 
+# What a constexpr holds is known to Triton alone.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportUnnecessaryComparison=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -22,6 +27,8 @@ from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_sca
 from lowbit_kernels_cuda.scaling import (
     Spec,
     divide,
+    divide_fast,
+    divides_fast,
     divisor_of,
     encode,
     from_ordered,
@@ -70,7 +77,7 @@ class _Tile:
 def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
     """The tile for matrices of canonical `rows` x `columns`; `across`: rows lie side by side in memory, not columns.
 
-    These numbers were chosen by measurement.
+    These numbers and those of `_tile_both` are all there is to tune.
     """
     if way.height not in {1, WHOLE}:
         return _Tile(way.height, way.group, 8)
@@ -78,10 +85,16 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
         length = max(triton.next_power_of_2(columns), 16)
         return _Tile(_at_most(4096 // length, rows), length, 4 if length <= 4096 else 8)
     if across:
-        length = max(64, way.group)
-        return _Tile(_at_most(128, rows), length, 8 if length > 64 else 4)
+        length = max(32, way.group)
+        return _Tile(_at_most(256 if length <= 64 else 128, rows), length, 4 if length <= 32 else 8)
     length = max(_at_most(128, columns), way.group, 16)
     return _Tile(_at_most(4096 // length, rows), length, 4)
+
+
+def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
+    """The tile for both directions of matrices of `columns`."""
+    down, along = max(32, other.group), max(_at_most(256, columns), way.group)
+    return _Tile(down, along, 4 if down * along <= 8192 else 8)
 
 
 def _at_most(length: int, needed: int) -> int:
@@ -156,7 +169,7 @@ def quantize_both(
 def in_one_row(fmt: Format) -> bool:
     """Whether blocks are parts of a row that tiles hold whole."""
     height, group = fmt.block_for(2)
-    return len(fmt.block) == 2 and height == 1 and group in {16, 32, 64, 128, 256}  # noqa: PLR2004
+    return len(fmt.block) == 2 and height == 1 and group in {16, 32, 64, 128, 256}
 
 
 class _Out:
@@ -258,14 +271,13 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
         tile = _tile(rows, columns, way, across=across)
         second, other_way = None, None
     else:
-        tile = _Tile(max(64, other.way.group), max(64, way.group), 8)
+        tile = _tile_both(columns, way, other.way)
         second, other_way = other.pointers(x), other.way
     grid = (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    geometry: tuple[Any, ...] = (rows, columns, *x.stride(), per)
+    geometry: tuple[Any, ...] = (rows, columns, *x.stride())
     fixed: dict[str, Any] = {
         "WAY": way,
         "OTHER": other_way,
-        "FLAT": flat,
         "ACROSS": across,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
@@ -273,9 +285,11 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
         "enable_fp_fusion": False,
     }
     if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
-        _measure[grid](raw(x), pointers, second, *geometry, **fixed)
-    aligned = (columns % 4 == 0) and (other is None or rows % 4 == 0)
-    _cast[grid](raw(x), pointers, second, *geometry, seed, STOCHASTIC=stochastic, ALIGNED=aligned, **fixed)
+        measure: Any = _measure[grid]
+        measure(raw(x), pointers, second, *geometry, **fixed)
+    aligned = columns % 8 == 0 and (other is None or rows % 8 == 0)
+    cast: Any = _cast[grid]
+    cast(raw(x), pointers, second, *geometry, per, seed, FLAT=flat, STOCHASTIC=stochastic, ALIGNED=aligned, **fixed)
     return parts
 
 
@@ -318,10 +332,8 @@ def _measure(
     x_batch,
     x_row,
     x_column,
-    per,
     WAY: tl.constexpr,
     OTHER: tl.constexpr,
-    FLAT: tl.constexpr,
     ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -476,14 +488,25 @@ def _write(
             at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
         tl.store(scales + at, stored, first)
 
-    scale = tl.broadcast_to(divisor_of(scale, SPEC), (ROWS, BLOCKS))[:, :, None]
+    by = tl.broadcast_to(divisor_of(scale, SPEC), (ROWS, BLOCKS))[:, :, None]
     if SPEC.zero:
         zero = tl.broadcast_to(zero, (ROWS, BLOCKS))[:, :, None]
     starts = (batch * rows + row + tl.arange(0, ROWS)[:, None]) * columns + column
     noise = v
     if STOCHASTIC:
         noise = uniform(seed, starts, ROWS, COLUMNS, ALIGNED)
-    tile = divide(tl.reshape(v, (ROWS, BLOCKS, LENGTH)), scale, SPEC)
+    tile = tl.reshape(v, (ROWS, BLOCKS, LENGTH))
+    FAST: tl.constexpr = (
+        SPEC.fused and WAY.source != "given" and not (SPEC.scale.powers_of_two or SPEC.zero or STOCHASTIC)
+    )
+    if FAST:
+        if divides_fast(scale, most):
+            inverse = tl.broadcast_to(tl.div_rn(1.0, scale), (ROWS, BLOCKS))[:, :, None]
+            tile = divide_fast(tile, by, inverse)
+        else:
+            tile = divide(tile, by, SPEC)
+    else:
+        tile = divide(tile, by, SPEC)
     codes = encode(tile, zero, tl.reshape(noise, (ROWS, BLOCKS, LENGTH)), SPEC, STOCHASTIC)
     codes = tl.reshape(codes, (ROWS, COLUMNS))
 
@@ -497,8 +520,15 @@ def _write(
         word = merge(codes, SPEC, ROWS, COLUMNS)
         # Runs that end on a byte, and how many a row has.
         run = column // SPEC.run + tl.arange(0, COLUMNS // SPEC.run)[None, :]
-        runs = tl.cdiv(columns, SPEC.run)
+        # In terms that tell the compiler how stores align.
+        if FLAT:
+            runs = COLUMNS // SPEC.run
+        elif ALIGNED:
+            runs = columns // SPEC.run
+        else:
+            runs = tl.cdiv(columns, SPEC.run)
         r = batch * rows + row + tl.arange(0, ROWS)[:, None]
         at = data + (r * runs + run) * SPEC.run_bytes
-        for i in tl.static_range(SPEC.run_bytes):
+        BYTES: tl.constexpr = SPEC.run_bytes
+        for i in tl.static_range(BYTES):
             tl.store(at + i, (word >> (8 * i)).to(tl.uint8), inside & (run < runs))

@@ -6,6 +6,10 @@ All give the bits of `lowbit.numerics`. Integers do what hardware may not have (
 Kernels that use them are launched with `enable_fp_fusion=False`.
 """
 
+# What a constexpr holds is known to Triton alone.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -46,8 +50,9 @@ class Spec:
     # Codes of the shortest run that ends on a byte boundary, and its bytes.
     run: int
     run_bytes: int
-    # Whether the hardware converts to bfloat16 and 8-bit floats.
+    # Whether the hardware converts to bfloat16 and 8-bit floats, and whether `tl.fma` rounds once.
     native: bool
+    fused: bool
 
 
 @lru_cache(maxsize=1024)
@@ -71,6 +76,7 @@ def spec(fmt: Format, mode: ScaleMode = DEFAULT_MODE, device: torch.device | Non
         run=unit(element.bits)[0],
         run_bytes=unit(element.bits)[1],
         native=native,
+        fused=device is not None,
     )
 
 
@@ -208,6 +214,31 @@ def divide(x, by, SPEC: tl.constexpr):
     else:
         value = tl.div_rn(x, by)
     return value
+
+
+@triton.jit
+def divides_fast(scale, amax):
+    """Whether `divide_fast` gives the codes that IEEE division does: in all blocks of these scales and amaxes (bits).
+
+    Neither a quotient nor a remainder that a code depends on is then subnormal or infinite. NaN scales take anything.
+    """
+    size = magnitude(scale)
+    near = (size > 67 << 23) & (size < 187 << 23) & (amax < 187 << 23)
+    return tl.min((near | (amax >= 0x7F800000)).to(tl.int32)) == 1
+
+
+@triton.jit
+def divide_fast(x, scale, inverse):
+    """`x / scale`, given IEEE `1 / scale`: a first quotient, within an ulp after one correction, exact after two.
+
+    Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2.
+    """
+    quotient = x * inverse
+    for _ in tl.static_range(2):
+        # This sign of the remainder keeps that of a negative zero.
+        beyond = tl.fma(quotient, scale, -x)
+        quotient = tl.fma(-beyond, inverse, quotient)
+    return quotient
 
 
 @triton.jit

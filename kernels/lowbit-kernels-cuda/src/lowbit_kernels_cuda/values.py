@@ -1,5 +1,9 @@
 """The operator `dequantize`: codes are unpacked, decoded and multiplied by their scales in registers."""
 
+# What a constexpr holds is known to Triton alone.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 from math import prod
@@ -46,7 +50,7 @@ def dequantize(
     batch, rows, columns = prod(shape[:-2]), shape[-2] if len(shape) > 1 else 1, k
     height, group = parsed.block_for(max(len(shape), 2))[-2:]
     if tensor_scale is not None:
-        tensor_scale = tensor_scale.expand(scale.shape[:-1] + (1,)).contiguous()
+        tensor_scale = tensor_scale.expand((*scale.shape[:-1], 1)).contiguous()
     # Blocks of one row are rows then: nothing lies between them.
     per = 1
     if height == 1 and group != WHOLE:
@@ -57,7 +61,8 @@ def dequantize(
     parts: tuple[Any, ...] = tuple(
         None if part is None else raw(part.contiguous()) for part in (qdata, scale, zero, tensor_scale, values)
     )
-    _dequantize[(batch * triton.cdiv(rows, tall) * triton.cdiv(columns, length),)](
+    run: Any = _dequantize[(batch * triton.cdiv(rows, tall) * triton.cdiv(columns, length),)]
+    run(
         *(*parts, rows, columns, per),
         SPEC=spec(parsed, device=qdata.device if qdata.is_cuda else None),
         GROUP=group,
@@ -120,7 +125,8 @@ def _dequantize(
             word = word.to(tl.int64)
         elif SPEC.run_bytes > 1:
             word = word.to(tl.int32)
-        for i in tl.static_range(1, SPEC.run_bytes):
+        BYTES: tl.constexpr = SPEC.run_bytes
+        for i in tl.static_range(1, BYTES):
             word |= tl.load(first + i, inside & (run < runs), 0).to(word.dtype) << (8 * i)
         codes = split_apart(word, SPEC, ROWS, COLUMNS)
     value = decode(codes, ELEMENT)

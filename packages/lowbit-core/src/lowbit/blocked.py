@@ -43,7 +43,8 @@ def from_blocked(tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise FormatError(f"tiles of shape {tuple(tiles.shape)} do not hold scales of {shape}; needed is {needed}")
     raw = _bytes(tiles).reshape(*lead, down, along, 32, 4, _COLUMNS).transpose(-4, -2)
     raw = raw.reshape(*lead, down * _ROWS, along * _COLUMNS)
-    return raw[..., : shape[-2] if len(shape) > 1 else 1, : shape[-1]].reshape(shape).view(tiles.dtype)
+    rows, columns = (1, *shape)[-2:]
+    return raw[..., :rows, :columns].reshape(shape).view(tiles.dtype)
 
 
 def _bytes(scale: Tensor) -> Tensor:
