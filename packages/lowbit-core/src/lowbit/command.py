@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    commands = _commands()
+    commands = discover(GROUP, "lowbit")
     if not arguments or arguments[0] in {"-h", "--help"}:
         sys.stdout.write(_usage(commands))
         return DONE if arguments else WRONG_USE
@@ -42,11 +42,16 @@ def _dispatch(arguments: list[str]) -> int:
     return commands[name].load()(rest)
 
 
-def _commands() -> dict[str, EntryPoint]:
+def discover(group: str, speaker: str) -> dict[str, EntryPoint]:
+    """What distributions bring under an entry-point group, by name; `speaker` is what a user writes before the name.
+
+    Raises:
+        BackendError: two bring one name.
+    """
     found: dict[str, EntryPoint] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    for point in sorted(entry_points(group=group), key=lambda point: point.name):
         if point.name in found:
-            msg = f"two distributions provide `lowbit {point.name}`: {found[point.name].value} and {point.value}"
+            msg = f"two distributions provide `{speaker} {point.name}`: {found[point.name].value} and {point.value}"
             raise BackendError(msg)
         found[point.name] = point
     return found

@@ -1,0 +1,49 @@
+"""What the machine can do at best, measured beside the rest: a copy, and a product in bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from lowbit.bench.inputs import normal
+from lowbit.bench.timing import Run, Timing, time_calls
+
+# Bytes that are copied, and the side of the square matrices; enough to keep the device busy.
+_SIZES = {"cuda": (1 << 30, 8192), "cpu": (1 << 28, 2048)}
+
+
+@dataclass(frozen=True, slots=True)
+class Ceilings:
+    """Rates that no kernel goes much beyond, and the measurements behind them."""
+
+    # Bytes read and written a second, by a copy of `copied` bytes.
+    bytes_per_s: float
+    copied: int
+    # Floating-point operations a second, of a product of `side` x `side` bfloat16 matrices.
+    flops_per_s: float
+    side: int
+    copy: Timing
+    product: Timing
+
+    def seconds(self, moved: float, flops: float) -> float:
+        """The least time for what must be moved and computed, the two at once."""
+        return max(moved / self.bytes_per_s, flops / self.flops_per_s)
+
+
+def measure_ceilings(device: torch.device, *, budget: float) -> Ceilings:
+    """Both rates of `device`, on random data."""
+    size, side = _SIZES["cuda" if device.type == "cuda" else "cpu"]
+
+    def copying(i: int) -> Run:
+        source = normal(size // 2, kind="normal", seed=i, device=device)
+        return partial(torch.empty_like(source).copy_, source)
+
+    def multiplying(i: int) -> Run:
+        a, b = (normal(side, side, kind="normal", seed=2 * i + j, device=device) for j in range(2))
+        return partial(torch.mm, a, b)
+
+    copy = time_calls(copying, 2 * size, device, budget=budget)
+    product = time_calls(multiplying, 4 * side**2, device, budget=budget)
+    return Ceilings(2 * size / copy.median, size, 2 * side**3 / product.median, side, copy, product)
