@@ -3,6 +3,7 @@
 A warp takes some rows through the loop, each lane its own, so that lanes never wait for one another. Sixteen columns at
 a time are in registers; what earlier ones erred by is added to them when their turn comes.
 """
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
