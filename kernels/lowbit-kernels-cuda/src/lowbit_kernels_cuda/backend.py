@@ -54,7 +54,9 @@ def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call
     module, _, function = target.partition(":")
 
     def run(*args: Any) -> Any:
-        return getattr(import_module(f"lowbit_kernels_cuda.{module}"), function)(*args)
+        # Triton launches on the current device, whatever its arguments are on.
+        with torch.cuda.device_of(args[0]):
+            return getattr(import_module(f"lowbit_kernels_cuda.{module}"), function)(*args)
 
     return Kernel(f"cuda.{name}", op, "cuda", priority, run, refuses)
 

@@ -200,7 +200,7 @@ class _Out:
         check_scales(Scales(scale, zero, self.tensor_scale), fmt, shape)
         if not chooses and tensor_scale is not None:
             # An operator must not return its own input.
-            self.tensor_scale = tensor_scale.clone()
+            self.tensor_scale = tensor_scale.clone(memory_format=torch.contiguous_format)
         if given is not None:
             scale, zero = (
                 None if part is None else part.clone(memory_format=torch.contiguous_format) for part in given
