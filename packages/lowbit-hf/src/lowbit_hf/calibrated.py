@@ -224,10 +224,11 @@ class Calibrated:
             record = progress.scratch / f"block-{k}.json"
             record.write_text(json.dumps(asdict(result)))
             saving.finished(result.name, record)
+            files = () if k + 1 == len(names) or method.distilled else paths(k + 1)
             if not held:
-                saving.save(() if method.distilled else paths(k + 1))
-            elif _agreed(int(saving.due or k + 1 == len(names))):
-                saving.save(paths(k + 1), (walk.hidden, walk.other))
+                saving.save(files)
+            elif not files or _agreed(int(saving.due)):
+                saving.save(files, (walk.hidden, walk.other))
 
         if begin == len(names):
             return

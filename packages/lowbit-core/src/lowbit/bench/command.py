@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
 def _run(name: str, benchmark: Benchmark, given: Given, options: argparse.Namespace) -> int:
     if given.device.type == "cuda":
         # Triton launches on the current device, whatever its operands are on.
-        torch.cuda.set_device(given.device)
+        torch.cuda.set_device(torch.device("cuda", given.device.index or 0))
     ceilings = measure_ceilings(given.device, budget=options.seconds)
     rows: list[dict[str, Any]] = []
     results: dict[str, Any] = {
