@@ -80,20 +80,21 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
     These numbers and those of `_tile_both` are all there is to tune.
     """
     if way.height not in {1, WHOLE}:
-        return _Tile(way.height, way.group, 8)
+        return _Tile(way.height, way.group, 4)
     if way.source == "tile" and way.group == WHOLE:
         length = max(triton.next_power_of_2(columns), 16)
         return _Tile(_at_most(4096 // length, rows), length, 4 if length <= 4096 else 8)
     if across:
         length = max(32, way.group)
-        return _Tile(_at_most(256 if length <= 64 else 128, rows), length, 4 if length <= 32 else 8)
+        return _Tile(_at_most(128 if length <= 64 else 64, rows), length, 4)
     length = max(_at_most(128, columns), way.group, 16)
     return _Tile(_at_most(4096 // length, rows), length, 4)
 
 
 def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     """The tile for both directions of matrices of `columns`."""
-    down, along = max(32, other.group), max(_at_most(256, columns), way.group)
+    down = max(32, other.group)
+    along = max(_at_most(256 if down <= 32 else 128, columns), way.group)
     return _Tile(down, along, 4 if down * along <= 8192 else 8)
 
 
