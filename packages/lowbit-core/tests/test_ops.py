@@ -59,6 +59,8 @@ def calls(fmt, dtype=torch.bfloat16):
     yield "quantize_both", (sample((n, k), dtype=dtype), None, spec, "INT8_ROW_ASYM", DEFAULT_MODE, "nearest", 0)
     yield "quantize_both", (sample((n, k), dtype=dtype), None, spec, "FP8_ROW", "even", "stochastic", 7, True)
     yield "dequantize", (*parts(weight), spec, k, dtype)
+    yield "pad_groups", (sample((5, k), dtype=dtype), torch.tensor([4, 0, 0, 2, 1]), OFFSETS, 8)
+    yield "unpad_groups", (sample((40, k), dtype=dtype), OFFSETS, 8, 5)
     yield "embedding", (torch.tensor([[1, 0, 5]]), *parts(weight), spec, k, dtype)
     for activation in activations(fmt):
         yield "linear", (x, *parts(weight), *use(activation), bias, spec, activation)
@@ -78,7 +80,7 @@ def test_operators_give_what_kernels_give(fmt):
     for op, arguments in calls(fmt):
         found = getattr(torch.ops.lowbit, op)(*arguments)
         wanted = RUN[op](*arguments)
-        pairs = zip(found, wanted, strict=True) if isinstance(found, list) else [(found, wanted)]
+        pairs = zip(found, wanted, strict=True) if isinstance(found, (list, tuple)) else [(found, wanted)]
         for tensor, right in pairs:
             assert tensor.dtype == right.dtype, op
             assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, right))), op
@@ -96,7 +98,7 @@ def test_fakes_tell_what_the_operators_return(fmt, dtype):
         with FakeTensorMode() as mode:
             faked = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
             told = getattr(torch.ops.lowbit, op)(*faked)
-        pairs = zip(found, told, strict=True) if isinstance(found, list) else [(found, told)]
+        pairs = zip(found, told, strict=True) if isinstance(found, (list, tuple)) else [(found, told)]
         for real, fake in pairs:
             assert (real.shape, real.dtype, real.stride()) == (fake.shape, fake.dtype, fake.stride()), op
 
@@ -109,7 +111,9 @@ def test_operators_neither_change_nor_return_their_arguments(fmt):
         found = getattr(torch.ops.lowbit, op)(*arguments)
         for tensor, copy in zip(given, before, strict=True):
             assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, copy))), op
-            assert tensor.data_ptr() not in [t.data_ptr() for t in (found if isinstance(found, list) else [found])], op
+            assert tensor.data_ptr() not in [
+                t.data_ptr() for t in (found if isinstance(found, (list, tuple)) else [found])
+            ], op
 
 
 # opcheck itself asks an intermediate tensor for its gradient.
@@ -121,7 +125,7 @@ def test_opcheck(fmt):
         # It multiplies every tensor, which 8-bit floats cannot; the test above stands in for it.
         utils -= {"test_schema"}
     for op, arguments in calls(fmt, torch.float32):
-        differentiable = op in {"linear", "grouped_mm"}
+        differentiable = op in {"linear", "grouped_mm", "pad_groups", "unpad_groups"}
         x = arguments[0].clone().requires_grad_() if differentiable else arguments[0]
         # Tracing the gradient of grouped_mm would need the values of offs.
         less = {"test_aot_dispatch_dynamic"} if op == "grouped_mm" else set()

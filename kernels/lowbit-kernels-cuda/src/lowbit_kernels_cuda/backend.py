@@ -46,6 +46,8 @@ class Cuda:
             _row("quantize_blocked", "quantize_blocked", 10, "casts:quantize_blocked", _refuses_cast),
             _row("quantize_both", "quantize_both", 10, "casts:quantize_both", _refuses_cast),
             _row("dequantize", "dequantize", 10, "values:dequantize", _refuses_cast),
+            _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
+            _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )
 
 
@@ -66,14 +68,15 @@ def _takes_all(call: Call) -> str | None:
 
 
 def _shared_scales(call: Call) -> str | None:
-    rows = call.format.block[-2]
-    return None if rows == 1 else f"needs scales of one row; this is {call.format}"
+    one = call.format is not None and call.format.block[-2] == 1
+    return None if one else f"needs scales of one row; this is {call.format}"
 
 
 def _refuses_cast(call: Call) -> str | None:
     if call.x_dtype not in _DTYPES:
         return f"needs values in float32, bfloat16 or float16; these are {call.x_dtype}"
     fmt = call.format
+    assert fmt is not None
     group, row = fmt.block[-1], fmt.block[:-1] == (1,)
     if not (row and group in _GROUPS) and (
         fmt.tensor_scale or (not (row and group == WHOLE) and fmt.block not in _BLOCKS)

@@ -38,8 +38,8 @@ class Call:
 
     # An operator of `lowbit.ops`, such as quantize or linear; one of another distribution has a dot in it.
     op: str
-    # Format of the weight (of the result, for quantize).
-    format: Format
+    # Format of the weight (of the result, for quantize); None where values are moved as they are.
+    format: Format | None
     activation: Activation | None
     # Device type: "cpu", "cuda".
     device: str
@@ -54,13 +54,14 @@ class Call:
     ) -> Call:
         """The call that spec strings stand for; no activation is an empty one."""
         parsed = Activation.parse(activation) if activation else None
-        return Call(op, Format.parse(fmt), parsed, device.type, dtype, n, k)
+        return Call(op, Format.parse(fmt) if fmt else None, parsed, device.type, dtype, n, k)
 
     def __str__(self) -> str:
         """The call in a line."""
         shape = "" if self.n is None else f" n={self.n} k={self.k}"
         activation = "" if self.activation is None else f" x {self.activation}"
-        return f"{self.op} {self.format}{activation} on {self.device}, {self.x_dtype}{shape}"
+        fmt = "" if self.format is None else f" {self.format}"
+        return f"{self.op}{fmt}{activation} on {self.device}, {self.x_dtype}{shape}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,10 +34,11 @@ def decompose(mode: Any, op: Any, types: Any, args: tuple[Any, ...], kwargs: dic
         named = [*zip(argument_names(op), args, strict=False), *kwargs.items()]
         given = {name: _as_traced(name, value) for name, value in named}
         results = kernel(f"reference.{op.name().removeprefix('lowbit::')}").run(*given.values())
-        if isinstance(results, Tensor):
+        formats = [Format.parse(value) for name, value in named if name.endswith("format")]
+        if isinstance(results, Tensor) or not formats:
             return results
         parts, stored = iter(results), []
-        for fmt in (Format.parse(value) for name, value in named if name.endswith("format")):
+        for fmt in formats:
             count = 2 + (fmt.zero is not None) + fmt.tensor_scale
             stored += _stored(list(islice(parts, count)), fmt)
         return stored

@@ -24,6 +24,7 @@ from lowbit.decompose import argument_names, decompose
 from lowbit.element import E8M0
 from lowbit.experts import by_expert
 from lowbit.format import Format
+from lowbit.groups import check_groups, padded_rows
 from lowbit.numerics import data_shape
 
 SCALES = {"scale": "format", "a_scale": "a_format", "b_scale": "b_format"}
@@ -56,6 +57,10 @@ _SCHEMAS = {
     ),
     # x (M, K), offs (E,) int32 ends of each expert's rows, weight (E, N, K) -> (M, N)
     "grouped_mm": f"(Tensor x, Tensor offs, {_WEIGHT}, {_USE}, str format, str activation) -> Tensor",
+    # x (M, K), index (M',), offs (G,) int32 -> rows x[index] in groups that begin at multiples of align, ends of those
+    "pad_groups": "(Tensor x, Tensor? index, Tensor offs, int align) -> (Tensor, Tensor)",
+    # rows of padded groups, offs as they were before -> the rows (M, K)
+    "unpad_groups": "(Tensor x, Tensor offs, int align, SymInt rows) -> Tensor",
     # ids (..), weight (V, D) -> (.., D)
     "embedding": f"(Tensor ids, {_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
 }
@@ -85,13 +90,15 @@ _dispatch_modes, _transform = _torch._len_torch_dispatch_stack, _torch._functorc
 _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch._is_tracing
 
 
+_FORMAT_AT = {"quantize": 4, "quantize_blocked": 2, "quantize_both": 2, "pad_groups": 0, "unpad_groups": 0}
+
+
 def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch.dtype, int | None, int]:
     """What decides on the kernel for these arguments of an op, as `kernel_for` takes it after the op's name."""
     first = args[0]
-    if op == "quantize":
-        return args[4], "", first.device, first.dtype, None, first.shape[-1]
-    if op in {"quantize_blocked", "quantize_both"}:
-        return args[2], "", first.device, first.dtype, None, first.shape[-1]
+    # Values are moved as they are, or take a format.
+    if (at := _FORMAT_AT.get(op)) is not None:
+        return args[at] if at else "", "", first.device, first.dtype, None, first.shape[-1]
     if op == "dequantize":
         return args[4], "", first.device, args[-1], None, args[-2]
     if op == "embedding":
@@ -182,6 +189,17 @@ def _scaled_mm_fake(a_qdata: Tensor, *rest: Any) -> Tensor:
     return a_qdata.new_empty((a_qdata.shape[0], rest[3].shape[0]), dtype=rest[-1])
 
 
+def _pad_groups_fake(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> tuple[Tensor, Tensor]:
+    check_groups(x, index, offs, align)
+    rows = x.shape[0] if index is None else index.shape[0]
+    return x.new_empty(padded_rows(rows, offs.shape[0], align), x.shape[1]), torch.empty_like(offs)
+
+
+def _unpad_groups_fake(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor:
+    check_groups(x, None, offs, align)
+    return x.new_empty(rows, x.shape[1])
+
+
 def _embedding_fake(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
 
@@ -221,6 +239,36 @@ def _grouped_mm_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (to_x, *(None,) * 10)
 
 
+def _pad_groups_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, index, offs, ctx.align = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(index, offs)
+    ctx.rows = x.shape[0]
+
+
+def _pad_groups_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    index, offs = ctx.saved_tensors
+    if index is None:
+        return torch.ops.lowbit.unpad_groups(grad, offs, ctx.align, ctx.rows), None, None, None
+    moved = torch.ops.lowbit.unpad_groups(grad, offs, ctx.align, index.shape[0])
+    return grad.new_zeros(ctx.rows, grad.shape[1]).index_add(0, index, moved), None, None, None
+
+
+def _unpad_groups_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, offs, ctx.align, _ = inputs
+    del output
+    ctx.save_for_backward(offs)
+    ctx.rows = x.shape[0]
+
+
+def _unpad_groups_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (offs,) = ctx.saved_tensors
+    padded, _ = torch.ops.lowbit.pad_groups(grad, None, offs, ctx.align)
+    # A caller may have given more or fewer rows than padding gives.
+    rows = torch.nn.functional.pad(padded, (0, 0, 0, ctx.rows - padded.shape[0]))
+    return rows, None, None, None
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize_fake,
     "quantize_blocked": _quantize_blocked_fake,
@@ -230,12 +278,19 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scaled_mm": _scaled_mm_fake,
     "grouped_mm": _grouped_mm_fake,
     "embedding": _embedding_fake,
+    "pad_groups": _pad_groups_fake,
+    "unpad_groups": _unpad_groups_fake,
 }
 for _name, _fake in _FAKES.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
     _LIBRARY.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)
-_GRADIENTS = {"linear": (_linear_backward, _linear_context), "grouped_mm": (_grouped_mm_backward, _grouped_mm_context)}
+_GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "linear": (_linear_backward, _linear_context),
+    "grouped_mm": (_grouped_mm_backward, _grouped_mm_context),
+    "pad_groups": (_pad_groups_backward, _pad_groups_context),
+    "unpad_groups": (_unpad_groups_backward, _unpad_groups_context),
+}
 for _name, (_backward, _context) in _GRADIENTS.items():
     torch.library.register_autograd(f"lowbit::{_name}", _backward, setup_context=_context, lib=_LIBRARY)

@@ -18,6 +18,7 @@ from lowbit.element import Element
 from lowbit.errors import FormatError
 from lowbit.experts import by_expert
 from lowbit.format import WHOLE, Format
+from lowbit.groups import check_groups, padded_ends, padded_from, padded_rows, padded_to, pick_rows
 from lowbit.numerics import Scales, choose_scale, data_shape, decode, encode, total_scale
 from lowbit.packing import unpack
 
@@ -289,6 +290,20 @@ def _pick(part: Tensor | None, rows: Tensor) -> Any:
     return (part.view(torch.uint8) if part.dtype.itemsize == 1 else part).index_select(0, rows).view(part.dtype)
 
 
+def _pad_groups(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> tuple[Tensor, Tensor]:
+    check_groups(x, index, offs, align)
+    rows = x.shape[0] if index is None else index.shape[0]
+    source = padded_from(offs, align, rows, padded_rows(rows, offs.shape[0], align))
+    if index is not None and rows:
+        source = torch.where(source < 0, -1, index.to(torch.int64).index_select(0, source.clamp_min(0)))
+    return pick_rows(x, source), padded_ends(offs, align)
+
+
+def _unpad_groups(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor:
+    check_groups(x, None, offs, align)
+    return pick_rows(x, padded_to(offs, align, rows))
+
+
 def _format(spec: str | Format) -> Format:
     """What a spec stands for; `lowbit.decompose` hands over formats that no spec names."""
     return spec if isinstance(spec, Format) else Format.parse(spec)
@@ -307,7 +322,7 @@ def _refuses_unless_row_sums_help(call: Call) -> str | None:
     """Packing pays only where the input's zero point needs the weight's row sums."""
     if call.activation is None or call.activation.format.zero is None:
         return "needs asymmetric integer activations; there are no row sums to keep otherwise"
-    if call.format.element.kind != "int" or call.format.block[-1] != WHOLE:
+    if call.format is None or call.format.element.kind != "int" or call.format.block[-1] != WHOLE:
         return f"needs integer weights with scales by row or tensor, not {call.format}"
     return None
 
@@ -348,6 +363,8 @@ class Reference:
             "embedding": _embedding,
             "quantize_blocked": _quantize_blocked,
             "quantize_both": _quantize_both,
+            "pad_groups": _pad_groups,
+            "unpad_groups": _unpad_groups,
         }
         return (
             *(Kernel(f"reference.{op}", op, "any", 0, run, _refuses_nothing) for op, run in runs.items()),
