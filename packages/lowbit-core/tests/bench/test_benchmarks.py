@@ -12,7 +12,7 @@ import torch
 import lowbit
 from lowbit import FORMATS, Format
 from lowbit.backends import Refusal
-from lowbit.bench import Given, Use, cast, embedding, grouped, linear, peers, timing
+from lowbit.bench import Given, Use, cast, embedding, grouped, linear, pad, peers, timing
 from lowbit.bench.case import footprint
 from lowbit.bench.inputs import EXACT, normal
 from lowbit.testing import Loopback, installed_backends
@@ -23,6 +23,7 @@ BENCHMARKS = {
     "embedding": embedding.benchmark,
     "grouped": grouped.benchmark,
     "linear": linear.benchmark,
+    "pad": pad.benchmark,
 }
 
 
@@ -87,6 +88,21 @@ def test_cast_counts_bytes_and_measures_what_rounding_costs(bench):
         assert candidate["of_ceiling"] == pytest.approx(candidate["bytes_per_s"] / ceiling)
     assert "copy of as many bytes" in printed.out
     assert f"{results['rows'][0]['contenders'][0]['sqnr']['normal']['exact']:.1f}  " in printed.out
+
+
+def test_pad_moves_rows_and_counts_their_bytes(bench):
+    code, results, _ = bench("pad", "--shapes", "300x64x5")
+    assert code == 0
+    for row, rows in zip(results["rows"], ((300 + 5 * 127) // 128 * 128, 300), strict=True):
+        candidate, baseline = row["contenders"]
+        assert candidate["kernel"] == f"reference.{row['case']['op']}"
+        assert candidate["moved_bytes"] == baseline["moved_bytes"] == 2 * 64 * (300 + rows)
+        assert candidate["sqnr"]["outliers"]["exact"] == EXACT
+
+
+def test_pad_has_no_formats(bench):
+    with pytest.raises(SystemExit):
+        bench("pad", "--formats", "MXFP8")
 
 
 def test_linear_beside_bfloat16_on_a_bound_kernel(bench):

@@ -44,13 +44,13 @@ def _case(given: Given, shape: Shape, use: Use, op: str, axis: int) -> Case:
         lambda kind: (normal(*shape, kind=kind, seed=0, device=device),),
         plain,
         chosen,
-        Contender("copy of as many bytes", _halves(moved), Tensor.copy_, moved),
+        Contender("copy of as many bytes", halves(moved), Tensor.copy_, moved),
         other,
         casts(fmt, axis, moved, device) if given.peers and op == "quantize" else (),
     )
 
 
-def _halves(moved: float) -> Callable[[Tensor], Make]:
+def halves(moved: float) -> Callable[[Tensor], Make]:
     """Makes random values and a place for them, of `moved` bytes together."""
 
     def prepare(x: Tensor) -> Make:

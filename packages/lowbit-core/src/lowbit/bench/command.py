@@ -107,6 +107,21 @@ def _load(point: EntryPoint) -> Benchmark:
     return found
 
 
+def _uses(benchmark: Benchmark, formats: str | None) -> list[Use]:
+    """Formats that were asked for, or the benchmark's own.
+
+    Raises:
+        LowbitError: they are none, or the benchmark has none, or none for inputs.
+    """
+    if formats is not None and not benchmark.formats:
+        raise LowbitError("--formats: this benchmark moves values as they are, and has no formats")
+    uses = [Use.parse(spec) for spec in (benchmark.formats if formats is None else formats.split(","))]
+    for use in uses:
+        if use.input is not None and not benchmark.inputs:
+            raise FormatError(f"{use.spec}: this benchmark has no inputs to round; leave out what follows the slash")
+    return uses
+
+
 def _given(benchmark: Benchmark, options: argparse.Namespace) -> Given:
     """What was asked for.
 
@@ -120,11 +135,7 @@ def _given(benchmark: Benchmark, options: argparse.Namespace) -> Given:
         raise LowbitError(f"--shapes-seed {options.shapes_seed} must be from 0 to 2^63 - 1")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise LowbitError(f"--json {options.json}: its folder does not exist")
-    named = benchmark.formats if options.formats is None else options.formats.split(",")
-    uses = [Use.parse(spec) for spec in named]
-    for use in uses:
-        if use.input is not None and not benchmark.inputs:
-            raise FormatError(f"{use.spec}: this benchmark has no inputs to round; leave out what follows the slash")
+    uses = _uses(benchmark, options.formats)
     if options.shapes_seed is not None:
         blocked = [fmt for use in uses for fmt in (use.format, use.input) if fmt is not None]
         shapes = benchmark.shapes(options.shapes_seed, device.type, blocked)
