@@ -1,8 +1,15 @@
-"""What every member's tests share: parallel workers, which already fill the cores, keep torch to one thread each."""
+"""What every member's tests share, before torch and Triton are first imported.
+
+Parallel workers, which already fill the cores, keep torch to one thread each. Where there is no GPU, Triton interprets
+kernels, whichever test imports it first.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, which is after this
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -1,15 +1,9 @@
-"""Where there is no GPU, Triton interprets the kernels; it has to know before it is first imported."""
+"""What Triton's interpreter needs, which runs the kernels where there is no GPU."""
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -402,10 +402,10 @@ def test_as_many_tokens_as_the_run_that_is_continued_began_with(make):
     whole = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes)
     few, many = (whole.memory(job.method, tokens, Windows.length).host for tokens in (Windows.length, BATCH_TOKENS))
     budget = foresee(job_of(make(), max_memory=(few + many) // 2), "cpu")
-    budget.agree(Windows.length)
+    budget.agree(Windows.length, held=False)
     assert (budget.tokens, budget.planned.host) == (Windows.length, few)
     with pytest.raises(RecipeError, match=r"needs .* may take .* continues began with 4096 tokens at once"):
-        budget.agree(BATCH_TOKENS)
+        budget.agree(BATCH_TOKENS, held=False)
 
 
 def test_a_run_that_takes_more_than_it_may_ends_and_continues(make, tmp_path, monkeypatch):

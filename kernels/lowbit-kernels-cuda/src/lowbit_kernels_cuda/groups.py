@@ -3,6 +3,7 @@
 Which row comes from where is found by bisection of the offsets, for some rows at a time, while their values are on the
 way: nothing is told to the host, and no list of rows is in memory.
 """
+# pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
 

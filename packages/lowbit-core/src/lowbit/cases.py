@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, get_args
 
 import torch
@@ -90,6 +90,36 @@ def calls(
                 yield Call("embedding", fmt, None, device, dtype, *shape), weight.embedding
             if len(shape) in {2, 3}:
                 yield from _products(weight, activations, device)
+
+
+def moves(dtypes: Sequence[torch.dtype], device: str) -> Iterator[tuple[Call, Cases]]:
+    """Calls that move rows as they are, and their cases."""
+    for dtype in (*dtypes, torch.uint8):
+        for k in (5, 96):
+            yield Call("pad_groups", None, None, device, dtype, k=k), partial(_padding, k, dtype, "pad_groups")
+            yield Call("unpad_groups", None, None, device, dtype, k=k), partial(_padding, k, dtype, "unpad_groups")
+
+
+def _padding(k: int, dtype: torch.dtype, op: str) -> Iterator[Case]:
+    for sizes, align in (
+        ([3, 0, 9, 1], 8),
+        ([0, 40, 0], 32),
+        ([7], 1),
+        ([0, 0], 256),
+        ([i % 4 for i in range(50)], 100),
+    ):
+        # Two rows more than are in groups.
+        rows, offs = sum(sizes) + 2, torch.tensor(sizes).cumsum(0).to(torch.int32)
+        x = torch.randint(100, (rows, k), generator=torch.Generator().manual_seed(k)).to(dtype)
+        padded, ends = _run["pad_groups"](x, None, offs, align)
+        if op == "pad_groups":
+            yield Case(f"groups of {sizes}, {align=}", (x, None, offs, align), _bits(padded, ends))
+            index = torch.arange(rows).flip(0).to(torch.int32)
+            told = f"groups of {sizes}, {align=}, by an index"
+            yield Case(told, (x, index, offs, align), _bits(*_run["pad_groups"](x, index, offs, align)))
+        else:
+            arguments = (padded, offs, align, rows)
+            yield Case(f"groups of {sizes}, {align=}", arguments, _bits(_run["unpad_groups"](*arguments)))
 
 
 def _products(weight: _Weight, activations: Sequence[Activation], device: str) -> Iterator[tuple[Call, Cases]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lowbit.activation import Activation
 from lowbit.backends import Backend, Call, Description, Kernel
-from lowbit.cases import Case, Cases, Wanted, calls
+from lowbit.cases import Case, Cases, Wanted, calls, moves
 from lowbit.errors import BackendError, NoKernelError
 from lowbit.format import Format
 from lowbit.grid import FORMAT_GRID
@@ -127,11 +128,11 @@ def check_backend(
         devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with torch.no_grad():
         for device in devices:
-            for fmt in formats:
-                for call, cases in calls(fmt, activations, dtypes, shapes, device):
-                    takers = [trial for trial in trials if _takes(trial, call)]
-                    if takers:
-                        _try(takers, call, cases)
+            made = (calls(fmt, activations, dtypes, shapes, device) for fmt in formats)
+            for call, cases in chain(moves(dtypes, device), *made):
+                takers = [trial for trial in trials if _takes(trial, call)]
+                if takers:
+                    _try(takers, call, cases)
     wrong = [trial for trial in trials if trial.fault is not None]
     if wrong:
         faults = "\n".join(f"  {trial.kernel.name}: {trial.fault}" for trial in wrong)
@@ -234,7 +235,7 @@ def _check(kernel: Kernel, call: Call, case: Case) -> None:
 
 def _outputs(result: Any, call: Call, given: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the kernel returned, as the operator's schema promises it: tensors of their own, without gaps."""
-    several = call.op.startswith("quantize")
+    several = call.op.startswith("quantize") or call.op == "pad_groups"
     found: Sequence[Any] = result if several else [result]
     if not isinstance(found, (list, tuple)) or not all(isinstance(part, Tensor) for part in found):
         raise _FaultError(f"returns {type(result).__name__}; needed is {'tensors' if several else 'a tensor'}")
