@@ -12,7 +12,6 @@ Source: Frantar et al., "GPTQ", section 3; Chee et al., "QuIP", theorem 6, for t
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, NamedTuple
 
 import numba
@@ -63,7 +62,6 @@ def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Scales
     return rounded
 
 
-@cache
 def kernel_for_columns(op: str, fmt: Format, device: str, g: int) -> Kernel | None:
     """A backend's kernel of an op for groups of `g` columns; None: no installed one takes them.
 
