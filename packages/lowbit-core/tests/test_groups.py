@@ -73,14 +73,19 @@ def test_no_rows_are_all_filling():
     assert not padded.any()
 
 
+def test_rows_beyond_those_that_are_there_are_zero():
+    x, offs = numbered(8, 3, torch.float32), ends_of([3, 9])
+    assert torch.equal(unpad(x, offs, 4, 12)[:7], x[[0, 1, 2, 4, 5, 6, 7]])
+    assert not unpad(x, offs, 4, 12)[7:].any()
+
+
 @pytest.mark.parametrize("indexed", [False, True])
 def test_gradients_are_the_transpose(indexed):
     generator = torch.Generator().manual_seed(0)
     sizes, align = [3, 0, 9, 1], 8
     index = torch.randint(0, 10, (13,), generator=generator) if indexed else None
     x = torch.randn(10 if indexed else 13, 3, generator=generator, dtype=torch.float64, requires_grad=True)
-    padded, _ = pad(x, index, ends_of(sizes), align)
-    y = torch.randn(padded.shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(padded_rows(13, len(sizes), align), 3, generator=generator, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda x: pad(x, index, ends_of(sizes), align)[0], x)
     torch.autograd.gradcheck(lambda y: unpad(y, ends_of(sizes), align, 13), y)
 

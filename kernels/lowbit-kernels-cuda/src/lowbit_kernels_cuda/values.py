@@ -14,9 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.errors import FormatError
 from lowbit.format import WHOLE, Format
-from lowbit.numerics import Scales, check_scales, data_shape
+from lowbit.numerics import Scales, check_data, check_scales
 from lowbit_kernels_cuda.scaling import decode, from_float32, raw, scale_value, spec, split_apart
 
 
@@ -36,13 +35,7 @@ def dequantize(
     """
     parsed = Format.parse(fmt)
     shape = (*qdata.shape[:-1], k)
-    stored = data_shape(shape, parsed)
-    if qdata.dtype != parsed.element.storage or tuple(qdata.shape) != stored:
-        msg = (
-            f"data is {qdata.dtype} of shape {tuple(qdata.shape)}; for k={k} in {parsed} needed is "
-            f"{parsed.element.storage} of shape {stored}"
-        )
-        raise FormatError(msg)
+    check_data(qdata, parsed, k)
     check_scales(Scales(scale, zero, tensor_scale), parsed, shape)
     values = torch.empty(shape, dtype=dtype, device=qdata.device)
     if not values.numel():

@@ -37,12 +37,12 @@ def padded_from(offs: Tensor, align: int, rows: int, padded: int) -> Tensor:
     return torch.where((row < ends[-1]) & (source < offs[group]) & (source < rows), source, -1).to(torch.int64)
 
 
-def padded_to(offs: Tensor, align: int, rows: int) -> Tensor:
-    """Where each of `rows` rows is among the padded ones, int64; -1: it is in no group."""
+def padded_to(offs: Tensor, align: int, rows: int, padded: int) -> Tensor:
+    """Where each of `rows` rows is among `padded` ones, int64; -1: it is in no group, or beyond them."""
     row = torch.arange(rows, device=offs.device, dtype=torch.int32)
     group = torch.searchsorted(offs, row, right=True).clamp_max(len(offs) - 1)
     place = row - _starts(offs)[group] + _starts(padded_ends(offs, align))[group]
-    return torch.where(row < offs[-1], place, -1).to(torch.int64)
+    return torch.where((row < offs[-1]) & (place < padded), place, -1).to(torch.int64)
 
 
 def pick_rows(x: Tensor, rows: Tensor) -> Tensor:

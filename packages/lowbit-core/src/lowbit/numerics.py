@@ -169,6 +169,21 @@ def decode(data: Tensor, fmt: Format, scales: Scales, k: int, dtype: torch.dtype
     Raises:
         FormatError: `data` or a scale does not fit the format.
     """
+    check_data(data, fmt, k)
+    codes = unpack(data, fmt.element, k)
+    check_scales(scales, fmt, tuple(codes.shape))
+    values = split_blocks(fmt.element.decode(codes), fmt.block_of(tuple(codes.shape)))
+    if scales.zero is not None:
+        values = values - spread(scales.zero.to(torch.float32))
+    return join_blocks(values * spread(total_scale(scales)), codes.shape).to(dtype)
+
+
+def check_data(data: Tensor, fmt: Format, k: int) -> None:
+    """Refuse packed data that are not rows of k codes.
+
+    Raises:
+        FormatError: their dtype or shape differs.
+    """
     stored = data_shape((*data.shape[:-1], k), fmt)
     if data.dtype != fmt.element.storage or tuple(data.shape) != stored:
         msg = (
@@ -176,12 +191,6 @@ def decode(data: Tensor, fmt: Format, scales: Scales, k: int, dtype: torch.dtype
             f"shape {stored}"
         )
         raise FormatError(msg)
-    codes = unpack(data, fmt.element, k)
-    check_scales(scales, fmt, tuple(codes.shape))
-    values = split_blocks(fmt.element.decode(codes), fmt.block_of(tuple(codes.shape)))
-    if scales.zero is not None:
-        values = values - spread(scales.zero.to(torch.float32))
-    return join_blocks(values * spread(total_scale(scales)), codes.shape).to(dtype)
 
 
 def total_scale(scales: Scales) -> Tensor:

@@ -301,7 +301,7 @@ def _pad_groups(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> tu
 
 def _unpad_groups(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor:
     check_groups(x, None, offs, align)
-    return pick_rows(x, padded_to(offs, align, rows))
+    return pick_rows(x, padded_to(offs, align, rows, x.shape[0]))
 
 
 def _format(spec: str | Format) -> Format:
