@@ -22,7 +22,7 @@ CODES = {fmt.element.name: fmt for fmt in FORMAT_GRID if not fmt.zero}.values()
 @triton.jit
 def scales(amax, stored, total, tensor_scale, SPEC: tl.constexpr, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
-    s, t = scale_of_amax(tl.load(amax + i), tensor_scale, SPEC)
+    s, t = scale_of_amax(tl.load(amax + i), tensor_scale, SPEC, False)
     tl.store(stored + i, s)
     tl.store(total + i, t)
 
@@ -30,9 +30,11 @@ def scales(amax, stored, total, tensor_scale, SPEC: tl.constexpr, N: tl.constexp
 @triton.jit
 def codes(x, noise, code, value, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
-    c = encode(tl.load(x + i), 0.0, tl.load(noise + i), SPEC, STOCHASTIC)
-    tl.store(code + i, c)
     ELEMENT: tl.constexpr = SPEC.element
+    v = tl.load(x + i)
+    c = encode(v, (v == v).to(tl.float32), 0.0, tl.load(noise + i), SPEC, STOCHASTIC)
+    c = (c & ((1 << ELEMENT.bits) - 1)).to(tl.uint8)
+    tl.store(code + i, c)
     tl.store(value + i, decode(c, ELEMENT))
 
 

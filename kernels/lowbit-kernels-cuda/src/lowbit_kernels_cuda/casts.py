@@ -27,19 +27,17 @@ from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_sca
 from lowbit_kernels_cuda.scaling import (
     Spec,
     divide,
-    divide_fast,
-    divides_fast,
     divisor_of,
-    encode,
+    encode_planes,
     from_ordered,
     magnitude,
-    merge,
     ordered,
     raw,
     scale_of_amax,
     scale_of_range,
     scale_value,
     spec,
+    split_planes,
     tensor_scale_of_amax,
     to_float32,
     uniform,
@@ -96,6 +94,13 @@ def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     down = max(32, other.group)
     along = max(_at_most(256 if down <= 32 else 128, columns), way.group)
     return _Tile(down, along, 4 if down * along <= 8192 else 8)
+
+
+def _planes(form: Spec, *, wide: bool) -> int:
+    """Values whose codes make one word, of no more than 32 bits, or where it may be `wide` 64; a multiple of a run."""
+    if form.element.bits in {1, 2, 4}:
+        return 16 if wide else 8
+    return max(form.run, 4)
 
 
 def _at_most(length: int, needed: int) -> int:
@@ -288,9 +293,17 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
     if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
         measure: Any = _measure[grid]
         measure(raw(x), pointers, second, *geometry, **fixed)
-    aligned = columns % 8 == 0 and (other is None or rows % 8 == 0)
+    aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
     cast: Any = _cast[grid]
-    cast(raw(x), pointers, second, *geometry, per, seed, FLAT=flat, STOCHASTIC=stochastic, ALIGNED=aligned, **fixed)
+    cast(
+        *(raw(x), pointers, second, *geometry, per, seed),
+        FLAT=flat,
+        STOCHASTIC=stochastic,
+        ALIGNED=aligned,
+        PLANES=_planes(way.spec, wide=not across and other is None),
+        OTHER_PLANES=None if other is None else _planes(other.way.spec, wide=False),
+        **fixed,
+    )
     return parts
 
 
@@ -314,13 +327,75 @@ def _cast(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
+    OTHER_PLANES: tl.constexpr,
 ):
     batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS)
-    v = _read(x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS, COLUMNS)
-    _write(v, out, batch, row, column, rows, columns, per, seed, WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS)
+    x += batch * x_batch
     if OTHER is not None:
-        v = tl.trans(v)
-        _write(v, other, batch, column, row, columns, rows, per, seed, OTHER, FLAT, STOCHASTIC, ALIGNED, COLUMNS, ROWS)
+        # What is a plane in one direction is a tile of rows some way apart in the other.
+        TALL: tl.constexpr = ROWS // OTHER_PLANES
+        other_planes = ()
+        for i in tl.static_range(OTHER_PLANES):
+            v = _read(x, row + i, column, rows, columns, x_row, x_column, TALL, OTHER_PLANES, COLUMNS, 1)
+            other_planes = other_planes + (tl.trans(v),)
+            v = split_planes(v, TALL, COLUMNS, PLANES)
+            _write(
+                v,
+                out,
+                batch,
+                row + i,
+                column,
+                (rows, columns, per, seed),
+                WAY,
+                FLAT,
+                STOCHASTIC,
+                ALIGNED,
+                TALL,
+                OTHER_PLANES,
+                COLUMNS,
+                PLANES,
+            )
+        _write(
+            other_planes,
+            other,
+            batch,
+            column,
+            row,
+            (columns, rows, per, seed),
+            OTHER,
+            FLAT,
+            STOCHASTIC,
+            ALIGNED,
+            COLUMNS,
+            1,
+            ROWS,
+            OTHER_PLANES,
+        )
+    else:
+        if ACROSS:
+            WIDTH: tl.constexpr = COLUMNS // PLANES
+            v = ()
+            for i in tl.static_range(PLANES):
+                v = v + (_read(x, row, column + i, rows, columns, x_row, x_column, ROWS, 1, WIDTH, PLANES),)
+        else:
+            v = _read_planes(x, row, column, rows, columns, x_row, x_column, ROWS, COLUMNS, PLANES)
+        _write(
+            v,
+            out,
+            batch,
+            row,
+            column,
+            (rows, columns, per, seed),
+            WAY,
+            FLAT,
+            STOCHASTIC,
+            ALIGNED,
+            ROWS,
+            1,
+            COLUMNS,
+            PLANES,
+        )
 
 
 @triton.jit
@@ -341,7 +416,7 @@ def _measure(
 ):
     """Fill in what scales are chosen from that are no tile's own."""
     batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS)
-    v = _read(x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS, COLUMNS)
+    v = _read(x + batch * x_batch, row, column, rows, columns, x_row, x_column, ROWS, 1, COLUMNS, 1)
     _extend(v, out, batch, row, rows, WAY, ROWS, COLUMNS)
     if OTHER is not None:
         _extend(tl.trans(v), other, batch, column, columns, OTHER, COLUMNS, ROWS)
@@ -360,23 +435,63 @@ def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.
 
 
 @triton.jit
-def _read(x, batch, row, column, rows, columns, x_batch, x_row, x_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Float32 tile, zero beyond the matrix."""
-    r = row + tl.arange(0, ROWS)[:, None]
-    c = column + tl.arange(0, COLUMNS)[None, :]
-    at = x + batch * x_batch + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column
-    return to_float32(tl.load(at, (r < rows) & (c < columns), 0))
+def _read(
+    x,
+    row,
+    column,
+    rows,
+    columns,
+    x_row,
+    x_column,
+    ROWS: tl.constexpr,
+    ROW_STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COLUMN_STEP: tl.constexpr,
+):
+    """Float32 tile of rows and columns that are a step apart, zero beyond the matrix."""
+    r = row + tl.arange(0, ROWS)[:, None] * ROW_STEP
+    c = column + tl.arange(0, COLUMNS)[None, :] * COLUMN_STEP
+    return to_float32(tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, (r < rows) & (c < columns), 0))
+
+
+@triton.jit
+def _read_planes(
+    x,
+    row,
+    column,
+    rows,
+    columns,
+    x_row,
+    x_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """A tile as by `split_planes`, in loads of which a thread's 16 bytes are a part of one set of planes."""
+    CHUNK: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
+    if PLANES <= CHUNK:
+        v = _read(x, row, column, rows, columns, x_row, x_column, ROWS, 1, COLUMNS, 1)
+        planes = split_planes(v, ROWS, COLUMNS, PLANES)
+    else:
+        WIDTH: tl.constexpr = COLUMNS // PLANES * CHUNK
+        r = row + tl.arange(0, ROWS)[:, None]
+        planes = ()
+        for i in tl.static_range(PLANES // CHUNK):
+            c = tl.arange(0, WIDTH)[None, :]
+            c = column + (c // CHUNK * PLANES + (c % CHUNK + i * CHUNK))
+            at = x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column
+            planes = planes + split_planes(to_float32(tl.load(at, (r < rows) & (c < columns), 0)), ROWS, WIDTH, CHUNK)
+    return planes
 
 
 @triton.jit
 def _extend(v, out, batch, row, rows, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     high, low = out[6], out[7]
+    most, least = _extent((v,), WAY, ROWS, COLUMNS, 1)
     if WAY.tensor == "amax":
-        blocks, _ = _extent(v, WAY, ROWS, COLUMNS)
         # A block that is not finite is NaN by its own scale, and leaves the others theirs.
-        tl.atomic_max(high + batch, tl.max(tl.where(blocks < 0x7F800000, blocks, 0)), sem="relaxed")
+        tl.atomic_max(high + batch, tl.max(tl.where(most < 0x7F800000, most, 0)), sem="relaxed")
     if WAY.source == "extent":
-        most, least = _extent(v, WAY, ROWS, COLUMNS)
         if WAY.height == 0:
             at, there = batch + tl.zeros_like(most), most == most
         else:
@@ -388,19 +503,27 @@ def _extend(v, out, batch, row, rows, WAY: tl.constexpr, ROWS: tl.constexpr, COL
 
 
 @triton.jit
-def _extent(v, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _extent(planes, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
     """Of the blocks of a tile, (rows of blocks, columns of blocks): the largest `magnitude`, and a dummy.
 
     With zero points, the largest and the smallest `ordered`.
     """
     BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
     if WAY.spec.zero:
-        numbers = ordered(v)
+        high = ordered(planes[0])
+        low = high
+        for i in tl.static_range(1, PLANES):
+            numbers = ordered(planes[i])
+            high, low = tl.maximum(high, numbers), tl.minimum(low, numbers)
+        low = tl.min(tl.reshape(low, (ROWS, BLOCKS, COLUMNS // PLANES // BLOCKS)), 2)
     else:
-        numbers = magnitude(v)
-    numbers = tl.reshape(numbers, (ROWS, BLOCKS, COLUMNS // BLOCKS))
-    high = tl.max(numbers, 2)
-    low = tl.min(numbers, 2) if WAY.spec.zero else high
+        high = tl.abs(planes[0])
+        for i in tl.static_range(1, PLANES):
+            high = tl.maximum(high, tl.abs(planes[i]), propagate_nan=tl.PropagateNan.ALL)
+        high = magnitude(high)
+    high = tl.max(tl.reshape(high, (ROWS, BLOCKS, COLUMNS // PLANES // BLOCKS)), 2)
+    if not WAY.spec.zero:
+        low = high
     if WAY.height != 1:
         high = tl.max(high, 0, keep_dims=True)
         low = tl.min(low, 0, keep_dims=True)
@@ -409,26 +532,28 @@ def _extent(v, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _write(
-    v,
+    planes,
     out,
     batch,
     row,
     column,
-    rows,
-    columns,
-    per,
-    seed,
+    matrix,
     WAY: tl.constexpr,
     FLAT: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
+    ROW_STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
 ):
-    """Codes and scales of the float32 canonical tile that starts at (row, column)."""
+    """Codes and scales of the float32 canonical tile that starts at (row, column), in rows that are ROW_STEP apart.
+
+    Each of the PLANES has the columns that are its number modulo PLANES.
+    """
+    rows, columns, per, seed = matrix
     SPEC: tl.constexpr = WAY.spec
     BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
-    LENGTH: tl.constexpr = COLUMNS // BLOCKS
     # Rows of scales in the tile.
     TALL: tl.constexpr = ROWS if WAY.height == 1 else 1
     data, scales, zeros = out[0], out[1], out[2]
@@ -438,7 +563,7 @@ def _write(
     if WAY.height == 0:
         r, scale_rows = tl.zeros([1, 1], tl.int32), 1
     else:
-        r = row // WAY.height + tl.arange(0, TALL)[:, None]
+        r = row // WAY.height + tl.arange(0, TALL)[:, None] * ROW_STEP
         scale_rows = tl.cdiv(rows, WAY.height)
     if WAY.group == 0:
         c, scale_columns = tl.zeros([1, 1], tl.int32), 1
@@ -478,58 +603,69 @@ def _write(
             most = tl.load(high + at, there, 0)
             least = tl.load(low + at, there, 0) if SPEC.zero else most
         else:
-            most, least = _extent(v, WAY, ROWS, COLUMNS)
+            most, least = _extent(planes, WAY, ROWS, COLUMNS, PLANES)
         if SPEC.zero:
             stored, scale, zero = scale_of_range(from_ordered(least), from_ordered(most), SPEC)
             tl.store(zeros + at, zero.to(tl.int32).to(tl.uint8), first)
         else:
-            stored, scale = scale_of_amax(most.to(tl.float32, bitcast=True), tensor_scale, SPEC)
+            stored, scale = scale_of_amax(most.to(tl.float32, bitcast=True), tensor_scale, SPEC, WAY.tensor == "amax")
         if WAY.blocked:
             at = ((batch * tl.cdiv(scale_rows, 128) + r // 128) * tl.cdiv(scale_columns, 4) + c // 4) * 512
             at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
         tl.store(scales + at, stored, first)
 
-    by = tl.broadcast_to(divisor_of(scale, SPEC), (ROWS, BLOCKS))[:, :, None]
+    # Codes, PLANES of them in a word.
+    FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
+    SHORT: tl.constexpr = SPEC.scale.bits <= 16 and (WAY.tensor == "" or WAY.tensor == "amax")
+    WIDTH: tl.constexpr = COLUMNS // PLANES
+    by = divisor_of(scale, SPEC, FAST, SHORT)
+    by = _of_blocks(by[0], ROWS, BLOCKS), _of_blocks(by[1], ROWS, BLOCKS), _of_blocks(by[2], ROWS, BLOCKS)
+    # Where scales are chosen, nothing else divides to a NaN.
+    sound = _of_blocks((scale == scale).to(tl.float32), ROWS, BLOCKS)
     if SPEC.zero:
-        zero = tl.broadcast_to(zero, (ROWS, BLOCKS))[:, :, None]
-    starts = (batch * rows + row + tl.arange(0, ROWS)[:, None]) * columns + column
-    noise = v
+        zero = _of_blocks(zero, ROWS, BLOCKS)
+    inside_row = row + tl.arange(0, ROWS)[:, None] * ROW_STEP
+    inside = inside_row < rows
+    inside_row = batch * rows + inside_row
+    c = tl.arange(0, WIDTH)[None, :] * PLANES
+    noise = planes
     if STOCHASTIC:
-        noise = uniform(seed, starts, ROWS, COLUMNS, ALIGNED)
-    tile = tl.reshape(v, (ROWS, BLOCKS, LENGTH))
-    FAST: tl.constexpr = (
-        SPEC.fused and WAY.source != "given" and not (SPEC.scale.powers_of_two or SPEC.zero or STOCHASTIC)
-    )
-    if FAST:
-        if divides_fast(scale, most):
-            inverse = tl.broadcast_to(tl.div_rn(1.0, scale), (ROWS, BLOCKS))[:, :, None]
-            tile = divide_fast(tile, by, inverse)
-        else:
-            tile = divide(tile, by, SPEC)
-    else:
-        tile = divide(tile, by, SPEC)
-    codes = encode(tile, zero, tl.reshape(noise, (ROWS, BLOCKS, LENGTH)), SPEC, STOCHASTIC)
-    codes = tl.reshape(codes, (ROWS, COLUMNS))
-
-    inside = row + tl.arange(0, ROWS)[:, None] < rows
-    c = column + tl.arange(0, COLUMNS)[None, :]
-    if SPEC.run == 1:
-        tl.store(data + starts + tl.arange(0, COLUMNS)[None, :], codes, inside & (c < columns))
-    else:
+        noise = uniform(seed, inside_row * columns + column, COLUMNS, PLANES, ALIGNED)
+    quotients, ok, bits = (), (), ()
+    for i in tl.static_range(PLANES):
+        v = divide(tl.reshape(planes[i], (ROWS, BLOCKS, WIDTH // BLOCKS)), by, SPEC, FAST, SHORT)
+        quotients = quotients + (v,)
+        kept = sound
+        if WAY.source == "given":
+            kept = (v == v).to(tl.float32)
         if SPEC.zero and WAY.group == 0:
-            codes = tl.where(c < columns, codes, 0)
-        word = merge(codes, SPEC, ROWS, COLUMNS)
-        # Runs that end on a byte, and how many a row has.
-        run = column // SPEC.run + tl.arange(0, COLUMNS // SPEC.run)[None, :]
-        # In terms that tell the compiler how stores align.
-        if FLAT:
-            runs = COLUMNS // SPEC.run
-        elif ALIGNED:
-            runs = columns // SPEC.run
-        else:
-            runs = tl.cdiv(columns, SPEC.run)
-        r = batch * rows + row + tl.arange(0, ROWS)[:, None]
-        at = data + (r * runs + run) * SPEC.run_bytes
-        BYTES: tl.constexpr = SPEC.run_bytes
+            # What a row's last byte has beyond its columns is 0.
+            kept = kept * (column + c + i < columns).to(tl.float32)[:, None, :]
+        ok = ok + (kept,)
+        bits = bits + (tl.reshape(noise[i], (ROWS, BLOCKS, WIDTH // BLOCKS)),)
+    word = tl.reshape(encode_planes(quotients, ok, zero, bits, SPEC, STOCHASTIC, PLANES), (ROWS, WIDTH))
+    # In terms that tell the compiler how stores align.
+    BYTES: tl.constexpr = SPEC.element.bits * PLANES // 8
+    if ALIGNED and (BYTES == 1 or BYTES == 2 or BYTES == 4 or BYTES == 8):
+        words = WIDTH if FLAT else columns // PLANES
+        data = data.to(tl.pointer_type(_integer(BYTES)))
+        at = column // PLANES + tl.arange(0, WIDTH)[None, :]
+        tl.store(data + inside_row * words + at, word.to(data.dtype.element_ty), inside & (at < words))
+    else:
+        length = tl.cdiv(columns, SPEC.run) * SPEC.run_bytes
+        byte = (column // PLANES + tl.arange(0, WIDTH)[None, :]) * BYTES
         for i in tl.static_range(BYTES):
-            tl.store(at + i, (word >> (8 * i)).to(tl.uint8), inside & (run < runs))
+            tl.store(
+                data + inside_row * length + byte + i, (word >> (8 * i)).to(tl.uint8), inside & (byte + i < length)
+            )
+
+
+@triton.constexpr_function
+def _integer(size):
+    """The type of integers of `size` bytes."""
+    return {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[size]
+
+
+@triton.jit
+def _of_blocks(x, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    return tl.broadcast_to(x, (ROWS, BLOCKS))[:, :, None]

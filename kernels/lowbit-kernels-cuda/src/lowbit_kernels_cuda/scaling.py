@@ -26,6 +26,13 @@ from lowbit.numerics import DEFAULT_MODE, ScaleMode, amax_divisor, mantissa_boun
 from lowbit.packing import unit
 
 
+# Four float32 to the bytes of an int32, on hardware that converts to 8-bit floats; infinities become the largest number.
+_FLOAT8 = (
+    "{{ .reg .b16 low, high; cvt.rn.satfinite.{0}.f32 low, $2, $1; "
+    "cvt.rn.satfinite.{0}.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
     """A format, and how its scales are chosen, in the numbers that kernels are compiled for; see `spec`."""
@@ -50,9 +57,11 @@ class Spec:
     # Codes of the shortest run that ends on a byte boundary, and its bytes.
     run: int
     run_bytes: int
-    # Whether the hardware converts to bfloat16 and 8-bit floats, and whether `tl.fma` rounds once.
+    # Whether the hardware converts to bfloat16, and whether `tl.fma` rounds once.
     native: bool
     fused: bool
+    # PTX that converts to four codes at once, or "".
+    convert: str
 
 
 @lru_cache(maxsize=1024)
@@ -77,6 +86,9 @@ def spec(fmt: Format, mode: ScaleMode = DEFAULT_MODE, device: torch.device | Non
         run_bytes=unit(element.bits)[1],
         native=native,
         fused=device is not None,
+        convert=_FLOAT8.format({"e4m3fn": "e4m3x2", "e5m2": "e5m2x2"}[element.name])
+        if native and element.name in {"e4m3fn", "e5m2"}
+        else "",
     )
 
 
@@ -136,21 +148,24 @@ def magnitude(x):
 
 
 @triton.jit
-def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr):
+def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr, CHOSEN: tl.constexpr):
     """Of the float32 largest magnitudes of blocks: scales as stored (`raw`), and float32 `scale * tensor_scale`.
 
-    `tensor_scale` is read where the format has one.
+    `tensor_scale` is read where the format has one; CHOSEN says that it is a power of two.
     """
     if SPEC.scale.powers_of_two:
         bits = amax.to(tl.int32, bitcast=True)
         code = (bits >> 23) - SPEC.top + ((bits & 0x7FFFFF) > SPEC.bound).to(tl.int32)
         stored = tl.where(bits < 0x7F800000, tl.minimum(tl.maximum(code, 0), 254), 255).to(tl.uint8)
+        scale = scale_value(stored, tensor_scale, SPEC)
     else:
         scale = tl.div_rn(amax, SPEC.divisor)
         if SPEC.tensor:
-            scale = tl.div_rn(scale, tensor_scale)
-        stored = _store_scale(scale, SPEC)
-    return stored, scale_value(stored, tensor_scale, SPEC)
+            scale = scale * tl.div_rn(1.0, tensor_scale) if CHOSEN else tl.div_rn(scale, tensor_scale)
+        stored, scale = _store_scale(scale, SPEC)
+        if SPEC.tensor:
+            scale *= tensor_scale
+    return stored, scale
 
 
 @triton.jit
@@ -169,8 +184,7 @@ def scale_of_range(low, high, SPEC: tl.constexpr):
     """
     low = tl.where(low > 0, 0.0, low)
     high = tl.where(high < 0, 0.0, high)
-    stored = _store_scale(tl.div_rn(high, SPEC.divisor) - tl.div_rn(low, SPEC.divisor), SPEC)
-    scale = scale_value(stored, 1.0, SPEC)
+    stored, scale = _store_scale(tl.div_rn(high, SPEC.divisor) - tl.div_rn(low, SPEC.divisor), SPEC)
     zero = SPEC.element.min - _round_to_even(_within(tl.div_rn(low, scale)))
     zero = tl.minimum(tl.maximum(zero, SPEC.element.min), SPEC.element.max)
     return stored, scale, tl.where(scale == scale, zero, 0.0)
@@ -195,105 +209,113 @@ def scale_value(stored, tensor_scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def divisor_of(scale, SPEC: tl.constexpr):
-    """What `divide` takes in the place of a scale: of a power of two, the reciprocal, which is exact."""
-    by = scale
+def divisor_of(scale, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
+    """What `divide` takes in the place of a scale, three tensors.
+
+    Of a power of two, the reciprocal, which is exact; otherwise, if FAST, `-p`, `scale * p` and `-1 / (scale * p)` with
+    the power of two `p` that makes the second at least 1 and less than 2, or as large as can be.
+    """
+    # Those of 2^127 and 2^-127 are 2^-127, a subnormal, and 2^127.
+    bits = scale.to(tl.int32, bitcast=True)
+    power = tl.maximum((254 << 23) - (bits & 0x7F800000), 0x400000)
     if SPEC.scale.powers_of_two:
-        bits = scale.to(tl.int32, bitcast=True)
-        # Those of 2^127 and 2^-127 are 2^-127, a subnormal, and 2^127.
-        inverse = tl.where(bits == 254 << 23, 0x400000, tl.where(bits == 0x400000, 254 << 23, (254 << 23) - bits))
-        by = tl.where(bits < 0x7F800000, inverse, 0x7FC00000).to(tl.float32, bitcast=True)
+        by = tl.where(bits < 0x7F800000, power, 0x7FC00000).to(tl.float32, bitcast=True)
+        by = by, by, by
+    elif FAST:
+        power = power.to(tl.float32, bitcast=True)
+        near = scale * power
+        # Some ulps are as good where one correction is enough.
+        by = -power, near, _reciprocal(-near) if SHORT else tl.div_rn(-1.0, near)
+    else:
+        by = scale, scale, scale
     return by
 
 
 @triton.jit
-def divide(x, by, SPEC: tl.constexpr):
-    """IEEE `x / scale`, where `by` is `divisor_of(scale)`."""
+def _reciprocal(x):
+    """1 / x within an ulp, on a GPU."""
+    return tl.inline_asm_elementwise("rcp.approx.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def divide(x, by, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
+    """IEEE `x / scale`, where `by` is `divisor_of(scale)`.
+
+    If FAST, a first quotient is corrected by its remainder, twice; once where scales have 16 or fewer bits of mantissa
+    (SHORT), as no quotient of theirs is then near the middle of two numbers. Quotients below 2^-126 keep no more than
+    their sign and that they are small, and those of infinities are NaN. The signs are such that zeros keep theirs.
+
+    Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2.
+    """
     if SPEC.scale.powers_of_two:
-        value = x * by
+        value = x * by[0]
+    elif FAST:
+        x = x * by[0]
+        value = x * by[2]
+        value = tl.fma(tl.fma(value, by[1], x), by[2], value)
+        if not SHORT:
+            value = tl.fma(tl.fma(value, by[1], x), by[2], value)
     else:
-        value = tl.div_rn(x, by)
+        value = tl.div_rn(x, by[0])
     return value
 
 
 @triton.jit
-def divides_fast(scale, amax):
-    """Whether `divide_fast` gives the codes that IEEE division does: in all blocks of these scales and amaxes (bits).
+def encode(x, ok, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Codes of float32 `x` in units of the scale, in the lowest bits of an int32 whose others mean nothing.
 
-    Neither a quotient nor a remainder that a code depends on is then subnormal or infinite. NaN scales take anything.
-    """
-    size = magnitude(scale)
-    near = (size > 67 << 23) & (size < 187 << 23) & (amax < 187 << 23)
-    return tl.min((near | (amax >= 0x7F800000)).to(tl.int32)) == 1
-
-
-@triton.jit
-def divide_fast(x, scale, inverse):
-    """`x / scale`, given IEEE `1 / scale`: a first quotient, within an ulp after one correction, exact after two.
-
-    Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2.
-    """
-    quotient = x * inverse
-    for _ in tl.static_range(2):
-        # This sign of the remainder keeps that of a negative zero.
-        beyond = tl.fma(quotient, scale, -x)
-        quotient = tl.fma(-beyond, inverse, quotient)
-    return quotient
-
-
-@triton.jit
-def encode(x, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Codes, in the lowest bits of a uint8, of float32 `x` in units of the scale; see `Element.encode`.
-
-    `zero` is read where the format has zero points, `noise` where rounding is stochastic.
+    `ok` is 0 where x is NaN and 1 elsewhere, in float32. `zero` is read where the format has zero points, `noise` where
+    rounding is stochastic. See `Element.encode`.
     """
     if SPEC.element.kind == "float":
         ELEMENT: tl.constexpr = SPEC.element
-        NATIVE: tl.constexpr = SPEC.native
-        code = encode_float(x, noise, ELEMENT, NATIVE, STOCHASTIC)
+        code = encode_float(x, ok, noise, ELEMENT, STOCHASTIC)
     else:
-        # Beyond these bounds nothing but an end of the range is near, and within them float32 has every integer.
-        value = _within(x)
+        value = x
         if STOCHASTIC:
-            floor = tl.floor(value)
-            value = floor + (value - floor > noise).to(tl.float32)
-        else:
-            value = _round_to_even(value)
+            value = tl.floor(x)
+            value += (x - value > noise).to(tl.float32)
+        # Float32 has no numbers but integers around 1.5 * 2^23, and the integers' two's complement in its lowest bits.
+        value += 12582912.0
         if SPEC.zero:
             value += zero
-        value = tl.where(x == x, value, 0.0)
-        value = tl.minimum(tl.maximum(value, SPEC.element.min), SPEC.element.max)
-        code = (value.to(tl.int32) & ((1 << SPEC.element.bits) - 1)).to(tl.uint8)
+        # Of a number and a NaN, these are the number.
+        value = tl.maximum(value, 12582912.0 + SPEC.element.min * ok)
+        value = tl.minimum(value, 12582912.0 + SPEC.element.max * ok)
+        code = value.to(tl.int32, bitcast=True)
     return code
 
 
 @triton.jit
-def encode_float(x, noise, ELEMENT: tl.constexpr, NATIVE: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Codes as uint8 of float32 `x` in a float element of at most 8 bits."""
-    # Triton's conversions saturate, infinities too.
-    if NATIVE and not STOCHASTIC and ELEMENT.name == "e4m3fn":
-        code = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-    elif NATIVE and not STOCHASTIC and ELEMENT.name == "e5m2":
-        code = x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+def encode_float(x, ok, noise, ELEMENT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """As `encode`, in a float element of at most 8 bits; the other bits of the codes are 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    SIGN: tl.constexpr = 1 << (ELEMENT.bits - 1)
+    if ELEMENT.bits - ELEMENT.mantissa == 3 and not STOCHASTIC:
+        # Codes grow with numbers half as fast from 2 on and again from 4 on: of three lines, the lowest at a number.
+        STEPS: tl.constexpr = 1 << ELEMENT.mantissa
+        size = tl.abs(x)
+        first = tl.fma(size, STEPS, 12582912.0)
+        second = tl.fma(size, STEPS / 2, 12582912.0 + STEPS)
+        third = tl.fma(size, STEPS / 4, 12582912.0 + 2 * STEPS)
+        # Of a number and a NaN, these are the number.
+        steps = tl.minimum(tl.minimum(first, second), tl.minimum(third, 12582912.0 + (SIGN - 1) * ok))
+        code = steps.to(tl.int32, bitcast=True) & (SIGN - 1)
+        code |= (bits >> (32 - ELEMENT.bits)) & tl.where(ok > 0, SIGN, 0)
     else:
-        bits = x.to(tl.int32, bitcast=True)
         size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), ELEMENT.max)
-        # Field of the exponent, no lower than that of the element's subnormals.
-        LOWEST: tl.constexpr = 128 - ELEMENT.bias
-        field = tl.maximum(size.to(tl.int32, bitcast=True) >> 23, LOWEST)
+        field = _field(size, ELEMENT)
         if STOCHASTIC:
             exact = size * ((254 + ELEMENT.mantissa - field) << 23).to(tl.float32, bitcast=True)
             floor = tl.floor(exact)
             steps = floor.to(tl.int32) + (exact - floor > noise).to(tl.int32)
         else:
-            # Float32 numbers from here on are as far apart as the element's around x: the sum rounds as it does.
-            shifter = (field + (23 - ELEMENT.mantissa)) << 23
-            steps = (size + shifter.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - shifter
+            steps, _ = _round(size, field, ELEMENT)
         # A carry out of the steps ends up in the exponent by itself.
-        steps += (field - LOWEST) << ELEMENT.mantissa
-        steps |= (bits >> (32 - ELEMENT.bits)) & (1 << (ELEMENT.bits - 1))
-        NAN: tl.constexpr = (1 << (ELEMENT.bits - 1)) - 1 if ELEMENT.has_nan else 0
-        code = tl.where(x == x, steps, NAN).to(tl.uint8)
+        steps += (field - (128 - ELEMENT.bias)) << ELEMENT.mantissa
+        steps |= (bits >> (32 - ELEMENT.bits)) & SIGN
+        NAN: tl.constexpr = SIGN - 1 if ELEMENT.has_nan else 0
+        code = tl.where(ok > 0, steps, NAN)
     return code
 
 
@@ -319,23 +341,46 @@ def decode(code, ELEMENT: tl.constexpr):
 
 
 @triton.jit
-def merge(codes, SPEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Codes (ROWS, COLUMNS) of less than a byte, each run of `SPEC.run` in the lowest bits of one integer."""
-    BITS: tl.constexpr = SPEC.element.bits
-    if SPEC.run_bytes == 1:
-        word = codes
-    elif SPEC.run_bytes <= 4:
-        word = codes.to(tl.int32)
+def split_planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
+    """Of a tile (ROWS, COLUMNS), a tuple of PLANES (1, 2, 4 or 8) tiles: the columns that are 0, 1... modulo PLANES."""
+    if PLANES == 1:
+        planes = (x,)
+    elif PLANES == 2:
+        planes = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
     else:
-        word = codes.to(tl.int64)
-    first, second = tl.split(tl.reshape(word, (ROWS, COLUMNS // 2, 2)))
-    word = first | (second << BITS)
-    if SPEC.run >= 4:
-        first, second = tl.split(tl.reshape(word, (ROWS, COLUMNS // 4, 2)))
-        word = first | (second << (2 * BITS))
-    if SPEC.run >= 8:
-        first, second = tl.split(tl.reshape(word, (ROWS, COLUMNS // 8, 2)))
-        word = first | (second << (4 * BITS))
+        even, odd = tl.split(tl.reshape(x, (ROWS, COLUMNS // 2, 2)))
+        even = split_planes(even, ROWS, COLUMNS // 2, PLANES // 2)
+        odd = split_planes(odd, ROWS, COLUMNS // 2, PLANES // 2)
+        planes = (even[0], odd[0])
+        for i in tl.static_range(1, PLANES // 2):
+            planes = planes + (even[i], odd[i])
+    return planes
+
+
+@triton.jit
+def encode_planes(x, ok, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, PLANES: tl.constexpr):
+    """Codes (`encode`) of tuples of PLANES tiles, one after another in the bits of one int32 (int64 beyond 32 bits)."""
+    BITS: tl.constexpr = SPEC.element.bits
+    if SPEC.convert != "" and not STOCHASTIC:
+        # Rather than conversions one by one, of whose codes a ptxas loses some that are used twice.
+        word = tl.inline_asm_elementwise(SPEC.convert, "=r,f,f,f,f", [x[0], x[1], x[2], x[3]], tl.int32, True, 1)
+    else:
+        # Words as narrow as can be while they fill.
+        HALF: tl.constexpr = PLANES // 2 if BITS * PLANES == 64 else PLANES
+        for i in tl.static_range(PLANES):
+            code = encode(x[i], ok[i], zero, noise[i], SPEC, STOCHASTIC)
+            if i % HALF < HALF - 1:
+                code &= (1 << BITS) - 1
+            if BITS * HALF > 32:
+                code = code.to(tl.int64)
+            if i == 0:
+                word = code
+            elif i == HALF:
+                first, word = word, code
+            else:
+                word |= code << (BITS * (i % HALF))
+        if HALF < PLANES:
+            word = (word.to(tl.int64) << 32) | first.to(tl.uint32, bitcast=True).to(tl.int64)
     return word
 
 
@@ -352,45 +397,80 @@ def split_apart(word, SPEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 
 @triton.jit
-def uniform(seed, starts, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNED: tl.constexpr):
-    """`lowbit.philox.uniform` (ROWS, COLUMNS) of elements at `starts + column`, int64 (ROWS, 1).
+def uniform(seed, starts, COLUMNS: tl.constexpr, PLANES: tl.constexpr, ALIGNED: tl.constexpr):
+    """`lowbit.philox.uniform` of elements at `starts + column`, int64 (ROWS, 1): a tuple as of `split_planes`.
 
     Where all `starts` are multiples of 4 (ALIGNED), each counter is used for four elements, otherwise for one.
     """
-    if ALIGNED:
-        counter = (starts >> 2) + tl.arange(0, COLUMNS // 4)[None, :]
-    else:
-        counter = (starts + tl.arange(0, COLUMNS)[None, :]) >> 2
+    first = starts + tl.arange(0, COLUMNS // PLANES)[None, :] * PLANES
+    numbers = ()
+    for i in tl.static_range(PLANES // 4):
+        if ALIGNED:
+            a, b, c, d = _philox(seed, (first + 4 * i) >> 2)
+            numbers = numbers + (_fraction(a), _fraction(b), _fraction(c), _fraction(d))
+        else:
+            for j in tl.static_range(4):
+                at = first + (4 * i + j)
+                a, b, c, d = _philox(seed, at >> 2)
+                lane = at & 3
+                word = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
+                numbers = numbers + (_fraction(word),)
+    return numbers
+
+
+@triton.jit
+def _philox(seed, counter):
     low = counter.to(tl.int32)
-    high = (counter >> 32).to(tl.int32)
     none = tl.zeros_like(low)
-    a, b, c, d = tl.philox(seed, low, high, none, none)
-    if ALIGNED:
-        word = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, COLUMNS))
-    else:
-        lane = (starts + tl.arange(0, COLUMNS)[None, :]) & 3
-        word = tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d))
+    return tl.philox(seed, low, (counter >> 32).to(tl.int32), none, none)
+
+
+@triton.jit
+def _fraction(word):
     return (word >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit
 def _store_scale(scale, SPEC: tl.constexpr):
-    """Float32 scales as stored: 1 for 0 (a block of zeros), no less than the smallest, NaN where not finite."""
+    """Float32 scales as stored, and their float32: 1 for 0 (a block of zeros), no less than the smallest, NaN where not finite."""
     # As integers, whose order is the same: a float32 subnormal is no constant that every Triton takes.
     bits = scale.to(tl.int32, bitcast=True)
-    kept = tl.where(scale == 0, 0x3F800000, tl.minimum(tl.maximum(bits, SPEC.least), SPEC.most))
-    kept = tl.where((bits & 0x7FFFFFFF) < 0x7F800000, kept, 0x7FC00000).to(tl.float32, bitcast=True)
-    if SPEC.scale.name == "float16":
-        stored = kept.to(tl.float16)
-    elif SPEC.scale.name == "bfloat16":
-        stored = from_float32(kept, tl.int16, SPEC)
-    elif SPEC.scale.bits == 8:
+    number = (bits & 0x7FFFFFFF) < 0x7F800000
+    bits = tl.where(scale == 0, 0x3F800000, tl.minimum(tl.maximum(bits, SPEC.least), SPEC.most))
+    if SPEC.scale.bits == 8:
+        # Conversions of the hardware are for what nothing but a store reads: a ptxas loses codes that are used twice.
         ELEMENT: tl.constexpr = SPEC.scale
-        NATIVE: tl.constexpr = SPEC.native
-        stored = encode_float(kept, kept, ELEMENT, NATIVE, False)
+        kept = bits.to(tl.float32, bitcast=True)
+        field = _field(kept, ELEMENT)
+        steps, value = _round(kept, field, ELEMENT)
+        steps += (field - (128 - ELEMENT.bias)) << ELEMENT.mantissa
+        stored = tl.where(number, steps, (1 << (ELEMENT.bits - 1)) - 1).to(tl.uint8)
+        value = tl.where(number, value, float("nan"))
     else:
-        stored = kept
-    return stored
+        value = tl.where(number, bits, 0x7FC00000).to(tl.float32, bitcast=True)
+        if SPEC.scale.name == "float16":
+            stored = value.to(tl.float16)
+        elif SPEC.scale.name == "bfloat16":
+            stored = from_float32(value, tl.int16, SPEC)
+        else:
+            stored = value
+        value = to_float32(stored)
+    return stored, value
+
+
+@triton.jit
+def _field(size, ELEMENT: tl.constexpr):
+    """Field of the exponent of float32 `size`, no lower than that of the element's subnormals."""
+    return tl.maximum(size.to(tl.int32, bitcast=True) >> 23, 128 - ELEMENT.bias)
+
+
+@triton.jit
+def _round(size, field, ELEMENT: tl.constexpr):
+    """Float32 `size`, of that `_field`, in the element's steps of its binade, and the float32 that this is."""
+    # Float32 numbers from here on are as far apart as the element's around x: the sum rounds as it does.
+    shifter = (field + (23 - ELEMENT.mantissa)) << 23
+    total = size + shifter.to(tl.float32, bitcast=True)
+    return total.to(tl.int32, bitcast=True) - shifter, total - shifter.to(tl.float32, bitcast=True)
 
 
 @triton.jit
