@@ -22,7 +22,7 @@ CODES = {fmt.element.name: fmt for fmt in FORMAT_GRID if not fmt.zero}.values()
 @triton.jit
 def scales(amax, stored, total, tensor_scale, SPEC: tl.constexpr, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
-    s, t = scale_of_amax(tl.load(amax + i), tensor_scale, SPEC, False)
+    s, t = scale_of_amax(tl.load(amax + i), tensor_scale, SPEC, "matrix")
     tl.store(stored + i, s)
     tl.store(total + i, t)
 

@@ -65,11 +65,12 @@ class _Way:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Rows and columns of values that a program takes, and its warps."""
+    """Rows and columns of values that a program takes, how often side by side, and its warps."""
 
     rows: int
     columns: int
     warps: int
+    chunks: int = 1
 
 
 def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
@@ -78,26 +79,39 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
     These numbers and those of `_tile_both` are all there is to tune.
     """
     if way.height not in {1, WHOLE}:
-        return _Tile(way.height, way.group, 4)
+        return _Tile(way.height, way.group, 8)
     if way.source == "tile" and way.group == WHOLE:
-        length = max(triton.next_power_of_2(columns), 16)
-        return _Tile(_at_most(4096 // length, rows), length, 4 if length <= 4096 else 8)
+        # Whole rows, with as little beyond their ends as can be.
+        chunks = min(range(1, 9), key=lambda n: (n * _length(columns, n), n))
+        length = _length(columns, chunks)
+        warps = min(max(_power(length * chunks // 2048), 1), 8)
+        return _Tile(_at_most(max(_power(2048 // (length * chunks)), 1), rows), length, warps, chunks)
     if across:
-        length = max(32, way.group)
-        return _Tile(_at_most(128 if length <= 64 else 64, rows), length, 4)
+        return _Tile(_at_most(64, rows), max(128, way.group), 4)
     length = max(_at_most(128, columns), way.group, 16)
     return _Tile(_at_most(4096 // length, rows), length, 4)
 
 
+def _length(columns: int, chunks: int) -> int:
+    """The power of two that is long enough for so many `chunks` of a row, 16 or more."""
+    return max(triton.next_power_of_2(triton.cdiv(columns, chunks)), 16)
+
+
+def _power(number: int) -> int:
+    """The largest power of two no larger than the number, 0 for 0."""
+    return 1 << number.bit_length() >> 1
+
+
 def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     """The tile for both directions of matrices of `columns`."""
-    down = max(32, other.group)
-    along = max(_at_most(256 if down <= 32 else 128, columns), way.group)
+    down, along = max(64, other.group), max(_at_most(64, columns), way.group)
     return _Tile(down, along, 4 if down * along <= 8192 else 8)
 
 
-def _planes(form: Spec, *, wide: bool) -> int:
-    """Values whose codes make one word, of no more than 32 bits, or where it may be `wide` 64; a multiple of a run."""
+def _planes(form: Spec, *, wide: bool, aligned: bool) -> int:
+    """Values whose codes make words of no more than 32 bits, or where one may be `wide` 64; a multiple of a run."""
+    if form.element.bits == 6:
+        return 16 if aligned else 4
     if form.element.bits in {1, 2, 4}:
         return 16 if wide else 8
     return max(form.run, 4)
@@ -279,7 +293,7 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
     else:
         tile = _tile_both(columns, way, other.way)
         second, other_way = other.pointers(x), other.way
-    grid = (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    grid = (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns * tile.chunks),)
     geometry: tuple[Any, ...] = (rows, columns, *x.stride())
     fixed: dict[str, Any] = {
         "WAY": way,
@@ -300,8 +314,9 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
         FLAT=flat,
         STOCHASTIC=stochastic,
         ALIGNED=aligned,
-        PLANES=_planes(way.spec, wide=not across and other is None),
-        OTHER_PLANES=None if other is None else _planes(other.way.spec, wide=False),
+        CHUNKS=tile.chunks,
+        PLANES=_planes(way.spec, wide=not across and other is None, aligned=aligned),
+        OTHER_PLANES=None if other is None else _planes(other.way.spec, wide=False, aligned=aligned),
         **fixed,
     )
     return parts
@@ -327,74 +342,26 @@ def _cast(
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PLANES: tl.constexpr,
     OTHER_PLANES: tl.constexpr,
 ):
-    batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS)
+    if FLAT:
+        # As the compiler does not know.
+        columns, x_row = COLUMNS, COLUMNS
+    batch, row, column = _place(rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None)
     x += batch * x_batch
+    matrix = rows, columns, x_row, x_column, per, seed
+    _cast_tile(
+        *(x, out, batch, row, column, matrix),
+        *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES),
+    )
     if OTHER is not None:
-        # What is a plane in one direction is a tile of rows some way apart in the other.
-        TALL: tl.constexpr = ROWS // OTHER_PLANES
-        other_planes = ()
-        for i in tl.static_range(OTHER_PLANES):
-            v = _read(x, row + i, column, rows, columns, x_row, x_column, TALL, OTHER_PLANES, COLUMNS, 1)
-            other_planes = other_planes + (tl.trans(v),)
-            v = split_planes(v, TALL, COLUMNS, PLANES)
-            _write(
-                v,
-                out,
-                batch,
-                row + i,
-                column,
-                (rows, columns, per, seed),
-                WAY,
-                FLAT,
-                STOCHASTIC,
-                ALIGNED,
-                TALL,
-                OTHER_PLANES,
-                COLUMNS,
-                PLANES,
-            )
-        _write(
-            other_planes,
-            other,
-            batch,
-            column,
-            row,
-            (columns, rows, per, seed),
-            OTHER,
-            FLAT,
-            STOCHASTIC,
-            ALIGNED,
-            COLUMNS,
-            1,
-            ROWS,
-            OTHER_PLANES,
-        )
-    else:
-        if ACROSS:
-            WIDTH: tl.constexpr = COLUMNS // PLANES
-            v = ()
-            for i in tl.static_range(PLANES):
-                v = v + (_read(x, row, column + i, rows, columns, x_row, x_column, ROWS, 1, WIDTH, PLANES),)
-        else:
-            v = _read_planes(x, row, column, rows, columns, x_row, x_column, ROWS, COLUMNS, PLANES)
-        _write(
-            v,
-            out,
-            batch,
-            row,
-            column,
-            (rows, columns, per, seed),
-            WAY,
-            FLAT,
-            STOCHASTIC,
-            ALIGNED,
-            ROWS,
-            1,
-            COLUMNS,
-            PLANES,
+        # The tile is near now: read again, each direction has it in the order it needs.
+        matrix = columns, rows, x_column, x_row, per, seed
+        _cast_tile(
+            *(x, other, batch, column, row, matrix),
+            *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES),
         )
 
 
@@ -415,23 +382,41 @@ def _measure(
     COLUMNS: tl.constexpr,
 ):
     """Fill in what scales are chosen from that are no tile's own."""
-    batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS)
-    v = _read(x + batch * x_batch, row, column, rows, columns, x_row, x_column, ROWS, 1, COLUMNS, 1)
+    batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS, False)
+    v = _read(x + batch * x_batch, row, column, rows, columns, x_row, x_column, ROWS, COLUMNS, 1)
     _extend(v, out, batch, row, rows, WAY, ROWS, COLUMNS)
     if OTHER is not None:
         _extend(tl.trans(v), other, batch, column, columns, OTHER, COLUMNS, ROWS)
 
 
 @triton.jit
-def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr):
-    """Batch, first row and first column of this program's tile; neighbours in memory run one after the other."""
-    across, along = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, BOTH: tl.constexpr):
+    """Batch, first row and first column of this program's tile; neighbours in memory run one after the other.
+
+    Where what is written lies across what is read, some neighbours only, and then those beyond them, so that a row that
+    is written fills before it leaves the cache.
+    """
+    tall, wide = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
     tile = tl.program_id(0)
-    batch = (tile // (across * along)).to(tl.int64)
-    tile = tile % (across * along)
+    batch = (tile // (tall * wide)).to(tl.int64)
+    tile = tile % (tall * wide)
     if ACROSS:
-        return batch, tile % across * ROWS, tile // across * COLUMNS
-    return batch, tile // along * ROWS, tile % along * COLUMNS
+        i, j = _grouped(tile, tall, wide)
+    elif BOTH:
+        j, i = _grouped(tile, wide, tall)
+    else:
+        i, j = tile // wide, tile % wide
+    return batch, i * ROWS, j * COLUMNS
+
+
+@triton.jit
+def _grouped(tile, fast, slow):
+    """Indices of a tile along `fast`, of which 8 run one after the other, and along `slow`."""
+    tiles = 8 * slow
+    first = tile // tiles * 8
+    size = tl.minimum(fast - first, 8)
+    tile = tile % tiles
+    return first + tile % size, tile // size
 
 
 @triton.jit
@@ -444,13 +429,12 @@ def _read(
     x_row,
     x_column,
     ROWS: tl.constexpr,
-    ROW_STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
-    COLUMN_STEP: tl.constexpr,
+    STEP: tl.constexpr,
 ):
-    """Float32 tile of rows and columns that are a step apart, zero beyond the matrix."""
-    r = row + tl.arange(0, ROWS)[:, None] * ROW_STEP
-    c = column + tl.arange(0, COLUMNS)[None, :] * COLUMN_STEP
+    """Float32 tile of columns that are a step apart, zero beyond the matrix."""
+    r = row + tl.arange(0, ROWS)[:, None]
+    c = column + tl.arange(0, COLUMNS)[None, :] * STEP
     return to_float32(tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, (r < rows) & (c < columns), 0))
 
 
@@ -463,19 +447,25 @@ def _read_planes(
     columns,
     x_row,
     x_column,
+    ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """A tile as by `split_planes`, in loads of which a thread's 16 bytes are a part of one set of planes."""
+    """A tile as by `split_planes`, so that a thread has the same values of all planes."""
+    # Values of the 16 bytes that a thread reads at once.
     CHUNK: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
-    if PLANES <= CHUNK:
-        v = _read(x, row, column, rows, columns, x_row, x_column, ROWS, 1, COLUMNS, 1)
+    planes = ()
+    if ACROSS:
+        for i in tl.static_range(PLANES):
+            v = _read(x, row, column + i, rows, columns, x_row, x_column, ROWS, COLUMNS // PLANES, PLANES)
+            planes = planes + (v,)
+    elif PLANES <= CHUNK:
+        v = _read(x, row, column, rows, columns, x_row, x_column, ROWS, COLUMNS, 1)
         planes = split_planes(v, ROWS, COLUMNS, PLANES)
     else:
         WIDTH: tl.constexpr = COLUMNS // PLANES * CHUNK
         r = row + tl.arange(0, ROWS)[:, None]
-        planes = ()
         for i in tl.static_range(PLANES // CHUNK):
             c = tl.arange(0, WIDTH)[None, :]
             c = column + (c // CHUNK * PLANES + (c % CHUNK + i * CHUNK))
@@ -503,25 +493,25 @@ def _extend(v, out, batch, row, rows, WAY: tl.constexpr, ROWS: tl.constexpr, COL
 
 
 @triton.jit
-def _extent(planes, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
-    """Of the blocks of a tile, (rows of blocks, columns of blocks): the largest `magnitude`, and a dummy.
+def _extent(planes, WAY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
+    """Of the blocks of PLANES tiles (ROWS, WIDTH), (rows of blocks, columns of blocks): the largest `magnitude`, twice.
 
     With zero points, the largest and the smallest `ordered`.
     """
-    BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
+    BLOCKS: tl.constexpr = WIDTH * PLANES // WAY.group if WAY.group else 1
     if WAY.spec.zero:
         high = ordered(planes[0])
         low = high
         for i in tl.static_range(1, PLANES):
             numbers = ordered(planes[i])
             high, low = tl.maximum(high, numbers), tl.minimum(low, numbers)
-        low = tl.min(tl.reshape(low, (ROWS, BLOCKS, COLUMNS // PLANES // BLOCKS)), 2)
+        low = tl.min(tl.reshape(low, (ROWS, BLOCKS, WIDTH // BLOCKS)), 2)
     else:
         high = tl.abs(planes[0])
         for i in tl.static_range(1, PLANES):
             high = tl.maximum(high, tl.abs(planes[i]), propagate_nan=tl.PropagateNan.ALL)
         high = magnitude(high)
-    high = tl.max(tl.reshape(high, (ROWS, BLOCKS, COLUMNS // PLANES // BLOCKS)), 2)
+    high = tl.max(tl.reshape(high, (ROWS, BLOCKS, WIDTH // BLOCKS)), 2)
     if not WAY.spec.zero:
         low = high
     if WAY.height != 1:
@@ -531,8 +521,8 @@ def _extent(planes, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 
 @triton.jit
-def _write(
-    planes,
+def _cast_tile(
+    x,
     out,
     batch,
     row,
@@ -540,30 +530,90 @@ def _write(
     matrix,
     WAY: tl.constexpr,
     FLAT: tl.constexpr,
+    ACROSS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
-    ROW_STEP: tl.constexpr,
     COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Codes and scales of the float32 canonical tile that starts at (row, column), in rows that are ROW_STEP apart.
-
-    Each of the PLANES has the columns that are its number modulo PLANES.
-    """
-    rows, columns, per, seed = matrix
+    """Scales and codes of CHUNKS canonical tiles (ROWS, COLUMNS) side by side, the first of which is at (row, column)."""
     SPEC: tl.constexpr = WAY.spec
+    WIDTH: tl.constexpr = COLUMNS // PLANES
+    # Blocks of a tile in one row.
     BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
+    FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
+    SHORT: tl.constexpr = SPEC.scale.bits <= 16 and (WAY.tensor == "" or WAY.tensor == "amax")
+    rows, columns, x_row, x_column, per, seed = matrix
+    planes = ()
+    for i in tl.static_range(CHUNKS):
+        planes = planes + _read_planes(
+            *(x, row, column + i * COLUMNS, rows, columns, x_row, x_column, ACROSS, ROWS, COLUMNS, PLANES)
+        )
+    most = 0
+    least = 0
+    if WAY.source == "tile":
+        most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES * CHUNKS)
+    scale, zero = _scale_tile(most, least, out, batch, row, column, rows, columns, per, WAY, FLAT, ROWS, BLOCKS)
+
+    by = divisor_of(scale, SPEC, FAST, SHORT)
+    by = _of_blocks(by[0], ROWS, BLOCKS), _of_blocks(by[1], ROWS, BLOCKS), _of_blocks(by[2], ROWS, BLOCKS)
+    sound = _of_blocks((scale == scale).to(tl.float32), ROWS, BLOCKS)
+    if SPEC.zero:
+        zero = _of_blocks(zero, ROWS, BLOCKS)
+    r = row + tl.arange(0, ROWS)[:, None]
+    inside = r < rows
+    r = batch * rows + r
+    for n in tl.static_range(CHUNKS):
+        noise = planes
+        if STOCHASTIC:
+            noise = uniform(seed, r * columns + (column + n * COLUMNS), COLUMNS, PLANES, ALIGNED)
+        quotients, ok, bits = (), (), ()
+        for i in tl.static_range(PLANES):
+            v = divide(tl.reshape(planes[n * PLANES + i], (ROWS, BLOCKS, WIDTH // BLOCKS)), by, SPEC, FAST, SHORT)
+            quotients = quotients + (v,)
+            # Where scales are chosen, nothing but they divides to a NaN.
+            kept = (v == v).to(tl.float32) if WAY.source == "given" else sound
+            if SPEC.zero and not ALIGNED:
+                # What a row's last byte has beyond its columns is 0.
+                c = (column + n * COLUMNS + i) + tl.arange(0, WIDTH)[None, :] * PLANES
+                kept = kept * tl.reshape((c < columns).to(tl.float32), (1, BLOCKS, WIDTH // BLOCKS))
+            ok = ok + (kept,)
+            bits = bits + (tl.reshape(noise[i], (ROWS, BLOCKS, WIDTH // BLOCKS)),)
+        words = encode_planes(quotients, ok, zero, bits, SPEC, STOCHASTIC, PLANES)
+        _store_words(words, out[0], r, inside, column + n * COLUMNS, columns, SPEC, FLAT, ALIGNED, ROWS, WIDTH, PLANES)
+
+
+@triton.jit
+def _scale_tile(
+    most,
+    least,
+    out,
+    batch,
+    row,
+    column,
+    rows,
+    columns,
+    per,
+    WAY: tl.constexpr,
+    FLAT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Float32 scales and zero points of a tile, chosen and written or read; `most` and `least` are `_extent` of it."""
+    SPEC: tl.constexpr = WAY.spec
+    TENSOR: tl.constexpr = WAY.tensor
     # Rows of scales in the tile.
     TALL: tl.constexpr = ROWS if WAY.height == 1 else 1
-    data, scales, zeros = out[0], out[1], out[2]
+    scales, zeros = out[1], out[2]
     tensor_scales, tensor_batch, tensor_row, high, low = out[3], out[4], out[5], out[6], out[7]
 
     # Where the scales of the tile stand: canonical rows and columns of blocks, and those of them that there are.
     if WAY.height == 0:
         r, scale_rows = tl.zeros([1, 1], tl.int32), 1
     else:
-        r = row // WAY.height + tl.arange(0, TALL)[:, None] * ROW_STEP
+        r = row // WAY.height + tl.arange(0, TALL)[:, None]
         scale_rows = tl.cdiv(rows, WAY.height)
     if WAY.group == 0:
         c, scale_columns = tl.zeros([1, 1], tl.int32), 1
@@ -602,62 +652,56 @@ def _write(
         if WAY.source == "extent":
             most = tl.load(high + at, there, 0)
             least = tl.load(low + at, there, 0) if SPEC.zero else most
-        else:
-            most, least = _extent(planes, WAY, ROWS, COLUMNS, PLANES)
         if SPEC.zero:
             stored, scale, zero = scale_of_range(from_ordered(least), from_ordered(most), SPEC)
             tl.store(zeros + at, zero.to(tl.int32).to(tl.uint8), first)
         else:
-            stored, scale = scale_of_amax(most.to(tl.float32, bitcast=True), tensor_scale, SPEC, WAY.tensor == "amax")
+            amax = most.to(tl.float32, bitcast=True)
+            stored, scale = scale_of_amax(amax, tensor_scale, SPEC, TENSOR)
         if WAY.blocked:
             at = ((batch * tl.cdiv(scale_rows, 128) + r // 128) * tl.cdiv(scale_columns, 4) + c // 4) * 512
             at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
         tl.store(scales + at, stored, first)
+    return scale, zero
 
-    # Codes, PLANES of them in a word.
-    FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
-    SHORT: tl.constexpr = SPEC.scale.bits <= 16 and (WAY.tensor == "" or WAY.tensor == "amax")
-    WIDTH: tl.constexpr = COLUMNS // PLANES
-    by = divisor_of(scale, SPEC, FAST, SHORT)
-    by = _of_blocks(by[0], ROWS, BLOCKS), _of_blocks(by[1], ROWS, BLOCKS), _of_blocks(by[2], ROWS, BLOCKS)
-    # Where scales are chosen, nothing else divides to a NaN.
-    sound = _of_blocks((scale == scale).to(tl.float32), ROWS, BLOCKS)
-    if SPEC.zero:
-        zero = _of_blocks(zero, ROWS, BLOCKS)
-    inside_row = row + tl.arange(0, ROWS)[:, None] * ROW_STEP
-    inside = inside_row < rows
-    inside_row = batch * rows + inside_row
-    c = tl.arange(0, WIDTH)[None, :] * PLANES
-    noise = planes
-    if STOCHASTIC:
-        noise = uniform(seed, inside_row * columns + column, COLUMNS, PLANES, ALIGNED)
-    quotients, ok, bits = (), (), ()
-    for i in tl.static_range(PLANES):
-        v = divide(tl.reshape(planes[i], (ROWS, BLOCKS, WIDTH // BLOCKS)), by, SPEC, FAST, SHORT)
-        quotients = quotients + (v,)
-        kept = sound
-        if WAY.source == "given":
-            kept = (v == v).to(tl.float32)
-        if SPEC.zero and WAY.group == 0:
-            # What a row's last byte has beyond its columns is 0.
-            kept = kept * (column + c + i < columns).to(tl.float32)[:, None, :]
-        ok = ok + (kept,)
-        bits = bits + (tl.reshape(noise[i], (ROWS, BLOCKS, WIDTH // BLOCKS)),)
-    word = tl.reshape(encode_planes(quotients, ok, zero, bits, SPEC, STOCHASTIC, PLANES), (ROWS, WIDTH))
-    # In terms that tell the compiler how stores align.
+
+@triton.jit
+def _store_words(
+    words,
+    data,
+    row,
+    inside,
+    column,
+    columns,
+    SPEC: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Write what `encode_planes` gave, WIDTH of it in rows of `columns` codes."""
     BYTES: tl.constexpr = SPEC.element.bits * PLANES // 8
-    if ALIGNED and (BYTES == 1 or BYTES == 2 or BYTES == 4 or BYTES == 8):
-        words = WIDTH if FLAT else columns // PLANES
+    at = column // PLANES + tl.arange(0, WIDTH)[None, :]
+    # In terms that tell the compiler how stores align.
+    there = WIDTH if FLAT else columns // PLANES
+    if BYTES == 12:
+        # A store for all three, so that threads side by side fill a line.
+        pairs = tl.join(words[0], words[2]), tl.join(words[1], words[1])
+        word = tl.reshape(tl.join(pairs[0], pairs[1]), (ROWS, WIDTH, 4))
+        part = tl.arange(0, 4)[None, None, :]
+        data = data.to(tl.pointer_type(tl.int32)) + (row * there + at)[:, :, None] * 3 + part
+        tl.store(data, word, (inside & (at < there))[:, :, None] & (part < 3))
+    elif ALIGNED and (BYTES == 1 or BYTES == 2 or BYTES == 4 or BYTES == 8):
         data = data.to(tl.pointer_type(_integer(BYTES)))
-        at = column // PLANES + tl.arange(0, WIDTH)[None, :]
-        tl.store(data + inside_row * words + at, word.to(data.dtype.element_ty), inside & (at < words))
+        word = tl.reshape(words[0], (ROWS, WIDTH)).to(data.dtype.element_ty)
+        tl.store(data + row * there + at, word, inside & (at < there))
     else:
         length = tl.cdiv(columns, SPEC.run) * SPEC.run_bytes
-        byte = (column // PLANES + tl.arange(0, WIDTH)[None, :]) * BYTES
+        word = tl.reshape(words[0], (ROWS, WIDTH))
         for i in tl.static_range(BYTES):
-            tl.store(
-                data + inside_row * length + byte + i, (word >> (8 * i)).to(tl.uint8), inside & (byte + i < length)
-            )
+            mask = inside & (at * BYTES + i < length)
+            tl.store(data + row * length + (at * BYTES + i), (word >> (8 * i)).to(tl.uint8), mask)
 
 
 @triton.constexpr_function

@@ -235,7 +235,7 @@ def _fit(
             scale, value, zero = scale_of_range(low * share, high * share, SPEC)
             tl.store(zeros + place, zero, there)
         else:
-            scale, value = scale_of_amax(tl.maximum(-low, high) * share, whole, SPEC, False)
+            scale, value = scale_of_amax(tl.maximum(-low, high) * share, whole, SPEC, "rows")
             tl.store(zeros + place, tl.zeros([ROWS], tl.float32), there)
         tl.store(stored + place, scale, there)
         tl.store(values + place, value, there)

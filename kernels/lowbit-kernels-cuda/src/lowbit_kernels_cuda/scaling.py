@@ -148,10 +148,10 @@ def magnitude(x):
 
 
 @triton.jit
-def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr, CHOSEN: tl.constexpr):
+def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr, TENSOR: tl.constexpr):
     """Of the float32 largest magnitudes of blocks: scales as stored (`raw`), and float32 `scale * tensor_scale`.
 
-    `tensor_scale` is read where the format has one; CHOSEN says that it is a power of two.
+    `tensor_scale` is read where the format has one. TENSOR is "rows" if it is a tensor, "amax" if a power of two.
     """
     if SPEC.scale.powers_of_two:
         bits = amax.to(tl.int32, bitcast=True)
@@ -159,13 +159,31 @@ def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr, CHOSEN: tl.constexpr):
         stored = tl.where(bits < 0x7F800000, tl.minimum(tl.maximum(code, 0), 254), 255).to(tl.uint8)
         scale = scale_value(stored, tensor_scale, SPEC)
     else:
-        scale = tl.div_rn(amax, SPEC.divisor)
-        if SPEC.tensor:
-            scale = scale * tl.div_rn(1.0, tensor_scale) if CHOSEN else tl.div_rn(scale, tensor_scale)
+        # Of tensor scales that are far from both ends, so are scales that are not at one of theirs.
+        if SPEC.tensor and SPEC.fused and TENSOR != "rows":
+            if (tensor_scale > 2.0**-100) & (tensor_scale < 2.0**100):
+                by = tl.div_rn(1.0, tensor_scale)
+                scale = _quotient(amax, SPEC.divisor, 1 / SPEC.divisor, 1)
+                scale = scale * by if TENSOR == "amax" else _quotient(scale, tensor_scale, by, 2)
+            else:
+                scale = tl.div_rn(tl.div_rn(amax, SPEC.divisor), tensor_scale)
+        else:
+            scale = tl.div_rn(amax, SPEC.divisor)
+            if SPEC.tensor:
+                scale = tl.div_rn(scale, tensor_scale)
         stored, scale = _store_scale(scale, SPEC)
         if SPEC.tensor:
             scale *= tensor_scale
     return stored, scale
+
+
+@triton.jit
+def _quotient(x, by, inverse, CORRECTIONS: tl.constexpr):
+    """`x / by` of positive numbers, given the nearest to `1 / by`: as `divide`, where no remainder is subnormal."""
+    value = x * inverse
+    for _ in tl.static_range(CORRECTIONS):
+        value = tl.fma(tl.fma(value, -by, x), inverse, value)
+    return value
 
 
 @triton.jit
@@ -359,29 +377,36 @@ def split_planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.conste
 
 @triton.jit
 def encode_planes(x, ok, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, PLANES: tl.constexpr):
-    """Codes (`encode`) of tuples of PLANES tiles, one after another in the bits of one int32 (int64 beyond 32 bits)."""
+    """Codes (`encode`) of tuples of PLANES tiles, one after another in the bits of a tuple of words.
+
+    One word, an int32 or where that is too short an int64; three of int32 for 96 bits.
+    """
     BITS: tl.constexpr = SPEC.element.bits
     if SPEC.convert != "" and not STOCHASTIC:
         # Rather than conversions one by one, of whose codes a ptxas loses some that are used twice.
-        word = tl.inline_asm_elementwise(SPEC.convert, "=r,f,f,f,f", [x[0], x[1], x[2], x[3]], tl.int32, True, 1)
+        words = (tl.inline_asm_elementwise(SPEC.convert, "=r,f,f,f,f", [x[0], x[1], x[2], x[3]], tl.int32, True, 1),)
     else:
-        # Words as narrow as can be while they fill.
-        HALF: tl.constexpr = PLANES // 2 if BITS * PLANES == 64 else PLANES
+        # Codes to an integer; all, or one of two halves.
+        COUNT: tl.constexpr = PLANES // 2 if BITS * PLANES >= 64 else PLANES
         for i in tl.static_range(PLANES):
             code = encode(x[i], ok[i], zero, noise[i], SPEC, STOCHASTIC)
-            if i % HALF < HALF - 1:
+            if i % COUNT < COUNT - 1 or BITS * COUNT != 32:
                 code &= (1 << BITS) - 1
-            if BITS * HALF > 32:
+            if BITS * COUNT > 32:
                 code = code.to(tl.int64)
             if i == 0:
                 word = code
-            elif i == HALF:
+            elif i == COUNT:
                 first, word = word, code
             else:
-                word |= code << (BITS * (i % HALF))
-        if HALF < PLANES:
-            word = (word.to(tl.int64) << 32) | first.to(tl.uint32, bitcast=True).to(tl.int64)
-    return word
+                word |= code << (BITS * (i % COUNT))
+        if BITS * PLANES == 96:
+            words = first.to(tl.int32), ((first >> 32) | (word << 16)).to(tl.int32), (word >> 16).to(tl.int32)
+        elif BITS * PLANES == 64:
+            words = ((word.to(tl.int64) << 32) | first.to(tl.uint32, bitcast=True).to(tl.int64),)
+        else:
+            words = (word,)
+    return words
 
 
 @triton.jit
@@ -432,10 +457,13 @@ def _fraction(word):
 
 @triton.jit
 def _store_scale(scale, SPEC: tl.constexpr):
-    """Float32 scales as stored, and their float32: 1 for 0 (a block of zeros), no less than the smallest, NaN where not finite."""
+    """Float32 scales as stored, and the float32 of that: 1 for 0 (a block of zeros), NaN where not finite.
+
+    No less than the smallest.
+    """
     # As integers, whose order is the same: a float32 subnormal is no constant that every Triton takes.
     bits = scale.to(tl.int32, bitcast=True)
-    number = (bits & 0x7FFFFFFF) < 0x7F800000
+    number = magnitude(scale) < 0x7F800000
     bits = tl.where(scale == 0, 0x3F800000, tl.minimum(tl.maximum(bits, SPEC.least), SPEC.most))
     if SPEC.scale.bits == 8:
         # Conversions of the hardware are for what nothing but a store reads: a ptxas loses codes that are used twice.
