@@ -12,7 +12,7 @@ import triton.language as tl
 from lowbit.element import E8M0
 from lowbit.numerics import ScaleMode, scale_for_amax, total_scale
 from lowbit.testing import FORMAT_GRID
-from lowbit_kernels_cuda.scaling import decode, encode, raw, scale_of_amax, spec
+from lowbit_kernels_cuda.scaling import decode, encode_planes, raw, scale_of_amax, spec
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SYMMETRIC = {(fmt.element.name, fmt.scale.name): fmt for fmt in FORMAT_GRID if not fmt.zero}.values()
@@ -28,14 +28,24 @@ def scales(amax, stored, total, tensor_scale, SPEC: tl.constexpr, N: tl.constexp
 
 
 @triton.jit
-def codes(x, noise, code, value, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, N: tl.constexpr):
+def codes(x, noise, word, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)[None, :]
+    planes, noises, sound = (), (), ()
+    for j in tl.static_range(8):
+        v = tl.load(x + 8 * i + j)
+        planes, noises = planes + (v,), noises + (tl.load(noise + 8 * i + j),)
+        sound = sound + ((v == v).to(tl.float32),)
+    words = encode_planes(planes, sound, 0.0, noises, SPEC, STOCHASTIC, 8)
+    COUNT: tl.constexpr = 2 if SPEC.element.bits == 8 else 1
+    for j in tl.static_range(COUNT):
+        tl.store(word + COUNT * i + j, words[j])
+
+
+@triton.jit
+def values(code, value, SPEC: tl.constexpr, N: tl.constexpr):
     i = tl.program_id(0) * N + tl.arange(0, N)
     ELEMENT: tl.constexpr = SPEC.element
-    v = tl.load(x + i)
-    c = encode(v, (v == v).to(tl.float32), 0.0, tl.load(noise + i), SPEC, STOCHASTIC)
-    c = (c & ((1 << ELEMENT.bits) - 1)).to(tl.uint8)
-    tl.store(code + i, c)
-    tl.store(value + i, decode(c, ELEMENT))
+    tl.store(value + i, decode(tl.load(code + i), ELEMENT))
 
 
 def numbers(count, generator):
@@ -76,18 +86,21 @@ def test_every_number_has_the_references_code_and_that_its_value(fmt, stochastic
     generator = torch.Generator().manual_seed(1)
     x, element = numbers(8192, generator), fmt.element
     noise = torch.randint(2**24, x.shape, generator=generator) * 2.0**-24
-    wanted = element.encode(x, noise if stochastic else None)
-    code, value = torch.empty(x.shape, dtype=torch.uint8, device=device), torch.empty_like(x, device=device)
     given = spec(fmt, device=None if device == "cpu" else torch.device("cuda"))
-    codes[(8,)](
-        *(x.to(device), noise.to(device), code, value),
-        SPEC=given,
-        STOCHASTIC=stochastic,
-        N=1024,
-        enable_fp_fusion=False,
-    )
-    # One NaN is as good as another.
-    number = ~x.isnan()
+    x, noise = x.to(device), noise.to(device)
+    if not element.has_nan:
+        # All of a word are of one block, NaN or none.
+        x = x.view(-1, 8).where(~x.isnan().view(-1, 8).any(1, keepdim=True), torch.nan).view(-1)
+    words = 8 // (32 // element.bits) if 32 % element.bits == 0 and element.bits == 8 else 1
+    word = torch.empty(len(x) // 8 * words, dtype=torch.int64, device=device)
+    codes[(8,)](x, noise, word, SPEC=given, STOCHASTIC=stochastic, N=128, enable_fp_fusion=False)
+    places = torch.arange(8 // words, device=device) * element.bits
     mask = (1 << element.bits) - 1
+    code = (word.unsqueeze(-1) >> places & mask).to(torch.uint8).view(-1)
+    value = torch.empty_like(x)
+    values[(8,)](code, value, SPEC=given, N=1024, enable_fp_fusion=False)
+    wanted = element.encode(x.cpu(), noise.cpu() if stochastic else None)
+    # One NaN is as good as another.
+    number = ~x.cpu().isnan()
     assert torch.equal(code.cpu()[number], wanted.view(torch.uint8)[number] & mask)
     assert torch.equal(value.cpu().nan_to_num(-1), element.decode(wanted).nan_to_num(-1))

@@ -30,6 +30,7 @@ from lowbit_kernels_cuda.scaling import (
     divisor_of,
     encode_planes,
     from_ordered,
+    join_planes,
     magnitude,
     ordered,
     raw,
@@ -84,12 +85,14 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
         # Whole rows, with as little beyond their ends as can be.
         chunks = min(range(1, 9), key=lambda n: (n * _length(columns, n), n))
         length = _length(columns, chunks)
-        warps = min(max(_power(length * chunks // 2048), 1), 8)
+        warps = min(max(_power(length * chunks // 1792), 1), 8)
         return _Tile(_at_most(max(_power(2048 // (length * chunks)), 1), rows), length, warps, chunks)
     if across:
         return _Tile(_at_most(64, rows), max(128, way.group), 4)
     length = max(_at_most(128, columns), way.group, 16)
-    return _Tile(_at_most(4096 // length, rows), length, 4)
+    # Where codes take more work than memory, twice as many to a thread.
+    size = 8192 if way.spec.element.bits == 4 and length > 16 else 4096
+    return _Tile(_at_most(size // length, rows), length, 4)
 
 
 def _length(columns: int, chunks: int) -> int:
@@ -108,13 +111,20 @@ def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     return _Tile(down, along, 4 if down * along <= 8192 else 8)
 
 
-def _planes(form: Spec, *, wide: bool, aligned: bool) -> int:
-    """Values whose codes make words of no more than 32 bits, or where one may be `wide` 64; a multiple of a run."""
-    if form.element.bits == 6:
+def _planes(way: _Way, *, across: bool, both: bool, aligned: bool) -> int:
+    """Values of a row that a thread has side by side, whose codes make words: a multiple of a run.
+
+    The more, the fewer threads find the scale of one block.
+    """
+    bits, run = way.spec.element.bits, way.spec.run
+    if bits == 6:
         return 16 if aligned else 4
-    if form.element.bits in {1, 2, 4}:
-        return 16 if wide else 8
-    return max(form.run, 4)
+    if bits not in {1, 2, 4, 8}:
+        return max(run, 4)
+    block = way.group if way.height == 1 and way.group != WHOLE else 4
+    if across:
+        return max(run, min(block, 32))
+    return max(run, min(block, 16)) if both or bits < 8 else 4
 
 
 def _at_most(length: int, needed: int) -> int:
@@ -315,8 +325,8 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
         STOCHASTIC=stochastic,
         ALIGNED=aligned,
         CHUNKS=tile.chunks,
-        PLANES=_planes(way.spec, wide=not across and other is None, aligned=aligned),
-        OTHER_PLANES=None if other is None else _planes(other.way.spec, wide=False, aligned=aligned),
+        PLANES=_planes(way, across=across, both=other is not None, aligned=aligned),
+        OTHER_PLANES=None if other is None else _planes(other.way, across=not across, both=True, aligned=aligned),
         **fixed,
     )
     return parts
@@ -569,19 +579,22 @@ def _cast_tile(
         noise = planes
         if STOCHASTIC:
             noise = uniform(seed, r * columns + (column + n * COLUMNS), COLUMNS, PLANES, ALIGNED)
-        quotients, ok, bits = (), (), ()
+        quotients, kept, bits = (), (), ()
         for i in tl.static_range(PLANES):
             v = divide(tl.reshape(planes[n * PLANES + i], (ROWS, BLOCKS, WIDTH // BLOCKS)), by, SPEC, FAST, SHORT)
-            quotients = quotients + (v,)
+            ok = sound
             # Where scales are chosen, nothing but they divides to a NaN.
-            kept = (v == v).to(tl.float32) if WAY.source == "given" else sound
+            if WAY.source == "given" and SPEC.element.kind == "int":
+                ok = (v == v).to(tl.float32)
+            elif WAY.source == "given" and not SPEC.element.has_nan:
+                v = tl.where(v == v, v, 0.0)
             if SPEC.zero and not ALIGNED:
                 # What a row's last byte has beyond its columns is 0.
                 c = (column + n * COLUMNS + i) + tl.arange(0, WIDTH)[None, :] * PLANES
-                kept = kept * tl.reshape((c < columns).to(tl.float32), (1, BLOCKS, WIDTH // BLOCKS))
-            ok = ok + (kept,)
+                ok = ok * tl.reshape((c < columns).to(tl.float32), (1, BLOCKS, WIDTH // BLOCKS))
+            quotients, kept = quotients + (v,), kept + (ok,)
             bits = bits + (tl.reshape(noise[i], (ROWS, BLOCKS, WIDTH // BLOCKS)),)
-        words = encode_planes(quotients, ok, zero, bits, SPEC, STOCHASTIC, PLANES)
+        words = encode_planes(quotients, kept, zero, bits, SPEC, STOCHASTIC, PLANES)
         _store_words(words, out[0], r, inside, column + n * COLUMNS, columns, SPEC, FLAT, ALIGNED, ROWS, WIDTH, PLANES)
 
 
@@ -681,33 +694,38 @@ def _store_words(
     PLANES: tl.constexpr,
 ):
     """Write what `encode_planes` gave, WIDTH of it in rows of `columns` codes."""
-    BYTES: tl.constexpr = SPEC.element.bits * PLANES // 8
+    # Bytes of a word and its codes, and words.
+    BITS: tl.constexpr = SPEC.element.bits
+    SIZE: tl.constexpr = min(BITS * PLANES, 32) // 8 if 32 % BITS == 0 or BITS * PLANES == 96 else BITS * PLANES // 8
+    COUNT: tl.constexpr = BITS * PLANES // 8 // SIZE
     at = column // PLANES + tl.arange(0, WIDTH)[None, :]
     # In terms that tell the compiler how stores align.
     there = WIDTH if FLAT else columns // PLANES
-    if BYTES == 12:
+    if COUNT == 3:
         # A store for all three, so that threads side by side fill a line.
-        pairs = tl.join(words[0], words[2]), tl.join(words[1], words[1])
-        word = tl.reshape(tl.join(pairs[0], pairs[1]), (ROWS, WIDTH, 4))
+        word = join_planes((words[0], words[1], words[2], words[2]), ROWS, WIDTH * 4, 4, 0, 1)
+        word = tl.reshape(word, (ROWS, WIDTH, 4))
         part = tl.arange(0, 4)[None, None, :]
         data = data.to(tl.pointer_type(tl.int32)) + (row * there + at)[:, :, None] * 3 + part
         tl.store(data, word, (inside & (at < there))[:, :, None] & (part < 3))
-    elif ALIGNED and (BYTES == 1 or BYTES == 2 or BYTES == 4 or BYTES == 8):
-        data = data.to(tl.pointer_type(_integer(BYTES)))
-        word = tl.reshape(words[0], (ROWS, WIDTH)).to(data.dtype.element_ty)
-        tl.store(data + row * there + at, word, inside & (at < there))
+    elif ALIGNED and (SIZE == 1 or SIZE == 2 or SIZE == 4):
+        word = join_planes(words, ROWS, WIDTH * COUNT, COUNT, 0, 1)
+        data = data.to(tl.pointer_type(_integer(SIZE)))
+        at = column // PLANES * COUNT + tl.arange(0, WIDTH * COUNT)[None, :]
+        tl.store(data + row * (there * COUNT) + at, word.to(data.dtype.element_ty), inside & (at < there * COUNT))
     else:
         length = tl.cdiv(columns, SPEC.run) * SPEC.run_bytes
-        word = tl.reshape(words[0], (ROWS, WIDTH))
-        for i in tl.static_range(BYTES):
-            mask = inside & (at * BYTES + i < length)
-            tl.store(data + row * length + (at * BYTES + i), (word >> (8 * i)).to(tl.uint8), mask)
+        for n in tl.static_range(COUNT):
+            word = tl.reshape(words[n], (ROWS, WIDTH))
+            for i in tl.static_range(SIZE):
+                byte = (at * COUNT + n) * SIZE + i
+                tl.store(data + row * length + byte, (word >> (8 * i)).to(tl.uint8), inside & (byte < length))
 
 
 @triton.constexpr_function
 def _integer(size):
     """The type of integers of `size` bytes."""
-    return {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}[size]
+    return {1: tl.uint8, 2: tl.int16, 4: tl.int32}[size]
 
 
 @triton.jit

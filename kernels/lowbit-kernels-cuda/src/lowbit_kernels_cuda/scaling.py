@@ -230,8 +230,8 @@ def scale_value(stored, tensor_scale, SPEC: tl.constexpr):
 def divisor_of(scale, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
     """What `divide` takes in the place of a scale, three tensors.
 
-    Of a power of two, the reciprocal, which is exact; otherwise, if FAST, `-p`, `scale * p` and `-1 / (scale * p)` with
-    the power of two `p` that makes the second at least 1 and less than 2, or as large as can be.
+    Of a power of two, the reciprocal, which is exact; otherwise, if FAST, `-p`, `scale * p` and about `-1 / (scale * p)`
+    with the power of two `p` that makes the second at least 1 and less than 2, or as large as can be.
     """
     # Those of 2^127 and 2^-127 are 2^-127, a subnormal, and 2^127.
     bits = scale.to(tl.int32, bitcast=True)
@@ -242,8 +242,10 @@ def divisor_of(scale, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexp
     elif FAST:
         power = power.to(tl.float32, bitcast=True)
         near = scale * power
-        # Some ulps are as good where one correction is enough.
-        by = -power, near, _reciprocal(-near) if SHORT else tl.div_rn(-1.0, near)
+        inverse = _reciprocal(near)
+        if not SHORT:
+            inverse = tl.fma(tl.fma(-near, inverse, 1.0), inverse, inverse)
+        by = -power, near, -inverse
     else:
         by = scale, scale, scale
     return by
@@ -259,8 +261,8 @@ def _reciprocal(x):
 def divide(x, by, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
     """IEEE `x / scale`, where `by` is `divisor_of(scale)`.
 
-    If FAST, a first quotient is corrected by its remainder, twice; once where scales have 16 or fewer bits of mantissa
-    (SHORT), as no quotient of theirs is then near the middle of two numbers. Quotients below 2^-126 keep no more than
+    If FAST, a first quotient is corrected by its remainder, twice, as by the hardware's own division; once where scales
+    have 16 or fewer bits of mantissa (SHORT), as no quotient of theirs is then near the middle of two numbers. Quotients below 2^-126 keep no more than
     their sign and that they are small, and those of infinities are NaN. The signs are such that zeros keep theirs.
 
     Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2.
@@ -279,62 +281,23 @@ def divide(x, by, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
-def encode(x, ok, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Codes of float32 `x` in units of the scale, in the lowest bits of an int32 whose others mean nothing.
-
-    `ok` is 0 where x is NaN and 1 elsewhere, in float32. `zero` is read where the format has zero points, `noise` where
-    rounding is stochastic. See `Element.encode`.
-    """
-    if SPEC.element.kind == "float":
-        ELEMENT: tl.constexpr = SPEC.element
-        code = encode_float(x, ok, noise, ELEMENT, STOCHASTIC)
-    else:
-        value = x
-        if STOCHASTIC:
-            value = tl.floor(x)
-            value += (x - value > noise).to(tl.float32)
-        # Float32 has no numbers but integers around 1.5 * 2^23, and the integers' two's complement in its lowest bits.
-        value += 12582912.0
-        if SPEC.zero:
-            value += zero
-        # Of a number and a NaN, these are the number.
-        value = tl.maximum(value, 12582912.0 + SPEC.element.min * ok)
-        value = tl.minimum(value, 12582912.0 + SPEC.element.max * ok)
-        code = value.to(tl.int32, bitcast=True)
-    return code
-
-
-@triton.jit
-def encode_float(x, ok, noise, ELEMENT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """As `encode`, in a float element of at most 8 bits; the other bits of the codes are 0."""
+def encode_float(x, noise, ELEMENT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Codes, as int32, of float32 `x` in a float element; see `Element.encode`. `noise` is read where STOCHASTIC."""
     bits = x.to(tl.int32, bitcast=True)
     SIGN: tl.constexpr = 1 << (ELEMENT.bits - 1)
-    if ELEMENT.bits - ELEMENT.mantissa == 3 and not STOCHASTIC:
-        # Codes grow with numbers half as fast from 2 on and again from 4 on: of three lines, the lowest at a number.
-        STEPS: tl.constexpr = 1 << ELEMENT.mantissa
-        size = tl.abs(x)
-        first = tl.fma(size, STEPS, 12582912.0)
-        second = tl.fma(size, STEPS / 2, 12582912.0 + STEPS)
-        third = tl.fma(size, STEPS / 4, 12582912.0 + 2 * STEPS)
-        # Of a number and a NaN, these are the number.
-        steps = tl.minimum(tl.minimum(first, second), tl.minimum(third, 12582912.0 + (SIGN - 1) * ok))
-        code = steps.to(tl.int32, bitcast=True) & (SIGN - 1)
-        code |= (bits >> (32 - ELEMENT.bits)) & tl.where(ok > 0, SIGN, 0)
+    size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), ELEMENT.max)
+    field = _field(size, ELEMENT)
+    if STOCHASTIC:
+        exact = size * ((254 + ELEMENT.mantissa - field) << 23).to(tl.float32, bitcast=True)
+        floor = tl.floor(exact)
+        steps = floor.to(tl.int32) + (exact - floor > noise).to(tl.int32)
     else:
-        size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), ELEMENT.max)
-        field = _field(size, ELEMENT)
-        if STOCHASTIC:
-            exact = size * ((254 + ELEMENT.mantissa - field) << 23).to(tl.float32, bitcast=True)
-            floor = tl.floor(exact)
-            steps = floor.to(tl.int32) + (exact - floor > noise).to(tl.int32)
-        else:
-            steps, _ = _round(size, field, ELEMENT)
-        # A carry out of the steps ends up in the exponent by itself.
-        steps += (field - (128 - ELEMENT.bias)) << ELEMENT.mantissa
-        steps |= (bits >> (32 - ELEMENT.bits)) & SIGN
-        NAN: tl.constexpr = SIGN - 1 if ELEMENT.has_nan else 0
-        code = tl.where(ok > 0, steps, NAN)
-    return code
+        steps, _ = _round(size, field, ELEMENT)
+    # A carry out of the steps ends up in the exponent by itself.
+    steps += (field - (128 - ELEMENT.bias)) << ELEMENT.mantissa
+    steps |= (bits >> (32 - ELEMENT.bits)) & SIGN
+    NAN: tl.constexpr = SIGN - 1 if ELEMENT.has_nan else 0
+    return tl.where(x == x, steps, NAN)
 
 
 @triton.jit
@@ -360,7 +323,7 @@ def decode(code, ELEMENT: tl.constexpr):
 
 @triton.jit
 def split_planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
-    """Of a tile (ROWS, COLUMNS), a tuple of PLANES (1, 2, 4 or 8) tiles: the columns that are 0, 1... modulo PLANES."""
+    """Of a tile (ROWS, COLUMNS), a tuple of PLANES (a power of two) tiles: the columns that are 0, 1... modulo PLANES."""
     if PLANES == 1:
         planes = (x,)
     elif PLANES == 2:
@@ -376,37 +339,135 @@ def split_planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.conste
 
 
 @triton.jit
-def encode_planes(x, ok, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, PLANES: tl.constexpr):
-    """Codes (`encode`) of tuples of PLANES tiles, one after another in the bits of a tuple of words.
+def encode_planes(x, sound, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, PLANES: tl.constexpr):
+    """Codes of float32 `x` in units of the scale, tuples of PLANES tiles, one after another in the bits of a tuple of words.
 
-    One word, an int32 or where that is too short an int64; three of int32 for 96 bits.
+    A word is an int32, full where runs of codes end on its last bit; if PLANES codes are no such run, one word holds
+    them, an int64 if need be. `sound` is 0 where x is NaN and 1 elsewhere, in float32, read for elements without a NaN;
+    `zero` is read where the format has zero points, `noise` where rounding is stochastic. See `Element.encode`.
     """
     BITS: tl.constexpr = SPEC.element.bits
+    words = ()
     if SPEC.convert != "" and not STOCHASTIC:
-        # Rather than conversions one by one, of whose codes a ptxas loses some that are used twice.
-        words = (tl.inline_asm_elementwise(SPEC.convert, "=r,f,f,f,f", [x[0], x[1], x[2], x[3]], tl.int32, True, 1),)
+        for i in tl.static_range(0, PLANES, 4):
+            # Rather than conversions one by one, of whose codes a ptxas loses some that are used twice.
+            of = [x[i], x[i + 1], x[i + 2], x[i + 3]]
+            words = words + (tl.inline_asm_elementwise(SPEC.convert, "=r,f,f,f,f", of, tl.int32, True, 1),)
+    elif BITS == 6 and PLANES == 16:
+        first = _word(x, sound, zero, noise, SPEC, STOCHASTIC, 0, 8)
+        second = _word(x, sound, zero, noise, SPEC, STOCHASTIC, 8, 8)
+        words = first.to(tl.int32), ((first >> 32) | (second << 16)).to(tl.int32), (second >> 16).to(tl.int32)
     else:
-        # Codes to an integer; all, or one of two halves.
-        COUNT: tl.constexpr = PLANES // 2 if BITS * PLANES >= 64 else PLANES
-        for i in tl.static_range(PLANES):
-            code = encode(x[i], ok[i], zero, noise[i], SPEC, STOCHASTIC)
-            if i % COUNT < COUNT - 1 or BITS * COUNT != 32:
-                code &= (1 << BITS) - 1
-            if BITS * COUNT > 32:
-                code = code.to(tl.int64)
-            if i == 0:
-                word = code
-            elif i == COUNT:
-                first, word = word, code
-            else:
-                word |= code << (BITS * (i % COUNT))
-        if BITS * PLANES == 96:
-            words = first.to(tl.int32), ((first >> 32) | (word << 16)).to(tl.int32), (word >> 16).to(tl.int32)
-        elif BITS * PLANES == 64:
-            words = ((word.to(tl.int64) << 32) | first.to(tl.uint32, bitcast=True).to(tl.int64),)
-        else:
-            words = (word,)
+        COUNT: tl.constexpr = min(PLANES, 32 // BITS) if 32 % BITS == 0 else PLANES
+        for i in tl.static_range(0, PLANES, COUNT):
+            words = words + (_word(x, sound, zero, noise, SPEC, STOCHASTIC, i, COUNT),)
     return words
+
+
+@triton.jit
+def _word(
+    x, sound, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr
+):
+    """COUNT codes, from plane FIRST on."""
+    ELEMENT: tl.constexpr = SPEC.element
+    BITS: tl.constexpr = ELEMENT.bits
+    INTEGER: tl.constexpr = ELEMENT.kind == "int"
+    LINES: tl.constexpr = not INTEGER and BITS - ELEMENT.mantissa == 3 and not STOCHASTIC
+    # What is added to signed integers so that none is negative; its bit is their sign's.
+    OFFSET: tl.constexpr = 1 << (BITS - 1) if INTEGER and ELEMENT.signed else 0
+    SIGN: tl.constexpr = 1 << (BITS - 1)
+    TYPE: tl.constexpr = tl.int32 if BITS * COUNT <= 32 else tl.int64
+    for i in tl.static_range(COUNT):
+        v = x[FIRST + i]
+        if INTEGER:
+            number = _around_integer(v, sound[FIRST + i], zero, noise[FIRST + i], SPEC, STOCHASTIC, OFFSET)
+        elif LINES:
+            number = _around_lines(v, sound[FIRST + i], ELEMENT)
+        else:
+            number = encode_float(v, noise[FIRST + i], ELEMENT, STOCHASTIC)
+        number = number.to(TYPE) << (BITS * i)
+        if i == 0:
+            word = number
+        else:
+            word += number
+        if LINES:
+            # Bits that land where the codes have their sign.
+            sign = v.to(tl.int32, bitcast=True)
+            if BITS * (i + 1) <= 32:
+                sign = sign >> (32 - BITS * (i + 1))
+            sign = sign.to(TYPE)
+            if BITS * (i + 1) > 32:
+                sign = sign << (BITS * (i + 1) - 32)
+            sign &= _repeated(SIGN, BITS, i, i + 1, COUNT)
+            if i == 0:
+                signs = sign
+            else:
+                signs |= sign
+    if INTEGER or LINES:
+        # Their sum starts with that of 1.5 * 2^23 in every place.
+        word -= _repeated(0x4B400000, BITS, 0, COUNT, COUNT)
+    if OFFSET:
+        word ^= _repeated(OFFSET, BITS, 0, COUNT, COUNT)
+    if LINES:
+        word |= tl.where(sound[FIRST] > 0, signs, 0)
+    return word
+
+
+@triton.constexpr_function
+def _repeated(number, bits, first, end, count):
+    """The sum of a number in places from `first` to `end` of a word of `count` places, as the integer that a word is."""
+    width = 32 if bits * count <= 32 else 64
+    total = sum(number << (bits * i) for i in range(first, end)) % (1 << width)
+    return total - (1 << width) if total >> (width - 1) else total
+
+
+@triton.jit
+def _around_integer(x, sound, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, OFFSET: tl.constexpr):
+    """Bits of float32 1.5 * 2^23 + OFFSET + x as an integer of the element: float32 has no others around there."""
+    if STOCHASTIC:
+        floor = tl.floor(x)
+        x = floor + (x - floor > noise).to(tl.float32)
+    if OFFSET == 1:
+        # An odd number would change which of two as near is even.
+        value = (x + 12582912.0) + 1.0
+    else:
+        value = x + (12582912.0 + OFFSET)
+    if SPEC.zero:
+        value += zero
+    # Of a number and a NaN, these are the number.
+    value = tl.maximum(value, (12582912.0 + OFFSET) + SPEC.element.min * sound)
+    value = tl.minimum(value, (12582912.0 + OFFSET) + SPEC.element.max * sound)
+    return value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _around_lines(x, sound, ELEMENT: tl.constexpr):
+    """Bits of float32 1.5 * 2^23 + the code of |x| in an element with two bits of exponent.
+
+    Codes grow with numbers, half as fast from 2 on and again from 4 on: of three lines, the lowest at a number.
+    """
+    STEPS: tl.constexpr = 1 << ELEMENT.mantissa
+    size = tl.abs(x)
+    first = tl.fma(size, STEPS, 12582912.0)
+    second = tl.fma(size, STEPS / 2, 12582912.0 + STEPS)
+    third = tl.fma(size, STEPS / 4, 12582912.0 + 2 * STEPS)
+    # Of a number and a NaN, these are the number.
+    last = tl.minimum(third, 12582912.0 + (4 * STEPS - 1) * sound)
+    return tl.minimum(tl.minimum(first, second), last).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def join_planes(
+    x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr
+):
+    """The tile (ROWS, COLUMNS) of PLANES (a power of two), each STEP-th of a tuple from FIRST on; undoes `split_planes`."""
+    if PLANES == 1:
+        tile = tl.reshape(x[FIRST], (ROWS, COLUMNS))
+    else:
+        even = join_planes(x, ROWS, COLUMNS // 2, PLANES // 2, FIRST, 2 * STEP)
+        odd = join_planes(x, ROWS, COLUMNS // 2, PLANES // 2, FIRST + STEP, 2 * STEP)
+        tile = tl.reshape(tl.join(even, odd), (ROWS, COLUMNS))
+    return tile
 
 
 @triton.jit
