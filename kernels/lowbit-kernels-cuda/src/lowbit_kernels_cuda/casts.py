@@ -87,11 +87,13 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
         length = _length(columns, chunks)
         warps = min(max(_power(length * chunks // 1792), 1), 8)
         return _Tile(_at_most(max(_power(2048 // (length * chunks)), 1), rows), length, warps, chunks)
+    wide = way.spec.element.bits > 4
     if across:
-        return _Tile(_at_most(64, rows), max(128, way.group), 4)
+        if way.group == 32:
+            return _Tile(128, 128, 8) if wide else _Tile(64, 128, 2)
+        return _Tile(64, max(128, way.group), 4)
     length = max(_at_most(128, columns), way.group, 16)
-    # Where codes take more work than memory, twice as many to a thread.
-    size = 8192 if way.spec.element.bits == 4 and length > 16 else 4096
+    size = 4096 if wide or way.group == 32 else 8192
     return _Tile(_at_most(size // length, rows), length, 4)
 
 
@@ -107,8 +109,11 @@ def _power(number: int) -> int:
 
 def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     """The tile for both directions of matrices of `columns`."""
-    down, along = max(64, other.group), max(_at_most(64, columns), way.group)
-    return _Tile(down, along, 4 if down * along <= 8192 else 8)
+    wide = max(way.spec.element.bits, other.spec.element.bits) > 4
+    # Scales that do not fill a tile of theirs are fewer a line where tiles are tall.
+    down = max(128 if wide and not way.blocked else 64, other.group)
+    along = max(_at_most(128, columns), way.group)
+    return _Tile(down, along, 8 if max(way.group, other.group) > 32 and down * along > 8192 else 4)
 
 
 def _planes(way: _Way, *, across: bool, both: bool, aligned: bool) -> int:
@@ -553,8 +558,6 @@ def _cast_tile(
     WIDTH: tl.constexpr = COLUMNS // PLANES
     # Blocks of a tile in one row.
     BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
-    FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
-    SHORT: tl.constexpr = SPEC.scale.bits <= 16 and (WAY.tensor == "" or WAY.tensor == "amax")
     rows, columns, x_row, x_column, per, seed = matrix
     planes = ()
     for i in tl.static_range(CHUNKS):
@@ -565,8 +568,56 @@ def _cast_tile(
     least = 0
     if WAY.source == "tile":
         most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES * CHUNKS)
-    scale, zero = _scale_tile(most, least, out, batch, row, column, rows, columns, per, WAY, FLAT, ROWS, BLOCKS)
+    scale, zero, whole = _scale_tile(most, least, out, batch, row, column, rows, columns, per, WAY, FLAT, ROWS, BLOCKS)
 
+    # Whether `divide` may be fast, and scales are short: those of blocks, if that of the tensor is a power of two.
+    FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
+    SHORT: tl.constexpr = SPEC.scale.bits <= 16 and (WAY.tensor == "" or WAY.tensor == "amax")
+    size = rows, columns, seed
+    if FAST and SPEC.scale.bits <= 16 and WAY.tensor == "matrix":
+        if magnitude(whole) & 0x7FFFFF == 0:
+            _write_codes(
+                *(planes, scale, zero, out[0], batch, row, column, size),
+                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, True),
+            )
+        else:
+            _write_codes(
+                *(planes, scale, zero, out[0], batch, row, column, size),
+                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, False),
+            )
+    else:
+        _write_codes(
+            *(planes, scale, zero, out[0], batch, row, column, size),
+            *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, SHORT),
+        )
+
+
+@triton.jit
+def _write_codes(
+    planes,
+    scale,
+    zero,
+    data,
+    batch,
+    row,
+    column,
+    size,
+    WAY: tl.constexpr,
+    FLAT: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    PLANES: tl.constexpr,
+    FAST: tl.constexpr,
+    SHORT: tl.constexpr,
+):
+    """Codes of tiles as by `_cast_tile`, with scales and zero points as by `_scale_tile`."""
+    SPEC: tl.constexpr = WAY.spec
+    WIDTH: tl.constexpr = COLUMNS // PLANES
+    BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
+    rows, columns, seed = size
     by = divisor_of(scale, SPEC, FAST, SHORT)
     by = _of_blocks(by[0], ROWS, BLOCKS), _of_blocks(by[1], ROWS, BLOCKS), _of_blocks(by[2], ROWS, BLOCKS)
     sound = _of_blocks((scale == scale).to(tl.float32), ROWS, BLOCKS)
@@ -595,7 +646,7 @@ def _cast_tile(
             quotients, kept = quotients + (v,), kept + (ok,)
             bits = bits + (tl.reshape(noise[i], (ROWS, BLOCKS, WIDTH // BLOCKS)),)
         words = encode_planes(quotients, kept, zero, bits, SPEC, STOCHASTIC, PLANES)
-        _store_words(words, out[0], r, inside, column + n * COLUMNS, columns, SPEC, FLAT, ALIGNED, ROWS, WIDTH, PLANES)
+        _store_words(words, data, r, inside, column + n * COLUMNS, columns, SPEC, FLAT, ALIGNED, ROWS, WIDTH, PLANES)
 
 
 @triton.jit
@@ -614,7 +665,10 @@ def _scale_tile(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Float32 scales and zero points of a tile, chosen and written or read; `most` and `least` are `_extent` of it."""
+    """Float32 scales and zero points of a tile, chosen and written or read, and tensor scales.
+
+    `most` and `least` are `_extent` of the tile.
+    """
     SPEC: tl.constexpr = WAY.spec
     TENSOR: tl.constexpr = WAY.tensor
     # Rows of scales in the tile.
@@ -675,7 +729,7 @@ def _scale_tile(
             at = ((batch * tl.cdiv(scale_rows, 128) + r // 128) * tl.cdiv(scale_columns, 4) + c // 4) * 512
             at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
         tl.store(scales + at, stored, first)
-    return scale, zero
+    return scale, zero, tensor_scale
 
 
 @triton.jit
