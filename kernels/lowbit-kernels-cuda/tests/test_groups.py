@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lowbit.reference import backend as reference
+from lowbit_kernels_cuda.casts import quantize_groups
 from lowbit_kernels_cuda.groups import pad_groups, unpad_groups
 
 RUN = {kernel.op: kernel.run for kernel in reference.kernels() if kernel.pack is None}
@@ -39,6 +40,36 @@ def test_rows_are_where_the_reference_has_them(sizes, dtype, k, align, device):
         assert torch.equal(ends.cpu(), wanted_ends)
         back = unpad_groups(found, on[1], align, rows)
         assert torch.equal(raw(back), raw(RUN["unpad_groups"](wanted, offs, align, rows)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("spec", "other", "blocked", "rounding"),
+    [
+        ("MXFP8", "MXFP8", False, "nearest"),
+        ("NVFP4", "MXFP4", True, "nearest"),
+        ("FP8_ROW", None, False, "nearest"),
+        ("FP8_1x128", "INT8_ROW", False, "stochastic"),
+        ("FP8_TENSOR", None, False, "nearest"),
+    ],
+)
+def test_rows_are_quantized_from_where_they_are(spec, other, blocked, rounding, device):
+    generator = torch.Generator().manual_seed(0)
+    for sizes in ([3, 0, 70, 1], [0, 0]):
+        rows = sum(sizes) + 2
+        x = torch.randn(rows, 384, generator=generator).to(torch.bfloat16)[:, :256]
+        offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
+        index = torch.randint(-1, rows, (rows,), generator=generator)
+        for by in (None, index):
+            rest = (128, None, spec, other, "even", rounding, 5, blocked)
+            # The reference takes no row that is not there.
+            kept = x if by is None else torch.cat((x, torch.zeros(1, 256, dtype=x.dtype)))
+            wanted = RUN["quantize_groups"](kept, None if by is None else by % (rows + 1), offs, *rest)
+            found = quantize_groups(x.to(device), None if by is None else by.to(device), offs.to(device), *rest)
+            assert len(found) == len(wanted)
+            for part, right in zip(found, wanted, strict=True):
+                assert (part.dtype, part.shape) == (right.dtype, right.shape)
+                assert torch.equal(raw(part), raw(right))
 
 
 def test_a_view_with_gaps_is_moved():

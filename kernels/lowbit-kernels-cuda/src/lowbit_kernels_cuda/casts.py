@@ -1,4 +1,4 @@
-"""The operators `quantize`, `quantize_blocked` and `quantize_both`: scales, codes and packing from one read.
+"""The operators `quantize`, `_blocked`, `_both` and `_groups`: scales, codes and packing from one read.
 
 A tile of values is read along whichever dim is contiguous in memory, and all else follows while it is in registers. A
 scale of a matrix or of a row longer than a tile, and a tensor scale that is not given, take one more read before.
@@ -23,7 +23,9 @@ from torch import Tensor
 from lowbit.blocked import blocked_shape
 from lowbit.errors import FormatError
 from lowbit.format import WHOLE, Format
+from lowbit.groups import check_groups
 from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_scales, data_shape
+from lowbit_kernels_cuda.groups import pad_groups, padded_sources
 from lowbit_kernels_cuda.scaling import (
     Spec,
     divide,
@@ -62,6 +64,8 @@ class _Way:
     tensor: str
     # Whether scales lie in tiles of 128x4, see `lowbit.blocked`.
     blocked: bool
+    # Whether scales are short, see `divide`: those of blocks, unless one is given for the tensor.
+    short: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,41 @@ def quantize_both(
     return parts
 
 
+def quantize_groups(
+    x: Tensor,
+    index: Tensor | None,
+    offs: Tensor,
+    align: int,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    other_format: str | None,
+    mode: ScaleMode,
+    rounding: Rounding,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    """The operator `quantize_groups`: rows are read from where they are; moved first where `quantize_both` reads twice.
+
+    Raises:
+        FormatError: as the operator.
+    """
+    check_groups(x, index, offs, align)
+    formats = [Format.parse(each) for each in (fmt, other_format) if each is not None]
+    if len(formats) == 2 and not all(in_one_row(each) for each in formats):
+        padded, ends = pad_groups(x, index, offs, align)
+        return [*quantize_both(padded, tensor_scale, *map(str, formats), mode, rounding, seed, blocked), ends]
+    source, ends = padded_sources(x, index, offs, align)
+    x = (x if x.stride(1) == 1 else x.contiguous()) if x.shape[0] else x.new_zeros(1, x.shape[1])
+    # As if all were one row, until it is read.
+    view = x.as_strided((source.shape[0], x.shape[1]), (0, 1))
+    given = [tensor_scale if each.tensor_scale else None for each in formats]
+    outs = [
+        _Out(*each, mode, rounding, blocked=blocked)
+        for each in zip((view, view.mT)[: len(formats)], formats, given, strict=True)
+    ]
+    return [*_run(view, outs[0], outs[1] if len(outs) == 2 else None, rounding, seed, (x, source)), ends]
+
+
 def in_one_row(fmt: Format) -> bool:
     """Whether blocks are parts of a row that tiles hold whole."""
     height, group = fmt.block_for(2)
@@ -260,7 +299,9 @@ class _Out:
                 if self.tensor_scale.dim() > 1 and self.tensor_scale.shape[-2] > 1
                 else "matrix"
             )
-        self.way = _Way(spec(fmt, mode, x.device if x.is_cuda else None), group, height, source, tensor, blocked)
+        form = spec(fmt, mode, x.device if x.is_cuda else None)
+        short = fmt.scale.bits <= 16 and tensor in {"", "amax"}
+        self.way = _Way(form, group, height, source, tensor, blocked, short)
 
     def parts(self) -> list[Tensor]:
         found = (self.data, self.scale, self.zero, self.tensor_scale)
@@ -284,8 +325,18 @@ class _Out:
         return (*(None if part is None else raw(part) for part in parts), whole, *strides, high, low)
 
 
-def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int) -> list[Tensor]:
-    """Fill what `out` holds from x, and what `other` holds from `x.mT`; their parts."""
+def _run(
+    x: Tensor,
+    out: _Out,
+    other: _Out | None,
+    rounding: Rounding,
+    seed: int,
+    moved: tuple[Tensor, Tensor] | None = None,
+) -> list[Tensor]:
+    """Fill what `out` holds from x, and what `other` holds from `x.mT`; their parts.
+
+    `moved`: a matrix and which of its rows each of x is; -1: a row of zeros.
+    """
     outs = [each for each in (out, other) if each is not None]
     parts = [part for each in outs for part in each.parts()]
     if x.numel() == 0:
@@ -294,7 +345,7 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
     x = x.reshape(prod(x.shape[:-2]), *x.shape[-2:]) if x.dim() > 1 else x.reshape(1, 1, -1)
     batch, rows, columns = x.shape
     way, pointers, per = out.way, out.pointers(x), 1
-    flat = other is None and way.height == 1 and way.group != WHOLE and x.stride()[1:] == (columns, 1)
+    flat = moved is None and other is None and way.height == 1 and way.group != WHOLE and x.stride()[1:] == (columns, 1)
     if flat:
         # Blocks are rows then, without a gap.
         per = columns // way.group
@@ -310,6 +361,10 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
         second, other_way = other.pointers(x), other.way
     grid = (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns * tile.chunks),)
     geometry: tuple[Any, ...] = (rows, columns, *x.stride())
+    source = None
+    if moved is not None:
+        x, source = moved
+        geometry = (rows, columns, 0, *x.stride())
     fixed: dict[str, Any] = {
         "WAY": way,
         "OTHER": other_way,
@@ -321,11 +376,11 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
     }
     if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
         measure: Any = _measure[grid]
-        measure(raw(x), pointers, second, *geometry, **fixed)
+        measure(raw(x), source, pointers, second, *geometry, **fixed)
     aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
     cast: Any = _cast[grid]
     cast(
-        *(raw(x), pointers, second, *geometry, per, seed),
+        *(raw(x), source, pointers, second, *geometry, per, seed),
         FLAT=flat,
         STOCHASTIC=stochastic,
         ALIGNED=aligned,
@@ -340,6 +395,7 @@ def _run(x: Tensor, out: _Out, other: _Out | None, rounding: Rounding, seed: int
 @triton.jit(do_not_specialize=["seed"])
 def _cast(
     x,
+    source,
     out,
     other,
     rows,
@@ -366,14 +422,14 @@ def _cast(
         columns, x_row = COLUMNS, COLUMNS
     batch, row, column = _place(rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None)
     x += batch * x_batch
-    matrix = rows, columns, x_row, x_column, per, seed
+    matrix = (rows, columns, x_row, x_column), (source, None), (per, seed)
     _cast_tile(
         *(x, out, batch, row, column, matrix),
         *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES),
     )
     if OTHER is not None:
         # The tile is near now: read again, each direction has it in the order it needs.
-        matrix = columns, rows, x_column, x_row, per, seed
+        matrix = (columns, rows, x_column, x_row), (None, source), (per, seed)
         _cast_tile(
             *(x, other, batch, column, row, matrix),
             *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES),
@@ -383,6 +439,7 @@ def _cast(
 @triton.jit
 def _measure(
     x,
+    source,
     out,
     other,
     rows,
@@ -398,7 +455,8 @@ def _measure(
 ):
     """Fill in what scales are chosen from that are no tile's own."""
     batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS, False)
-    v = _read(x + batch * x_batch, row, column, rows, columns, x_row, x_column, ROWS, COLUMNS, 1)
+    extents = rows, columns, x_row, x_column
+    v = _read(x + batch * x_batch, row, column, extents, (source, None), ROWS, COLUMNS, 1)
     _extend(v, out, batch, row, rows, WAY, ROWS, COLUMNS)
     if OTHER is not None:
         _extend(tl.trans(v), other, batch, column, columns, OTHER, COLUMNS, ROWS)
@@ -435,22 +493,25 @@ def _grouped(tile, fast, slow):
 
 
 @triton.jit
-def _read(
-    x,
-    row,
-    column,
-    rows,
-    columns,
-    x_row,
-    x_column,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Float32 tile of columns that are a step apart, zero beyond the matrix."""
-    r = row + tl.arange(0, ROWS)[:, None]
-    c = column + tl.arange(0, COLUMNS)[None, :] * STEP
-    return to_float32(tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, (r < rows) & (c < columns), 0))
+def _read(x, row, column, extents, sources, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """Float32 tile of columns that are a step apart, zero beyond the matrix.
+
+    `extents` are its rows, columns and their strides; `sources`, where not None, the rows or columns that each is.
+    """
+    rows, columns, x_row, x_column = extents
+    r, in_rows = _source(row + tl.arange(0, ROWS)[:, None], rows, sources[0])
+    c, in_columns = _source(column + tl.arange(0, COLUMNS)[None, :] * STEP, columns, sources[1])
+    return to_float32(tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, in_rows & in_columns, 0))
+
+
+@triton.jit
+def _source(i, count, source):
+    """Where to read what stands at `i`, and whether there is something."""
+    there = i < count
+    if source is not None:
+        i = tl.load(source + i, there, -1)
+        there = i >= 0
+    return i, there
 
 
 @triton.jit
@@ -458,10 +519,8 @@ def _read_planes(
     x,
     row,
     column,
-    rows,
-    columns,
-    x_row,
-    x_column,
+    extents,
+    sources,
     ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -473,19 +532,18 @@ def _read_planes(
     planes = ()
     if ACROSS:
         for i in tl.static_range(PLANES):
-            v = _read(x, row, column + i, rows, columns, x_row, x_column, ROWS, COLUMNS // PLANES, PLANES)
-            planes = planes + (v,)
+            planes = planes + (_read(x, row, column + i, extents, sources, ROWS, COLUMNS // PLANES, PLANES),)
     elif PLANES <= CHUNK:
-        v = _read(x, row, column, rows, columns, x_row, x_column, ROWS, COLUMNS, 1)
-        planes = split_planes(v, ROWS, COLUMNS, PLANES)
+        planes = split_planes(_read(x, row, column, extents, sources, ROWS, COLUMNS, 1), ROWS, COLUMNS, PLANES)
     else:
+        rows, columns, x_row, x_column = extents
         WIDTH: tl.constexpr = COLUMNS // PLANES * CHUNK
-        r = row + tl.arange(0, ROWS)[:, None]
+        r, inside = _source(row + tl.arange(0, ROWS)[:, None], rows, sources[0])
         for i in tl.static_range(PLANES // CHUNK):
             c = tl.arange(0, WIDTH)[None, :]
-            c = column + (c // CHUNK * PLANES + (c % CHUNK + i * CHUNK))
-            at = x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column
-            planes = planes + split_planes(to_float32(tl.load(at, (r < rows) & (c < columns), 0)), ROWS, WIDTH, CHUNK)
+            c, there = _source(column + (c // CHUNK * PLANES + (c % CHUNK + i * CHUNK)), columns, sources[1])
+            v = tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, inside & there, 0)
+            planes = planes + split_planes(to_float32(v), ROWS, WIDTH, CHUNK)
     return planes
 
 
@@ -553,26 +611,25 @@ def _cast_tile(
     CHUNKS: tl.constexpr,
     PLANES: tl.constexpr,
 ):
-    """Scales and codes of CHUNKS canonical tiles (ROWS, COLUMNS) side by side, the first of which is at (row, column)."""
+    """Scales and codes of CHUNKS canonical tiles (ROWS, COLUMNS) side by side, the first at (row, column)."""
     SPEC: tl.constexpr = WAY.spec
     WIDTH: tl.constexpr = COLUMNS // PLANES
     # Blocks of a tile in one row.
     BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
-    rows, columns, x_row, x_column, per, seed = matrix
+    extents, sources, others = matrix
+    rows, columns, _, _ = extents
+    per, seed = others
     planes = ()
     for i in tl.static_range(CHUNKS):
-        planes = planes + _read_planes(
-            *(x, row, column + i * COLUMNS, rows, columns, x_row, x_column, ACROSS, ROWS, COLUMNS, PLANES)
-        )
+        planes = planes + _read_planes(*(x, row, column + i * COLUMNS, extents, sources, ACROSS, ROWS, COLUMNS, PLANES))
     most = 0
     least = 0
     if WAY.source == "tile":
         most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES * CHUNKS)
     scale, zero, whole = _scale_tile(most, least, out, batch, row, column, rows, columns, per, WAY, FLAT, ROWS, BLOCKS)
 
-    # Whether `divide` may be fast, and scales are short: those of blocks, if that of the tensor is a power of two.
+    # Whether `divide` may be fast; scales are short too if what is given for the tensor is a power of two.
     FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
-    SHORT: tl.constexpr = SPEC.scale.bits <= 16 and (WAY.tensor == "" or WAY.tensor == "amax")
     size = rows, columns, seed
     if FAST and SPEC.scale.bits <= 16 and WAY.tensor == "matrix":
         if magnitude(whole) & 0x7FFFFF == 0:
@@ -588,7 +645,7 @@ def _cast_tile(
     else:
         _write_codes(
             *(planes, scale, zero, out[0], batch, row, column, size),
-            *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, SHORT),
+            *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, WAY.short),
         )
 
 
@@ -762,7 +819,7 @@ def _store_words(
         part = tl.arange(0, 4)[None, None, :]
         data = data.to(tl.pointer_type(tl.int32)) + (row * there + at)[:, :, None] * 3 + part
         tl.store(data, word, (inside & (at < there))[:, :, None] & (part < 3))
-    elif ALIGNED and (SIZE == 1 or SIZE == 2 or SIZE == 4):
+    elif ALIGNED and SIZE <= 4 and SIZE != 3:
         word = join_planes(words, ROWS, WIDTH * COUNT, COUNT, 0, 1)
         data = data.to(tl.pointer_type(_integer(SIZE)))
         at = column // PLANES * COUNT + tl.arange(0, WIDTH * COUNT)[None, :]

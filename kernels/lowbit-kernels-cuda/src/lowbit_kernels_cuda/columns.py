@@ -20,6 +20,9 @@ from lowbit.format import Format
 from lowbit.numerics import ScaleMode, Scales
 from lowbit_kernels_cuda.scaling import raw, scale_of_amax, scale_of_range, spec
 
+# Tensor scales may be any, one for each row.
+_TENSOR = tl.constexpr("rows")
+
 _COLUMNS = 16
 # Rows of a warp, or twice as many where there are so many warps that a GPU is busy all the same.
 _ROWS, _WARPS = 32, 1024
@@ -235,7 +238,7 @@ def _fit(
             scale, value, zero = scale_of_range(low * share, high * share, SPEC)
             tl.store(zeros + place, zero, there)
         else:
-            scale, value = scale_of_amax(tl.maximum(-low, high) * share, whole, SPEC, "rows")
+            scale, value = scale_of_amax(tl.maximum(-low, high) * share, whole, SPEC, _TENSOR)
             tl.store(zeros + place, tl.zeros([ROWS], tl.float32), there)
         tl.store(stored + place, scale, there)
         tl.store(values + place, value, there)

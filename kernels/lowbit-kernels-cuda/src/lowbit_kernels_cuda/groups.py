@@ -46,6 +46,19 @@ def unpad_groups(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor:
     return out
 
 
+def padded_sources(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> tuple[Tensor, Tensor]:
+    """Which row of x (M, K) each row of `pad_groups` is, int32, -1 for none; and the ends of the groups there."""
+    rows = x.shape[0] if index is None else index.shape[0]
+    ends = padded_ends(offs, align)
+    out = torch.empty(padded_rows(rows, offs.shape[0], align), dtype=torch.int32, device=x.device)
+    if out.numel():
+        run: Any = _list[(triton.cdiv(out.shape[0], 256),)]
+        steps, indexed = (len(ends) - 1).bit_length(), index is not None
+        given = (index, ends, offs.contiguous(), out, out.shape[0], rows, x.shape[0], len(ends))
+        run(*given, STEPS=steps, INDEXED=indexed, ROWS=256, num_warps=4)
+    return out, ends
+
+
 def _launch(x: Tensor, index: Tensor | None, into: Tensor, of: Tensor, out: Tensor, rows: int) -> None:
     """Write rows in groups that end at `into`, from those that end at `of`, of which there are `rows`."""
     if out.numel() == 0:
@@ -93,8 +106,38 @@ def _move(
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     there = row < out_rows
+    source = _source(row, there, index, into, of, rows, x_rows, groups, STEPS, INDEXED)
+    moved = source >= 0
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = column < columns
+    values = tl.load(x + source.to(tl.int64)[:, None] * x_row + column, moved[:, None] & inside, 0)
+    tl.store(out + row.to(tl.int64)[:, None] * columns + column, values, there[:, None] & inside)
+
+
+@triton.jit
+def _list(
+    index,
+    into,
+    of,
+    out,
+    out_rows,
+    rows,
+    x_rows,
+    groups,
+    STEPS: tl.constexpr,
+    INDEXED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = row < out_rows
+    tl.store(out + row, _source(row, there, index, into, of, rows, x_rows, groups, STEPS, INDEXED), there)
+
+
+@triton.jit
+def _source(row, there, index, into, of, rows, x_rows, groups, STEPS: tl.constexpr, INDEXED: tl.constexpr):
+    """Which row moves to each `row`, int32; -1: none."""
     # The first group that ends after the row, or the last one.
-    low = tl.zeros([ROWS], tl.int32)
+    low = tl.zeros_like(row)
     high = low + (groups - 1)
     for _ in tl.static_range(STEPS):
         middle = (low + high) >> 1
@@ -109,7 +152,4 @@ def _move(
     if INDEXED:
         source = tl.load(index + source, moved, 0).to(tl.int32)
         moved = moved & (source >= 0) & (source < x_rows)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    inside = column < columns
-    values = tl.load(x + source.to(tl.int64)[:, None] * x_row + column, moved[:, None] & inside, 0)
-    tl.store(out + row.to(tl.int64)[:, None] * columns + column, values, there[:, None] & inside)
+    return tl.where(moved, source, -1)

@@ -9,6 +9,7 @@ Kernels that use them are launched with `enable_fp_fusion=False`.
 # What a constexpr holds is known to Triton alone.
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
 
@@ -25,8 +26,7 @@ from lowbit.format import Format
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, amax_divisor, mantissa_bound
 from lowbit.packing import unit
 
-
-# Four float32 to the bytes of an int32, on hardware that converts to 8-bit floats; infinities become the largest number.
+# Four float32 to the bytes of an int32, on hardware that converts to 8-bit floats; infinities become the largest.
 _FLOAT8 = (
     "{{ .reg .b16 low, high; cvt.rn.satfinite.{0}.f32 low, $2, $1; "
     "cvt.rn.satfinite.{0}.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}"
@@ -230,8 +230,8 @@ def scale_value(stored, tensor_scale, SPEC: tl.constexpr):
 def divisor_of(scale, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
     """What `divide` takes in the place of a scale, three tensors.
 
-    Of a power of two, the reciprocal, which is exact; otherwise, if FAST, `-p`, `scale * p` and about `-1 / (scale * p)`
-    with the power of two `p` that makes the second at least 1 and less than 2, or as large as can be.
+    Of a power of two, the reciprocal, which is exact. Otherwise, if FAST, `-p`, `scale * p` and `-1 / (scale * p)`,
+    nearly; the power of two `p` makes the second at least 1 and less than 2, or as large as can be.
     """
     # Those of 2^127 and 2^-127 are 2^-127, a subnormal, and 2^127.
     bits = scale.to(tl.int32, bitcast=True)
@@ -262,8 +262,9 @@ def divide(x, by, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
     """IEEE `x / scale`, where `by` is `divisor_of(scale)`.
 
     If FAST, a first quotient is corrected by its remainder, twice, as by the hardware's own division; once where scales
-    have 16 or fewer bits of mantissa (SHORT), as no quotient of theirs is then near the middle of two numbers. Quotients below 2^-126 keep no more than
-    their sign and that they are small, and those of infinities are NaN. The signs are such that zeros keep theirs.
+    have 16 or fewer bits of mantissa (SHORT): no quotient of theirs is near the middle of two numbers. Quotients
+    below 2^-126 keep no more than their sign and that they are small, and those of infinities are NaN. The signs here
+    are such that zeros keep theirs.
 
     Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2.
     """
@@ -282,7 +283,7 @@ def divide(x, by, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
 
 @triton.jit
 def encode_float(x, noise, ELEMENT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Codes, as int32, of float32 `x` in a float element; see `Element.encode`. `noise` is read where STOCHASTIC."""
+    """Codes, as int32, of float32 `x` in a float element; `noise` is read where STOCHASTIC. See `Element.encode`."""
     bits = x.to(tl.int32, bitcast=True)
     SIGN: tl.constexpr = 1 << (ELEMENT.bits - 1)
     size = tl.minimum((bits & 0x7FFFFFFF).to(tl.float32, bitcast=True), ELEMENT.max)
@@ -323,7 +324,7 @@ def decode(code, ELEMENT: tl.constexpr):
 
 @triton.jit
 def split_planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
-    """Of a tile (ROWS, COLUMNS), a tuple of PLANES (a power of two) tiles: the columns that are 0, 1... modulo PLANES."""
+    """Of a tile (ROWS, COLUMNS), PLANES (a power of two) tiles: the columns that are 0, 1... modulo PLANES."""
     if PLANES == 1:
         planes = (x,)
     elif PLANES == 2:
@@ -340,7 +341,7 @@ def split_planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.conste
 
 @triton.jit
 def encode_planes(x, sound, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, PLANES: tl.constexpr):
-    """Codes of float32 `x` in units of the scale, tuples of PLANES tiles, one after another in the bits of a tuple of words.
+    """Codes of float32 `x` in units of the scale, tuples of PLANES tiles, one after another in the bits of words.
 
     A word is an int32, full where runs of codes end on its last bit; if PLANES codes are no such run, one word holds
     them, an int64 if need be. `sound` is 0 where x is NaN and 1 elsewhere, in float32, read for elements without a NaN;
@@ -415,7 +416,7 @@ def _word(
 
 @triton.constexpr_function
 def _repeated(number, bits, first, end, count):
-    """The sum of a number in places from `first` to `end` of a word of `count` places, as the integer that a word is."""
+    """The sum of a number in places from `first` to `end` of a word of `count`, as the integer that it is."""
     width = 32 if bits * count <= 32 else 64
     total = sum(number << (bits * i) for i in range(first, end)) % (1 << width)
     return total - (1 << width) if total >> (width - 1) else total
@@ -460,7 +461,7 @@ def _around_lines(x, sound, ELEMENT: tl.constexpr):
 def join_planes(
     x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr
 ):
-    """The tile (ROWS, COLUMNS) of PLANES (a power of two), each STEP-th of a tuple from FIRST on; undoes `split_planes`."""
+    """Undo `split_planes`: the tile (ROWS, COLUMNS) of PLANES tiles, each STEP-th of a tuple from FIRST on."""
     if PLANES == 1:
         tile = tl.reshape(x[FIRST], (ROWS, COLUMNS))
     else:

@@ -27,6 +27,7 @@ from lowbit.element import E8M0
 from lowbit.errors import FormatError
 from lowbit.format import INT8_ROW, Format
 from lowbit.grid import product_bound, sample, shapes
+from lowbit.groups import padded_rows
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, Scales, choose_scale, decode, encode, total_scale
 from lowbit.packing import pack, unpack
 from lowbit.reference import Matrix, quantize_input
@@ -87,6 +88,7 @@ def calls(
                 yield Call("quantize_both", fmt, None, device, dtype, k=k), weight.quantize_both
             yield Call("dequantize", fmt, None, device, dtype, k=k), weight.dequantize
             if len(shape) == 2:
+                yield Call("quantize_groups", fmt, None, device, dtype, k=k), weight.quantize_groups
                 yield Call("embedding", fmt, None, device, dtype, *shape), weight.embedding
             if len(shape) in {2, 3}:
                 yield from _products(weight, activations, device)
@@ -206,6 +208,32 @@ class _Weight:
                 arguments = (x, tensor_scale, str(fmt), str(other), DEFAULT_MODE, "nearest", 0)
                 told = f"x {_shown(x)}, x.mT in {other}, given tensor scale"
                 yield Case(told, arguments, _bits(*_run["quantize_both"](*arguments)))
+
+    def quantize_groups(self) -> Iterator[Case]:
+        rows, k = self.shape
+        align, fmt = max(self.format.block[0], 32), self.format
+        index = torch.arange(rows, dtype=torch.int32).flip(0)
+        offs = torch.tensor([1, 1, rows - 1], dtype=torch.int32)
+        padded = padded_rows(rows, len(offs), align)
+        x = sample(self.shape, dtype=self.dtype)
+        for other, by in ((None, index), (INT8_ROW, None), (fmt, index)):
+            if other is not None and not _fits(other, (k, padded)):
+                continue
+            arguments = (
+                x,
+                by,
+                offs,
+                align,
+                None,
+                str(fmt),
+                None if other is None else str(other),
+                DEFAULT_MODE,
+                "nearest",
+                0,
+                by is None,
+            )
+            told = f"x {_shown(x)}, {align=}, columns in {other}{', by an index' * (by is not None)}"
+            yield Case(told, arguments, _bits(*_run["quantize_groups"](*arguments)))
 
     def _decoded(self, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Values and scales of what quantize gave."""

@@ -46,6 +46,11 @@ _SCHEMAS = {
         "(Tensor x, Tensor? tensor_scale, str format, str other_format, str mode, str rounding, int seed, "
         "bool blocked=False) -> Tensor[]"
     ),
+    # x (M, K), index (M',), offs (G,) int32 -> the parts of `pad_groups`, with other_format also those of its .mT, ends
+    "quantize_groups": (
+        "(Tensor x, Tensor? index, Tensor offs, int align, Tensor? tensor_scale, str format, str? other_format, "
+        "str mode, str rounding, int seed, bool blocked=False) -> Tensor[]"
+    ),
     "dequantize": f"({_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
     # x (.., K), weight (N, K) -> (.., N)
     "linear": f"(Tensor x, {_WEIGHT}, {_USE}, Tensor? bias, str format, str activation) -> Tensor",
@@ -90,7 +95,14 @@ _dispatch_modes, _transform = _torch._len_torch_dispatch_stack, _torch._functorc
 _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch._is_tracing
 
 
-_FORMAT_AT = {"quantize": 4, "quantize_blocked": 2, "quantize_both": 2, "pad_groups": 0, "unpad_groups": 0}
+_FORMAT_AT = {
+    "quantize": 4,
+    "quantize_blocked": 2,
+    "quantize_both": 2,
+    "quantize_groups": 5,
+    "pad_groups": 0,
+    "unpad_groups": 0,
+}
 
 
 def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch.dtype, int | None, int]:
@@ -166,6 +178,29 @@ def _quantize_both_fake(
         data, scale, *rest = _quantize_fake(view, None, None, tensor_scale, spec, mode, rounding, seed)
         parts += [data, scale.new_empty(blocked_shape(tuple(scale.shape))) if blocked else scale, *rest]
     return parts
+
+
+def _quantize_groups_fake(
+    x: Tensor,
+    index: Tensor | None,
+    offs: Tensor,
+    align: int,
+    tensor_scale: Any,
+    fmt: str,
+    other_format: str | None,
+    mode: str,
+    rounding: str,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    padded, ends = _pad_groups_fake(x, index, offs, align)
+    if other_format is not None:
+        parts = _quantize_both_fake(padded, tensor_scale, fmt, other_format, mode, rounding, seed, blocked)
+    elif blocked:
+        parts = _quantize_blocked_fake(padded, tensor_scale, fmt, mode, rounding, seed)
+    else:
+        parts = _quantize_fake(padded, None, None, tensor_scale, fmt, mode, rounding, seed)
+    return [*parts, ends]
 
 
 def _dequantize_fake(
@@ -272,6 +307,7 @@ def _unpad_groups_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize_fake,
     "quantize_blocked": _quantize_blocked_fake,
+    "quantize_groups": _quantize_groups_fake,
     "quantize_both": _quantize_both_fake,
     "dequantize": _dequantize_fake,
     "linear": _linear_fake,

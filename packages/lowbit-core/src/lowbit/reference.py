@@ -304,6 +304,29 @@ def _unpad_groups(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor:
     return pick_rows(x, padded_to(offs, align, rows, x.shape[0]))
 
 
+def _quantize_groups(
+    x: Tensor,
+    index: Tensor | None,
+    offs: Tensor,
+    align: int,
+    tensor_scale: Any,
+    fmt: str | Format,
+    other_format: str | Format | None,
+    mode: Any,
+    rounding: Any,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    padded, ends = _pad_groups(x, index, offs, align)
+    if other_format is not None:
+        parts = _quantize_both(padded, tensor_scale, fmt, other_format, mode, rounding, seed, blocked)
+    elif blocked:
+        parts = _quantize_blocked(padded, tensor_scale, fmt, mode, rounding, seed)
+    else:
+        parts = _quantize(padded, None, None, tensor_scale, fmt, mode, rounding, seed)
+    return [*parts, ends]
+
+
 def _format(spec: str | Format) -> Format:
     """What a spec stands for; `lowbit.decompose` hands over formats that no spec names."""
     return spec if isinstance(spec, Format) else Format.parse(spec)
@@ -362,6 +385,7 @@ class Reference:
             "grouped_mm": _grouped_mm,
             "embedding": _embedding,
             "quantize_blocked": _quantize_blocked,
+            "quantize_groups": _quantize_groups,
             "quantize_both": _quantize_both,
             "pad_groups": _pad_groups,
             "unpad_groups": _unpad_groups,

@@ -72,13 +72,16 @@ def test_cast_counts_bytes_and_measures_what_rounding_costs(bench):
     code, results, printed = bench("cast", "--shapes", "64x256", "--formats", "MXFP8")
     assert code == 0
     told = [(row["case"]["op"], row["case"]["blocks along"]) for row in results["rows"]]
-    assert told == [("quantize", "rows"), ("quantize", "columns"), ("dequantize", "rows")]
+    rest = [("quantize_both", "rows and columns"), ("quantize_blocked", "rows"), ("dequantize", "rows")]
+    assert told == [("quantize", "rows"), ("quantize", "columns"), *rest]
     (x,) = cases("cast", (64, 256), "MXFP8")[0].data("outliers")
-    for row, axis in zip(results["rows"], (-1, -2, -1), strict=True):
-        candidate, baseline = row["contenders"]
+    for row, axis in zip(results["rows"], (-1, -2, -1, -1, -1), strict=True):
+        candidate, baseline, *others = row["contenders"]
         assert candidate["kernel"].startswith("reference.")
-        # Two bytes of bfloat16, one of e4m3, and a scale of a byte for each 32.
-        assert candidate["moved_bytes"] == baseline["moved_bytes"] == 64 * 256 * (2 + 1 + 1 / 32)
+        # Two bytes of bfloat16, one of e4m3, and a scale of a byte for each 32; once more along the other axis.
+        times = 2 if row["case"]["op"] == "quantize_both" else 1
+        assert candidate["moved_bytes"] == baseline["moved_bytes"] == 64 * 256 * (2 + times * (1 + 1 / 32))
+        assert [each["name"] for each in others] == (["two casts"] if times == 2 else [])
         values = lowbit.quantize(x, "MXFP8", axis=axis).dequantize(torch.float32)
         if row["case"]["op"] == "dequantize":
             values = values.bfloat16().float()
@@ -93,11 +96,19 @@ def test_cast_counts_bytes_and_measures_what_rounding_costs(bench):
 def test_pad_moves_rows_and_counts_their_bytes(bench):
     code, results, _ = bench("pad", "--shapes", "300x64x5")
     assert code == 0
-    for row, rows in zip(results["rows"], ((300 + 5 * 127) // 128 * 128, 300), strict=True):
+    padded = (300 + 5 * 127) // 128 * 128
+    for row, rows in zip(results["rows"][:2], (padded, 300), strict=True):
         candidate, baseline = row["contenders"]
         assert candidate["kernel"] == f"reference.{row['case']['op']}"
         assert candidate["moved_bytes"] == baseline["moved_bytes"] == 2 * 64 * (300 + rows)
         assert candidate["sqnr"]["outliers"]["exact"] == EXACT
+    for row, times in zip(results["rows"][2:], (1, 2), strict=True):
+        candidate, baseline, steps = row["contenders"]
+        assert candidate["kernel"] == "reference.quantize_groups"
+        assert candidate["moved_bytes"] == baseline["moved_bytes"] == 64 * (2 * 300 + padded * times * (1 + 1 / 32))
+        # The same codes in another way; 4 bits of mantissa, and 2 bits for a scale that is a power of two.
+        assert candidate["sqnr"]["outliers"] == steps["sqnr"]["outliers"]
+        assert candidate["sqnr"]["normal"]["exact"] > 6 * 4
 
 
 def test_pad_has_no_formats(bench):

@@ -1,29 +1,38 @@
-"""`lowbit bench cast`: rounding a matrix to a format along either axis, and back, beside a copy of as many bytes."""
+"""`lowbit bench cast`: rounding a matrix to a format along one axis or both, and back, beside copies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
 import lowbit
-from lowbit.backends import Call, kernel
+from lowbit.backends import Call, Refusal, kernel
 from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, Make, Shape, Use, copies, lowbits, plain
 from lowbit.bench.inputs import normal
 from lowbit.bench.peers import casts
-from lowbit.format import FORMATS, Format
-from lowbit.numerics import DEFAULT_MODE, Scales
+from lowbit.blocked import from_blocked
+from lowbit.format import FORMATS, WHOLE, Format
+from lowbit.numerics import DEFAULT_MODE, Scales, choose_scale, decode
 from lowbit.tensor import QuantizedTensor
-
-# What is timed, and the axis that blocks lie along. Decoding leaves that where it is, so once is enough.
-_WAYS = (("quantize", -1), ("quantize", -2), ("dequantize", -1))
 
 
 def _cases(given: Given) -> Iterator[Case]:
-    for shape, use, (op, axis) in product(given.shapes, given.uses, _WAYS):
-        yield _case(given, shape, use, op, axis)
+    for shape, use in product(given.shapes, given.uses):
+        fmt = use.format
+        yield _case(given, shape, use, "quantize", -1)
+        yield _case(given, shape, use, "quantize", -2)
+        if fmt.tensor_scale:
+            yield _parts_case(given, shape, use, "quantize")
+        if len(fmt.block) == 2 and fmt.block[0] == 1 and fmt.block[1] != WHOLE:
+            yield _parts_case(given, shape, use, "quantize_both")
+            if fmt.scale.bits == 8:
+                yield _parts_case(given, shape, use, "quantize_blocked")
+        # Decoding leaves the axis where it is, so once is enough.
+        yield _case(given, shape, use, "dequantize", -1)
 
 
 def _case(given: Given, shape: Shape, use: Use, op: str, axis: int) -> Case:
@@ -33,21 +42,74 @@ def _case(given: Given, shape: Shape, use: Use, op: str, axis: int) -> Case:
     call = Call(op, fmt, None, device.type, dtype, None, canonical[1])
     candidate, reference = (_quantizers if op == "quantize" else _dequantizers)(fmt, axis, moved)
     chosen, other = lowbits(call, candidate, reference, bound=False)
+    along = "rows" if axis == -1 else "columns"
+    peers = casts(fmt, axis, moved, device) if given.peers and op == "quantize" else ()
+    return _told(given, shape, use, (op, along), moved, chosen, other, peers)
+
+
+def _parts_case(given: Given, shape: Shape, use: Use, op: str) -> Case:
+    """A case of what only operators do, which return parts; the scale of a tensor is given."""
+    fmt, both = use.format, op == "quantize_both"
+    outputs = (shape, shape[::-1]) if both else (shape,)
+    size = 2 + sum(fmt.bits_per_element(each) for each in outputs) / 8
+    moved = shape[0] * shape[1] * size
+    call = Call(op, fmt, None, given.device.type, torch.bfloat16, None, shape[1])
+    spec, rest = str(fmt), (DEFAULT_MODE, "nearest", 0)
+    formats = (spec, spec) if both else (spec,)
+    before = (None, None) if op == "quantize" else ()
+    decoded = partial(_decoded, fmt, op)
+
+    def prepare(x: Tensor) -> Make:
+        return copies(x, choose_scale(x, fmt).tensor_scale)
+
+    def contender(name: str, run: Callable[..., list[Tensor]]) -> Contender:
+        def cast(x: Tensor, whole: Tensor | None) -> list[Tensor]:
+            return run(x, *before, whole, *formats, *rest)
+
+        return Contender(name, prepare, cast, moved, decoded)
+
+    def one_by_one(x: Tensor, whole: Tensor | None) -> list[Tensor]:
+        run = torch.ops.lowbit.quantize
+        return [part for view in (x, x.mT) for part in run(view, None, None, whole, spec, *rest)]
+
+    run, reference = getattr(torch.ops.lowbit, op), kernel(f"reference.{op}").run
+    chosen, other = lowbits(call, contender("lowbit", run), contender("reference", reference), bound=False)
+    along = "rows and columns" if both else "rows"
+    told = "quantize, tensor scale given" if op == "quantize" else op
+    two = (Contender("two casts", prepare, one_by_one, moved, decoded),) if both else ()
+    return _told(given, shape, use, (told, along), moved, chosen, other, two)
+
+
+def _told(
+    given: Given,
+    shape: Shape,
+    use: Use,
+    what: tuple[str, str],
+    moved: float,
+    candidate: Contender | Refusal,
+    reference: Contender | None,
+    peers: tuple[Contender | Refusal, ...],
+) -> Case:
     return Case(
-        {
-            "op": op,
-            "format": use.spec,
-            "blocks along": "rows" if axis == -1 else "columns",
-            "shape": f"{shape[0]}x{shape[1]}",
-        },
+        {"op": what[0], "format": use.spec, "blocks along": what[1], "shape": f"{shape[0]}x{shape[1]}"},
         0,
-        lambda kind: (normal(*shape, kind=kind, seed=0, device=device),),
+        lambda kind: (normal(*shape, kind=kind, seed=0, device=given.device),),
         plain,
-        chosen,
+        candidate,
         Contender("copy of as many bytes", halves(moved), Tensor.copy_, moved),
-        other,
-        casts(fmt, axis, moved, device) if given.peers and op == "quantize" else (),
+        reference,
+        peers,
     )
+
+
+def _decoded(fmt: Format, op: str, parts: list[Tensor]) -> Tensor:
+    """Values of parts, the first direction's."""
+    data, scale, *rest = parts
+    k = data.shape[-1] * 8 // fmt.element.bits
+    if op == "quantize_blocked":
+        scale = from_blocked(scale, fmt.scale_shape((data.shape[0], k)))
+    zero = rest.pop(0) if fmt.zero is not None else None
+    return decode(data, fmt, Scales(scale, zero, rest.pop(0) if fmt.tensor_scale else None), k)
 
 
 def halves(moved: float) -> Callable[[Tensor], Make]:
@@ -103,7 +165,7 @@ def _usual(device: str) -> list[Shape]:
 
 
 benchmark = Benchmark(
-    about="round a matrix to a format along its rows or its columns, and decode it",
+    about="round a matrix to a format along its rows, its columns or both, and decode it",
     dims=(Dim("M", 256, 65536, 4096, grouped=True), Dim("K", 256, 16384, 4096, grouped=True)),
     formats=tuple(FORMATS),
     usual=_usual,

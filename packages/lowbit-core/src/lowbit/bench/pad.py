@@ -1,9 +1,8 @@
-"""`lowbit bench pad`: rows of groups moved to where tiles begin, and back, beside a copy of as many bytes."""
+"""`lowbit bench pad`: rows of groups moved to where tiles begin, quantized on the way, and back, beside copies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -12,14 +11,20 @@ from lowbit.backends import Call, kernel
 from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, Make, Shape, copies, lowbits, plain
 from lowbit.bench.cast import halves
 from lowbit.bench.inputs import normal
+from lowbit.format import FORMATS, Format
 from lowbit.groups import padded_rows
+from lowbit.numerics import DEFAULT_MODE, Scales, decode
 
 _ALIGN = 128
+_MXFP8 = FORMATS["MXFP8"]
 
 
 def _cases(given: Given) -> Iterator[Case]:
-    for shape, op in product(given.shapes, ("pad_groups", "unpad_groups")):
-        yield _case(given, shape, op)
+    for shape in given.shapes:
+        yield _case(given, shape, "pad_groups")
+        yield _case(given, shape, "unpad_groups")
+        for other in (None, _MXFP8):
+            yield _quantized(given, shape, other)
 
 
 def _case(given: Given, shape: Shape, op: str) -> Case:
@@ -65,6 +70,50 @@ def _case(given: Given, shape: Shape, op: str) -> Case:
         candidate,
         Contender("copy of as many bytes", halves(moved), Tensor.copy_, moved),
         other,
+    )
+
+
+def _quantized(given: Given, shape: Shape, other: Format | None) -> Case:
+    """Rows taken by an index, moved and quantized, with `other` along columns as well."""
+    (m, k, g), device = shape, given.device
+    padded, offs = padded_rows(m, g, _ALIGN), _offs(m, g).to(device)
+    index = torch.randperm(m, generator=torch.Generator().manual_seed(1)).to(device)
+    written = padded * k * _MXFP8.bits_per_element((padded, k)) / 8 * (1 if other is None else 2)
+    moved, rest = 2 * m * k + written, (DEFAULT_MODE, "nearest", 0)
+    spec = str(_MXFP8)
+
+    def fused(run: Callable[..., list[Tensor]]) -> Callable[[Tensor], list[Tensor]]:
+        return lambda x: run(x, index, offs, _ALIGN, None, spec, None if other is None else spec, *rest)
+
+    def step_by_step(x: Tensor) -> list[Tensor]:
+        there, _ = torch.ops.lowbit.pad_groups(x.index_select(0, index), None, offs, _ALIGN)
+        if other is None:
+            return torch.ops.lowbit.quantize(there, None, None, None, spec, *rest)
+        return torch.ops.lowbit.quantize_both(there, None, spec, spec, *rest)
+
+    def values(parts: list[Tensor]) -> Tensor:
+        return decode(parts[0], _MXFP8, Scales(parts[1]), k)
+
+    def exact(x: Tensor) -> Tensor:
+        return kernel("reference.pad_groups").run(x, index, offs, _ALIGN)[0]
+
+    reference = kernel("reference.quantize_groups").run
+    candidate, reference = lowbits(
+        Call("quantize_groups", _MXFP8, None, device.type, torch.bfloat16, None, k),
+        Contender("lowbit", copies, fused(torch.ops.lowbit.quantize_groups), moved, values),
+        Contender("reference", copies, fused(reference), moved, values),
+        bound=False,
+    )
+    op = "quantize_groups MXFP8, rows" + (" and columns" if other is not None else "")
+    return Case(
+        {"op": op, "rows": m, "columns": k, "groups": g},
+        0,
+        lambda kind: (normal(m, k, kind=kind, seed=0, device=device).to(torch.bfloat16),),
+        exact,
+        candidate,
+        Contender("copy of as many bytes", halves(moved), Tensor.copy_, moved),
+        reference,
+        (Contender("index_select, pad_groups, quantize", copies, step_by_step, moved, values),),
     )
 
 
