@@ -19,7 +19,7 @@ from lowbit.numerics import ScaleMode, Scales, choose_scale, decode
 from lowbit.reference import backend as reference
 from lowbit.testing import check_backend, sample
 from lowbit_kernels_cuda.backend import backend
-from lowbit_kernels_cuda.casts import quantize, quantize_blocked, quantize_both
+from lowbit_kernels_cuda.casts import quantize, quantize_blocked, quantize_both, quantize_rotated
 from lowbit_kernels_cuda.values import dequantize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -128,6 +128,18 @@ def test_tiles_of_scales_are_written_as_they_are_laid_out(spec, device):
         data, scale, *rest = RUN["quantize"](x, *PLAIN, spec, "even", "nearest", 0)
         found = quantize_blocked(as_is(x, device), None, spec, "even", "nearest", 0)
         same(found, [data, to_blocked(scale), *rest])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("spec", "size"), [("NVFP4", 16), ("MXFP8", 32), ("MXFP4", 16), ("NVFP4", 32), ("INT8_ROW", 16)]
+)
+def test_channels_are_rotated_before_they_are_rounded(spec, size, device):
+    for i, (_, x) in enumerate(views((2, 37, 96), torch.bfloat16)):
+        rest = (size, 7, spec, "even", ("nearest", "stochastic", "nearest")[i], 3, i == 2)
+        whole = torch.full((2, 1, 1), 0.0173) if spec == "NVFP4" and i else None
+        found = quantize_rotated(as_is(x, device), None if whole is None else whole.to(device), *rest)
+        same(found, RUN["quantize_rotated"](x, whole, *rest))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -58,6 +58,9 @@ def calls(fmt, dtype=torch.bfloat16):
     yield "quantize_blocked", (sample((n, k), dtype=dtype), None, spec, DEFAULT_MODE, "nearest", 0)
     yield "quantize_both", (sample((n, k), dtype=dtype), None, spec, "INT8_ROW_ASYM", DEFAULT_MODE, "nearest", 0)
     yield "quantize_both", (sample((n, k), dtype=dtype), None, spec, "FP8_ROW", "even", "stochastic", 7, True)
+    size = k & -k
+    yield "quantize_rotated", (sample((n, k), dtype=dtype), None, size, 3, spec, DEFAULT_MODE, "nearest", 0)
+    yield "quantize_rotated", (sample((n, k), dtype=dtype), None, 1, 0, spec, "even", "stochastic", 7, True)
     rows = sample((5, k), dtype=dtype), torch.tensor([4, 0, 0, 2, 1]), OFFSETS, max(fmt.block[0], 8)
     yield "quantize_groups", (*rows, None, spec, None, DEFAULT_MODE, "nearest", 0, True)
     yield "quantize_groups", (*rows, None, spec, "INT8_ROW_ASYM", "even", "stochastic", 7)

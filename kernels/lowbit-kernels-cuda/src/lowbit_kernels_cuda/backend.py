@@ -45,6 +45,7 @@ class Cuda:
             _row("quantize", "quantize", 10, "casts:quantize", _refuses_cast),
             _row("quantize_blocked", "quantize_blocked", 10, "casts:quantize_blocked", _refuses_cast),
             _row("quantize_both", "quantize_both", 10, "casts:quantize_both", _refuses_cast),
+            _row("quantize_rotated", "quantize_rotated", 10, "casts:quantize_rotated", _refuses_cast),
             _row("quantize_groups", "quantize_groups", 10, "casts:quantize_groups", _refuses_cast),
             _row("dequantize", "dequantize", 10, "values:dequantize", _refuses_cast),
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),

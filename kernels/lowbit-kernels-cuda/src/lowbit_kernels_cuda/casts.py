@@ -24,6 +24,7 @@ from lowbit.blocked import blocked_shape
 from lowbit.errors import FormatError
 from lowbit.format import WHOLE, Format
 from lowbit.groups import check_groups
+from lowbit.hadamard import Rotation
 from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_scales, data_shape
 from lowbit_kernels_cuda.groups import pad_groups, padded_sources
 from lowbit_kernels_cuda.scaling import (
@@ -114,10 +115,8 @@ def _power(number: int) -> int:
 def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     """The tile for both directions of matrices of `columns`."""
     wide = max(way.spec.element.bits, other.spec.element.bits) > 4
-    # Scales that do not fill a tile of theirs are fewer a line where tiles are tall.
-    down = max(128 if wide and not way.blocked else 64, other.group)
-    along = max(_at_most(128, columns), way.group)
-    return _Tile(down, along, 8 if max(way.group, other.group) > 32 and down * along > 8192 else 4)
+    down = max(128 if wide else 64, other.group)
+    return _Tile(down, max(_at_most(128, columns), way.group), 8 if wide else 4)
 
 
 def _planes(way: _Way, *, across: bool, both: bool, aligned: bool) -> int:
@@ -171,6 +170,29 @@ def quantize_blocked(
     """
     out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, blocked=True)
     return _run(x, out, None, rounding, seed)
+
+
+def quantize_rotated(
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    size: int,
+    sign_seed: int,
+    fmt: str,
+    mode: ScaleMode,
+    rounding: Rounding,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    """The operator `quantize_rotated`; in one read if a thread holds whole pieces, otherwise after they are rotated.
+
+    Raises:
+        FormatError: as the operator.
+    """
+    parsed, rotation = Format.parse(fmt), Rotation(size, sign_seed)
+    if size not in {16, 32} or x.shape[-1] % size or not in_one_row(parsed) or parsed.block[-1] < size:
+        x, size = rotation.in_order(x), 1
+    out = _Out(x, parsed, tensor_scale, mode, rounding, blocked=blocked)
+    return _run(x, out, None, rounding, seed, turned=None if size == 1 else rotation)
 
 
 def quantize_both(
@@ -332,10 +354,11 @@ def _run(
     rounding: Rounding,
     seed: int,
     moved: tuple[Tensor, Tensor] | None = None,
+    turned: Rotation | None = None,
 ) -> list[Tensor]:
     """Fill what `out` holds from x, and what `other` holds from `x.mT`; their parts.
 
-    `moved`: a matrix and which of its rows each of x is; -1: a row of zeros.
+    `moved`: a matrix and which of its rows each of x is; -1: a row of zeros. `turned`: rotates x first.
     """
     outs = [each for each in (out, other) if each is not None]
     parts = [part for each in outs for part in each.parts()]
@@ -365,34 +388,37 @@ def _run(
     if moved is not None:
         x, source = moved
         geometry = (rows, columns, 0, *x.stride())
+    aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
+    size, signs = (1, 0) if turned is None else (turned.size, _mask(turned))
+    planes = _planes(way, across=across, both=other is not None, aligned=aligned)
     fixed: dict[str, Any] = {
         "WAY": way,
         "OTHER": other_way,
         "ACROSS": across,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
+        "PLANES": max(planes, size),
+        "OTHER_PLANES": 1 if other is None else _planes(other.way, across=not across, both=True, aligned=aligned),
+        "TURN": size,
         "num_warps": tile.warps,
         "enable_fp_fusion": False,
     }
+    given = raw(x), source, pointers, second, *geometry
     if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
         measure: Any = _measure[grid]
-        measure(raw(x), source, pointers, second, *geometry, **fixed)
-    aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
+        measure(*given, signs, **fixed)
     cast: Any = _cast[grid]
-    cast(
-        *(raw(x), source, pointers, second, *geometry, per, seed),
-        FLAT=flat,
-        STOCHASTIC=stochastic,
-        ALIGNED=aligned,
-        CHUNKS=tile.chunks,
-        PLANES=_planes(way, across=across, both=other is not None, aligned=aligned),
-        OTHER_PLANES=None if other is None else _planes(other.way, across=not across, both=True, aligned=aligned),
-        **fixed,
-    )
+    cast(*(*given, per, signs, seed), FLAT=flat, STOCHASTIC=stochastic, ALIGNED=aligned, CHUNKS=tile.chunks, **fixed)
     return parts
 
 
-@triton.jit(do_not_specialize=["seed"])
+def _mask(rotation: Rotation) -> int:
+    """Bits of an int32 that are 1 where a channel's sign is -1."""
+    mask = sum((sign < 0) << i for i, sign in enumerate(rotation.signs().tolist()))
+    return mask - (1 << 32) if mask >> 31 else mask
+
+
+@triton.jit(do_not_specialize=["seed", "signs"])
 def _cast(
     x,
     source,
@@ -404,6 +430,7 @@ def _cast(
     x_row,
     x_column,
     per,
+    signs,
     seed,
     WAY: tl.constexpr,
     OTHER: tl.constexpr,
@@ -416,27 +443,28 @@ def _cast(
     CHUNKS: tl.constexpr,
     PLANES: tl.constexpr,
     OTHER_PLANES: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     if FLAT:
         # As the compiler does not know.
         columns, x_row = COLUMNS, COLUMNS
     batch, row, column = _place(rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None)
     x += batch * x_batch
-    matrix = (rows, columns, x_row, x_column), (source, None), (per, seed)
+    matrix = (rows, columns, x_row, x_column), (source, None), (per, signs, seed)
     _cast_tile(
         *(x, out, batch, row, column, matrix),
-        *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES),
+        *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, TURN),
     )
     if OTHER is not None:
         # The tile is near now: read again, each direction has it in the order it needs.
-        matrix = (columns, rows, x_column, x_row), (None, source), (per, seed)
+        matrix = (columns, rows, x_column, x_row), (None, source), (per, signs, seed)
         _cast_tile(
             *(x, other, batch, column, row, matrix),
-            *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES),
+            *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES, TURN),
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["signs"])
 def _measure(
     x,
     source,
@@ -447,19 +475,27 @@ def _measure(
     x_batch,
     x_row,
     x_column,
+    signs,
     WAY: tl.constexpr,
     OTHER: tl.constexpr,
     ACROSS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PLANES: tl.constexpr,
+    OTHER_PLANES: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     """Fill in what scales are chosen from that are no tile's own."""
     batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS, False)
+    x += batch * x_batch
     extents = rows, columns, x_row, x_column
-    v = _read(x + batch * x_batch, row, column, extents, (source, None), ROWS, COLUMNS, 1)
-    _extend(v, out, batch, row, rows, WAY, ROWS, COLUMNS)
+    planes = _read_planes(x, row, column, extents, (source, None), ACROSS, ROWS, COLUMNS, PLANES)
+    planes = _turn(planes, signs, PLANES, TURN)
+    _extend(planes, out, batch, row, rows, WAY, ROWS, COLUMNS // PLANES, PLANES)
     if OTHER is not None:
-        _extend(tl.trans(v), other, batch, column, columns, OTHER, COLUMNS, ROWS)
+        extents = columns, rows, x_column, x_row
+        planes = _read_planes(x, column, row, extents, (None, source), not ACROSS, COLUMNS, ROWS, OTHER_PLANES)
+        _extend(planes, other, batch, column, columns, OTHER, COLUMNS, ROWS // OTHER_PLANES, OTHER_PLANES)
 
 
 @triton.jit
@@ -484,10 +520,10 @@ def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.
 
 @triton.jit
 def _grouped(tile, fast, slow):
-    """Indices of a tile along `fast`, of which 8 run one after the other, and along `slow`."""
-    tiles = 8 * slow
-    first = tile // tiles * 8
-    size = tl.minimum(fast - first, 8)
+    """Indices of a tile along `fast`, of which 16 run one after the other, and along `slow`."""
+    tiles = 16 * slow
+    first = tile // tiles * 16
+    size = tl.minimum(fast - first, 16)
     tile = tile % tiles
     return first + tile % size, tile // size
 
@@ -548,9 +584,41 @@ def _read_planes(
 
 
 @triton.jit
-def _extend(v, out, batch, row, rows, WAY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _turn(planes, signs, PLANES: tl.constexpr, TURN: tl.constexpr):
+    """Each TURN of the planes rotated, as by `Rotation.in_order`; bits of `signs` are 1 where a sign is -1."""
+    if TURN > 1:
+        turned = ()
+        for i in tl.static_range(PLANES):
+            turned = turned + (planes[i] * (1 - 2 * ((signs >> (i % TURN)) & 1)).to(tl.float32),)
+        for stage in tl.static_range(TURN.bit_length() - 1):
+            APART: tl.constexpr = 1 << stage
+            sums = ()
+            for i in tl.static_range(PLANES):
+                if i & APART:
+                    sums = sums + (turned[i - APART] - turned[i],)
+                else:
+                    sums = sums + (turned[i] + turned[i + APART],)
+            turned = sums
+        planes = ()
+        for i in tl.static_range(PLANES):
+            planes = planes + (turned[i] * TURN**-0.5,)
+    return planes
+
+
+@triton.jit
+def _extend(
+    planes,
+    out,
+    batch,
+    row,
+    rows,
+    WAY: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLANES: tl.constexpr,
+):
     high, low = out[6], out[7]
-    most, least = _extent((v,), WAY, ROWS, COLUMNS, 1)
+    most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES)
     if WAY.tensor == "amax":
         # A block that is not finite is NaN by its own scale, and leaves the others theirs.
         tl.atomic_max(high + batch, tl.max(tl.where(most < 0x7F800000, most, 0)), sem="relaxed")
@@ -610,6 +678,7 @@ def _cast_tile(
     COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
     PLANES: tl.constexpr,
+    TURN: tl.constexpr,
 ):
     """Scales and codes of CHUNKS canonical tiles (ROWS, COLUMNS) side by side, the first at (row, column)."""
     SPEC: tl.constexpr = WAY.spec
@@ -618,10 +687,11 @@ def _cast_tile(
     BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
     extents, sources, others = matrix
     rows, columns, _, _ = extents
-    per, seed = others
+    per, signs, seed = others
     planes = ()
     for i in tl.static_range(CHUNKS):
         planes = planes + _read_planes(*(x, row, column + i * COLUMNS, extents, sources, ACROSS, ROWS, COLUMNS, PLANES))
+    planes = _turn(planes, signs, PLANES * CHUNKS, TURN)
     most = 0
     least = 0
     if WAY.source == "tile":

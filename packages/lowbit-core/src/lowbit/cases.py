@@ -84,6 +84,7 @@ def calls(
             weight, k = _Weight(fmt, shape, dtype), shape[-1]
             yield Call("quantize", fmt, None, device, dtype, k=k), weight.quantize
             yield Call("quantize_blocked", fmt, None, device, dtype, k=k), weight.quantize_blocked
+            yield Call("quantize_rotated", fmt, None, device, dtype, k=k), weight.quantize_rotated
             if len(shape) > 1:
                 yield Call("quantize_both", fmt, None, device, dtype, k=k), weight.quantize_both
             yield Call("dequantize", fmt, None, device, dtype, k=k), weight.dequantize
@@ -193,6 +194,14 @@ class _Weight:
         for rest in (("nearest", 0), ("stochastic", 7)):
             arguments = (x, None, str(self.format), DEFAULT_MODE, *rest)
             yield Case(f"x {_shown(x)}, {rest[0]}", arguments, _bits(*_run["quantize_blocked"](*arguments)))
+
+    def quantize_rotated(self) -> Iterator[Case]:
+        x, k = sample(self.shape, dtype=self.dtype), self.shape[-1]
+        for size in sorted({min(k & -k, 16), k & -k}):
+            for rest in (("nearest", 0), ("stochastic", 7, True)):
+                arguments = (x, None, size, 5, str(self.format), DEFAULT_MODE, *rest)
+                told = f"x {_shown(x)}, {size} channels at a time, {rest[0]}{', scales in tiles' * (len(rest) > 2)}"
+                yield Case(told, arguments, _bits(*_run["quantize_rotated"](*arguments)))
 
     def quantize_both(self) -> Iterator[Case]:
         x, fmt = sample(self.shape, dtype=self.dtype), self.format

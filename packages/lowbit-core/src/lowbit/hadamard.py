@@ -51,17 +51,40 @@ class Rotation:
         """
         _pieces(self.size)
 
+    def signs(self) -> Tensor:
+        """Signs (size,) of channels: int64, 1 or -1."""
+        return torch.randint(2, (self.size,), generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
+
     def __call__(self, x: Tensor, axis: int = -1) -> Tensor:
         """`x`, float of any shape, with its axis of a multiple of `size` channels multiplied by the matrix."""
         moved = x.movedim(axis, -1)
-        signs = torch.randint(2, (self.size,), generator=torch.Generator().manual_seed(self.seed)) * 2 - 1
-        y = moved.reshape(-1, self.size) * signs.to(x.device, x.dtype) * self.size**-0.5
+        y = moved.reshape(-1, self.size) * self.signs().to(x.device, x.dtype) * self.size**-0.5
         left = self.size
         # The factors of a Kronecker product apply to one axis each.
         for size in _pieces(self.size):
             left //= size
             y = _piece(size).to(x.device, x.dtype).T @ y.reshape(-1, size, left)
         return y.reshape(moved.shape).movedim(-1, axis)
+
+    def in_order(self, x: Tensor) -> Tensor:
+        """Float32 rows of `x` (.., K) rotated with sums in one order, so that every device has the same bits.
+
+        Of channels a power of two apart, the sum and the difference, from one apart on; the root comes last.
+
+        Raises:
+            FormatError: the size is no power of two, or K no multiple of it.
+        """
+        if self.size & (self.size - 1):
+            raise FormatError(f"a rotation in order needs pieces of a power of two; these are of {self.size}")
+        if x.shape[-1] % self.size:
+            raise FormatError(f"rows of {x.shape[-1]} do not divide into pieces of {self.size} channels")
+        y = (x.float().unflatten(-1, (-1, self.size)) * self.signs().to(x.device, torch.float32)).flatten(-2)
+        apart = 1
+        while apart < self.size:
+            first, second = y.unflatten(-1, (-1, 2, apart)).unbind(-2)
+            y = torch.stack((first + second, first - second), -2).flatten(-3)
+            apart *= 2
+        return y * self.size**-0.5
 
 
 @cache

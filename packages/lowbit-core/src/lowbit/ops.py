@@ -41,6 +41,11 @@ _SCHEMAS = {
     ),
     # -> data, scale in tiles[, zero][, tensor_scale]
     "quantize_blocked": "(Tensor x, Tensor? tensor_scale, str format, str mode, str rounding, int seed) -> Tensor[]",
+    # -> the parts of x once pieces of `size` of its channels are rotated
+    "quantize_rotated": (
+        "(Tensor x, Tensor? tensor_scale, int size, int sign_seed, str format, str mode, str rounding, int seed, "
+        "bool blocked=False) -> Tensor[]"
+    ),
     # -> the parts of x, then those of x.mT
     "quantize_both": (
         "(Tensor x, Tensor? tensor_scale, str format, str other_format, str mode, str rounding, int seed, "
@@ -99,6 +104,7 @@ _FORMAT_AT = {
     "quantize": 4,
     "quantize_blocked": 2,
     "quantize_both": 2,
+    "quantize_rotated": 4,
     "quantize_groups": 5,
     "pad_groups": 0,
     "unpad_groups": 0,
@@ -161,6 +167,23 @@ def _quantize_fake(
 def _quantize_blocked_fake(x: Tensor, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int) -> list[Tensor]:
     data, scale, *rest = _quantize_fake(x, None, None, tensor_scale, fmt, mode, rounding, seed)
     return [data, scale.new_empty(blocked_shape(tuple(scale.shape))), *rest]
+
+
+def _quantize_rotated_fake(
+    x: Tensor,
+    tensor_scale: Any,
+    size: int,
+    sign_seed: int,
+    fmt: str,
+    mode: str,
+    rounding: str,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    del size, sign_seed
+    if blocked:
+        return _quantize_blocked_fake(x, tensor_scale, fmt, mode, rounding, seed)
+    return _quantize_fake(x, None, None, tensor_scale, fmt, mode, rounding, seed)
 
 
 def _quantize_both_fake(
@@ -308,6 +331,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize_fake,
     "quantize_blocked": _quantize_blocked_fake,
     "quantize_groups": _quantize_groups_fake,
+    "quantize_rotated": _quantize_rotated_fake,
     "quantize_both": _quantize_both_fake,
     "dequantize": _dequantize_fake,
     "linear": _linear_fake,

@@ -19,6 +19,7 @@ from lowbit.errors import FormatError
 from lowbit.experts import by_expert
 from lowbit.format import WHOLE, Format
 from lowbit.groups import check_groups, padded_ends, padded_from, padded_rows, padded_to, pick_rows
+from lowbit.hadamard import Rotation
 from lowbit.numerics import Scales, choose_scale, data_shape, decode, encode, total_scale
 from lowbit.packing import unpack
 
@@ -142,6 +143,23 @@ def _quantize_blocked(
 ) -> list[Tensor]:
     data, scale, *rest = _quantize(x, None, None, tensor_scale, fmt, mode, rounding, seed)
     return [data, to_blocked(scale), *rest]
+
+
+def _quantize_rotated(
+    x: Tensor,
+    tensor_scale: Any,
+    size: int,
+    sign_seed: int,
+    fmt: str | Format,
+    mode: Any,
+    rounding: Any,
+    seed: int,
+    blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+) -> list[Tensor]:
+    turned = Rotation(size, sign_seed).in_order(x)
+    if blocked:
+        return _quantize_blocked(turned, tensor_scale, fmt, mode, rounding, seed)
+    return _quantize(turned, None, None, tensor_scale, fmt, mode, rounding, seed)
 
 
 def _quantize_both(
@@ -386,6 +404,7 @@ class Reference:
             "embedding": _embedding,
             "quantize_blocked": _quantize_blocked,
             "quantize_groups": _quantize_groups,
+            "quantize_rotated": _quantize_rotated,
             "quantize_both": _quantize_both,
             "pad_groups": _pad_groups,
             "unpad_groups": _unpad_groups,

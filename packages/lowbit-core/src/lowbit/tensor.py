@@ -318,7 +318,7 @@ def quantize(
     if (zero is not None and scale is None) or (tensor_scale is not None and not fmt.tensor_scale):
         msg = f"a zero needs its scale beside it, and a tensor_scale a format that has one; {fmt} would leave it unused"
         raise FormatError(msg)
-    canonical = x.detach().movedim(check_axis(axis, x.dim()), -1).contiguous()
+    canonical = x.detach().movedim(check_axis(axis, x.dim()), -1)
     if scale is not None and fmt.scale is E8M0 and scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     if tensor_scale is not None and tensor_scale.dim() == 0:

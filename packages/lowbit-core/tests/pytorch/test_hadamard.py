@@ -47,3 +47,21 @@ def test_a_size_without_a_matrix_is_refused(n):
     for make in (hadamard, Rotation):
         with pytest.raises(FormatError, match=f"no Hadamard matrix of {n} rows is known"):
             make(n)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16, 32, 128])
+def test_sums_in_order_are_the_rotation(size):
+    x = torch.randn(3, 5, 384, generator=torch.Generator().manual_seed(0))
+    rotation = Rotation(size, seed=9)
+    found, wanted = rotation.in_order(x.bfloat16()), rotation(x.bfloat16().double())
+    # As many roundings as there are stages, and one for the root.
+    bound = (size.bit_length() + 1) * 2.0**-24 * x.abs().max() * size**0.5
+    assert (found - wanted).abs().max() <= bound
+    assert found.dtype == torch.float32
+
+
+def test_sums_in_order_need_powers_of_two():
+    with pytest.raises(FormatError, match="power of two; these are of 12"):
+        Rotation(12).in_order(torch.ones(2, 24))
+    with pytest.raises(FormatError, match="rows of 24 do not divide into pieces of 16"):
+        Rotation(16).in_order(torch.ones(2, 24))
