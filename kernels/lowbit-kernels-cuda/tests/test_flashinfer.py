@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import warnings
 from bisect import bisect_left
 from fractions import Fraction
 from importlib import import_module
@@ -118,7 +119,9 @@ def documented(
 def calls(request, monkeypatch):
     """The arguments of every call of `nvfp4_quantize`, bound to its signature and answered by the encoder."""
     made, installed = [], request.param == "installed"
-    module = import_module("flashinfer") if installed else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those that it and its dependencies have for each other
+        module = import_module("flashinfer") if installed else None
     signature = inspect.signature(module.nvfp4_quantize if installed else documented)
     layouts = module.SfLayout if installed else SimpleNamespace(layout_128x4=0, layout_linear=2)
 
