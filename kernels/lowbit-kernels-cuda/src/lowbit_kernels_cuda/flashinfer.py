@@ -6,7 +6,7 @@ With `g = 1 / tensor_scale`, and `~` for a reciprocal that the GPU approximates:
     code  = e2m1(x * ~(scale * ~g))
 
 lowbit divides, so codes and scales differ here and there by a step. A block of zeros has the scale 0, where lowbit has
-1, and so has one that is too small for e4m3fn; an infinity saturates and a NaN beside numbers becomes
+1, and one too small for e4m3fn has 0, where lowbit has 2^-9. An infinity saturates and a NaN beside numbers becomes
 one, where lowbit gives their block a NaN scale. Hence a priority below the reference's.
 
 Source: flashinfer 0.7.2, `cvt_warp_fp16_to_fp4` and `get_sf_out_offset_128x4` of `quantization_utils.cuh`.
