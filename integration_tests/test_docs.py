@@ -184,8 +184,14 @@ def check_packages(words):
     if words == ["-e", "."]:
         install_here()
         return
-    members = {tomllib.loads(p.read_text())["project"]["name"] for p in ROOT.glob("*/*/pyproject.toml")}
-    assert set(words) <= {*members, "uv"}
+    known = {"uv"}
+    for path in ROOT.glob("*/*/pyproject.toml"):
+        project = tomllib.loads(path.read_text())["project"]
+        known |= {
+            project["name"],
+            *(f"{project['name']}[{extra}]" for extra in project.get("optional-dependencies", ())),
+        }
+    assert set(words) <= known
 
 
 def check_paths(words):

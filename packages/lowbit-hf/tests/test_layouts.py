@@ -13,6 +13,7 @@ from foreign import KINDS, Weight, mxfp4_experts, nvfp4
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from lowbit import quantize as quantized
 from lowbit.errors import CheckpointError
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf import load
@@ -137,6 +138,12 @@ def test_layouts_say_what_they_cannot_hold(make, quantize, tmp_path, layout):
     with pytest.raises(CheckpointError, match=words):
         convert(quantize(make("llama"), name), tmp_path / "out", WRITERS[layout])
     assert not (tmp_path / "out").exists()
+
+
+def test_modelopt_has_one_tensor_scale_a_matrix():
+    parts = [quantized(torch.ones(16, 32) * size, "NVFP4") for size in (1, 4)]
+    with pytest.raises(CheckpointError, match="one tensor scale a matrix, not 32 that differ"):
+        WRITERS["modelopt"].tensors(torch.cat(parts))
 
 
 def test_a_plain_checkpoint_has_nothing_to_convert(make, tmp_path):

@@ -30,12 +30,7 @@ class Cuda:
         """None on a machine with a GPU that the kernels run on."""
         if find_spec("triton") is None:
             return "needs triton, which is not installed here: pip install triton (it has wheels for Linux)"
-        if not torch.cuda.is_available():
-            return "needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False here"
-        found = torch.cuda.get_device_capability()
-        if found < _CAPABILITY:
-            return f"needs a GPU of compute capability 8.0 or later; this one has {found[0]}.{found[1]}"
-        return None
+        return refuses_gpu(_CAPABILITY)
 
     def kernels(self) -> tuple[Kernel, ...]:
         """Every kernel."""
@@ -51,6 +46,16 @@ class Cuda:
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )
+
+
+def refuses_gpu(least: tuple[int, int]) -> str | None:
+    """Why torch has no GPU of compute capability `least` here, or None."""
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU that torch can use; torch.cuda.is_available() is False here"
+    found = torch.cuda.get_device_capability()
+    if found < least:
+        return f"needs a GPU of compute capability {least[0]}.{least[1]} or later; this one has {found[0]}.{found[1]}"
+    return None
 
 
 def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call], str | None]) -> Kernel:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
+from lowbit.conventions import from_global_scale, to_global_scale
 from lowbit.element import BFLOAT16, E2M1, E2M3, E4M3FN, E8M0, ELEMENTS, FLOAT16, FLOAT32, Element
 from lowbit.errors import CheckpointError, FormatError
 from lowbit.format import WHOLE, Format
@@ -84,7 +85,7 @@ def input_tensors(
     if act_scale is None or not bool((act_scale > 0) & act_scale.isfinite()):
         raise CheckpointError(f"{activation} needs a positive input scale, not {act_scale}; calibrate on other data")
     if activation.scaling == "local":
-        return {"input_global_scale": act_scale.reshape(1).to(torch.float32).reciprocal()}
+        return {"input_global_scale": to_global_scale(act_scale)}
     stored = {"input_scale": act_scale.reshape(1).to(dtype)}
     return stored if act_zero is None else {**stored, "input_zero_point": act_zero.reshape(1)}
 
@@ -125,7 +126,7 @@ def to_compressed(
     if first_row == 0 and storage == "words":
         tensors["weight_shape"] = torch.tensor([n, k], dtype=torch.int64)
     if first_row == 0 and scales.tensor_scale is not None:
-        tensors["weight_global_scale"] = _only(scales.tensor_scale).reciprocal()
+        tensors["weight_global_scale"] = to_global_scale(one_number(scales.tensor_scale))
     return tensors
 
 
@@ -151,7 +152,7 @@ def from_compressed(
     scales = Scales(
         scale.view(torch.float8_e8m0fnu) if fmt.scale is E8M0 else scale,
         zero,
-        stored["weight_global_scale"].reciprocal().reshape(1, 1) if fmt.tensor_scale else None,
+        from_global_scale(stored["weight_global_scale"]) if fmt.tensor_scale else None,
     )
     if storage == "plain":
         return _pack_plain(stored["weight"], fmt.element), scales, fmt
@@ -189,10 +190,10 @@ def act_scales(activation: Activation, tensors: Mapping[str, Tensor]) -> tuple[T
     if activation.scaling == "dynamic":
         return None, None
     if activation.scaling == "local":
-        return _only(_take(tensors, "input_global_scale")).to(torch.float32).reciprocal().reshape(1, 1), None
-    scale = _only(_take(tensors, "input_scale")).to(torch.float32).reshape(1, 1)
+        return from_global_scale(one_number(_take(tensors, "input_global_scale"))), None
+    scale = one_number(_take(tensors, "input_scale")).to(torch.float32).reshape(1, 1)
     zero = activation.format.zero
-    return scale, zero and _only(_take(tensors, "input_zero_point")).to(zero.code_dtype).reshape(1, 1)
+    return scale, zero and one_number(_take(tensors, "input_zero_point")).to(zero.code_dtype).reshape(1, 1)
 
 
 def format_from_config(group: Mapping[str, Any], scale_dtype: torch.dtype) -> tuple[Format, Activation | None]:
@@ -346,11 +347,15 @@ def _pack_plain(codes: Tensor, stored: Element) -> Tensor:
     return pack(codes, stored)
 
 
-def _only(scale: Tensor) -> Tensor:
-    """The one number, (1,), that every entry equals."""
+def one_number(scale: Tensor) -> Tensor:
+    """The one number, (1,), that every entry equals.
+
+    Raises:
+        CheckpointError: they differ, or there is none.
+    """
     flat = scale.flatten()
     if flat.numel() == 0 or not bool((flat == flat[0]).all()):
-        msg = f"compressed-tensors has one tensor scale a matrix, not {flat.numel()} that differ; use one for all rows"
+        msg = f"a checkpoint has one tensor scale a matrix, not {flat.numel()} that differ; use one for all rows"
         raise CheckpointError(msg)
     return flat[:1]
 

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
+from lowbit.conventions import from_weight_scale_2, to_weight_scale_2
 from lowbit.element import E4M3FN, E8M0, FLOAT32
 from lowbit.errors import CheckpointError
 from lowbit.format import FP8_ROW, FP8_TENSOR, MXFP8, NVFP4, Format, FP8_128x128
 from lowbit.numerics import Scales
 from lowbit.tensor import QuantizedTensor
+from lowbit_hf.layout import one_number
 from lowbit_hf.layouts.layout import Entry, Layout, Outline, Writer, fits, only, scale_element
 from lowbit_hf.schemes import cache_scheme
 
@@ -80,7 +82,7 @@ class ModelOpt(Layout):
         found = self.outline(module, parts)
         fmt, activation, scale = found.format, found.activation, parts["weight_scale"]
         scale = scale.view(E8M0.storage) if fmt is MXFP8 else scale
-        two = only(parts["weight_scale_2"]).reshape(1, 1) if fmt is NVFP4 else None
+        two = from_weight_scale_2(only(parts["weight_scale_2"])) if fmt is NVFP4 else None
         stored = activation is not None and activation.scaling != "dynamic"
         return QuantizedTensor.from_parts(
             parts["weight"],
@@ -162,10 +164,11 @@ class ModelOptWriter(Writer):
         """See `Writer`."""
         n, k = weight.shape
         outline = Outline((n, k), weight.format, weight.activation, weight.dtype)
+        two = weight.tensor_scale
         given: dict[str, Tensor | None] = {
             "weight": weight.qdata,
             "weight_scale": weight.scale,
-            "weight_scale_2": weight.tensor_scale,
+            "weight_scale_2": None if two is None else to_weight_scale_2(one_number(two)),
             "input_scale": weight.act_scale,
         }
         stored: dict[str, Tensor] = {}

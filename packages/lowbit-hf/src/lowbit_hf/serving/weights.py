@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import lowbit
 from lowbit.bind import Binding
+from lowbit.conventions import from_global_scale
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf.layout import format_from_config, from_compressed, tensors_of
 from lowbit_hf.schemes import Scheme
@@ -132,4 +133,4 @@ def _read(
 
 def _by_row(divisors: Tensor, rows: Sequence[int]) -> Tensor:
     repeats = torch.tensor(rows, device=divisors.device)
-    return divisors.to(torch.float32).reciprocal().repeat_interleave(repeats).reshape(-1, 1)
+    return from_global_scale(divisors.repeat_interleave(repeats))
