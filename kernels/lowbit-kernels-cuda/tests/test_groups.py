@@ -11,7 +11,7 @@ from lowbit_kernels_cuda.groups import pad_groups, unpad_groups
 
 RUN = {kernel.op: kernel.run for kernel in reference.kernels() if kernel.pack is None}
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-SIZES = [[3, 0, 9, 1], [13], [0, 5, 8, 0, 0], [i * 7 % 5 for i in range(37)], [0, 0, 0]]
+SIZES = [[3, 0, 9, 1], [13], [0, 5, 8, 0, 0], [i * 7 % 5 for i in range(21)], [0, 0, 0]]
 
 
 def raw(x):
@@ -22,7 +22,7 @@ def raw(x):
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "k", "align"),
-    [(torch.bfloat16, 96, 32), (torch.float32, 5, 8), (torch.uint8, 7, 1), (torch.float8_e4m3fn, 640, 100)],
+    [(torch.bfloat16, 96, 32), (torch.float32, 5, 8), (torch.uint8, 7, 1), (torch.float8_e4m3fn, 640, 20)],
     ids=str,
 )
 def test_rows_are_where_the_reference_has_them(sizes, dtype, k, align, device):
@@ -57,13 +57,13 @@ def test_rows_are_quantized_from_where_they_are(spec, other, blocked, rounding, 
     generator = torch.Generator().manual_seed(0)
     for sizes in ([3, 0, 70, 1], [0, 0]):
         rows = sum(sizes) + 2
-        x = torch.randn(rows, 384, generator=generator).to(torch.bfloat16)[:, :256]
+        x = torch.randn(rows, 256, generator=generator).to(torch.bfloat16)[:, :128]
         offs = torch.tensor(sizes).cumsum(0).to(torch.int32)
         index = torch.randint(-1, rows, (rows,), generator=generator)
         for by in (None, index):
-            rest = (128, None, spec, other, "even", rounding, 5, blocked)
+            rest = (32, None, spec, other, "even", rounding, 5, blocked)
             # The reference takes no row that is not there.
-            kept = x if by is None else torch.cat((x, torch.zeros(1, 256, dtype=x.dtype)))
+            kept = x if by is None else torch.cat((x, torch.zeros(1, 128, dtype=x.dtype)))
             wanted = RUN["quantize_groups"](kept, None if by is None else by % (rows + 1), offs, *rest)
             found = quantize_groups(x.to(device), None if by is None else by.to(device), offs.to(device), *rest)
             assert len(found) == len(wanted)

@@ -11,7 +11,7 @@ scale of a matrix or of a row longer than a tile, and a tensor scale that is not
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -49,6 +49,8 @@ from lowbit_kernels_cuda.scaling import (
 
 # Values of a whole row that one program holds.
 _LONGEST = 16384
+# Programs that keep a GPU busy, if not all of its memory.
+_BUSY = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,18 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
     length = max(_at_most(128, columns), way.group, 16)
     size = 4096 if wide or way.group == 32 else 8192
     return _Tile(_at_most(size // length, rows), length, 4)
+
+
+def _spread(tile: _Tile, batch: int, rows: int, columns: int, way: _Way) -> _Tile:
+    """The tile, lower where a small matrix would keep but some of a GPU's processors busy."""
+    while (
+        way.height == 1
+        and tile.rows > 1
+        and tile.rows * tile.columns * tile.chunks > 512 * tile.warps
+        and batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns * tile.chunks) < _BUSY
+    ):
+        tile = replace(tile, rows=tile.rows // 2)
+    return tile
 
 
 def _length(columns: int, chunks: int) -> int:
@@ -303,7 +317,8 @@ class _Out:
             )
         elif blocked:
             scale = x.new_empty(blocked_shape(natural), dtype=fmt.scale.storage)
-            raw(scale).zero_()
+            if scale.numel() > prod(natural):
+                raw(scale).zero_()
         self.data = x.new_empty(data_shape(shape, fmt), dtype=fmt.element.storage)
         self.scale, self.zero = scale, zero
         height, group = fmt.block_for(max(len(shape), 2))[-2:]
@@ -368,7 +383,9 @@ def _run(
     x = x.reshape(prod(x.shape[:-2]), *x.shape[-2:]) if x.dim() > 1 else x.reshape(1, 1, -1)
     batch, rows, columns = x.shape
     way, pointers, per = out.way, out.pointers(x), 1
-    flat = moved is None and other is None and way.height == 1 and way.group != WHOLE and x.stride()[1:] == (columns, 1)
+    # Where scales lie in tiles is found more easily from a row and a column than from a block's number.
+    plain = moved is None and other is None and not way.blocked
+    flat = plain and way.height == 1 and way.group != WHOLE and x.stride()[1:] == (columns, 1)
     if flat:
         # Blocks are rows then, without a gap.
         per = columns // way.group
@@ -378,6 +395,8 @@ def _run(
     stochastic = rounding == "stochastic"
     if other is None:
         tile = _tile(rows, columns, way, across=across)
+        if x.is_cuda:
+            tile = _spread(tile, batch, rows, columns, way)
         second, other_way = None, None
     else:
         tile = _tile_both(columns, way, other.way)
@@ -590,19 +609,26 @@ def _turn(planes, signs, PLANES: tl.constexpr, TURN: tl.constexpr):
         turned = ()
         for i in tl.static_range(PLANES):
             turned = turned + (planes[i] * (1 - 2 * ((signs >> (i % TURN)) & 1)).to(tl.float32),)
-        for stage in tl.static_range(TURN.bit_length() - 1):
-            APART: tl.constexpr = 1 << stage
-            sums = ()
-            for i in tl.static_range(PLANES):
-                if i & APART:
-                    sums = sums + (turned[i - APART] - turned[i],)
-                else:
-                    sums = sums + (turned[i] + turned[i + APART],)
-            turned = sums
+        # Five stages are those of 32.
+        for stage in tl.static_range(5):
+            if 1 << stage < TURN:
+                turned = _sums(turned, 1 << stage, PLANES)
         planes = ()
         for i in tl.static_range(PLANES):
             planes = planes + (turned[i] * TURN**-0.5,)
     return planes
+
+
+@triton.jit
+def _sums(x, APART: tl.constexpr, PLANES: tl.constexpr):
+    """Of planes that are so far apart, the sums and the differences, in their places."""
+    sums = ()
+    for i in tl.static_range(PLANES):
+        if i & APART:
+            sums = sums + (x[i - APART] - x[i],)
+        else:
+            sums = sums + (x[i] + x[i + APART],)
+    return sums
 
 
 @triton.jit
