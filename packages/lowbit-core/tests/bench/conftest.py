@@ -12,7 +12,7 @@ from lowbit.bench import ceilings, command, timing
 @pytest.fixture
 def small(monkeypatch):
     """Ceilings and copies of a few kilobytes."""
-    monkeypatch.setattr(ceilings, "_SIZES", {"cpu": (1 << 16, 32)})
+    monkeypatch.setattr(ceilings, "_SIZES", {"cpu": ((1 << 16,), 32)})
     monkeypatch.setattr(timing, "_ROTATED", 1 << 16)
 
 
