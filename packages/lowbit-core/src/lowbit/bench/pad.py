@@ -128,7 +128,7 @@ def _usual(device: str) -> list[Shape]:
 
 
 benchmark = Benchmark(
-    about="rows of groups moved to where tiles begin, and back",
+    about="rows of groups moved to where tiles begin, quantized on the way, and back",
     dims=(Dim("M", 256, 131072, 8192), Dim("K", 256, 8192, 2048, grouped=True), Dim("G", 1, 256, 64)),
     formats=(),
     usual=_usual,
