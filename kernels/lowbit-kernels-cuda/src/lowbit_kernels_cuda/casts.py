@@ -1,8 +1,10 @@
-"""The operators `quantize`, `_blocked`, `_both` and `_groups`: scales, codes and packing from one read.
+"""The operators `quantize`, `_blocked`, `_rotated`, `_both` and `_groups`: scales, codes and packing from one read.
 
 A tile of values is read along whichever dim is contiguous in memory, and all else follows while it is in registers. It
 is there as planes, each of every n-th column: a thread has side by side what makes a word of codes, and a whole block
-where that is no longer than its planes, so that it finds the scale alone. A scale of a matrix or of a row longer than a tile, and a tensor scale that is not given, take one more read before.
+where that is no longer than its planes, so that it finds the scale alone.
+
+A scale of a matrix or of a row longer than a tile, and a tensor scale that is not given, take one more read before.
 """
 
 # What a constexpr holds is known to Triton alone.
