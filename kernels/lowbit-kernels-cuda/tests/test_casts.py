@@ -115,6 +115,18 @@ def test_given_scales_are_used_and_come_back_as_copies(device):
         assert not given & {part.data_ptr() for part in found}
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "device"), [(64, 256, "cpu"), pytest.param(32800, 65536, "cuda", marks=pytest.mark.gpu)]
+)
+def test_the_last_rows_of_a_matrix_are_found(rows, columns, device):
+    # On a GPU beyond what 32 bits count.
+    x = hard((8, columns), torch.bfloat16).to(device).repeat(rows // 8, 1)
+    rest = (*PLAIN, "MXFP8", "even", "nearest", 0)
+    for view in (x, x.mT):
+        found = [part[-8:] for part in quantize(view, *rest)]
+        same(found, RUN["quantize"](view[-8:].cpu().contiguous(), *rest))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_longer_than_a_tile_have_one_scale(device):
     arguments = (hard((8, 16389), torch.bfloat16), *PLAIN, "int4:1x*:float32:zero=int4", "even", "nearest", 0)
