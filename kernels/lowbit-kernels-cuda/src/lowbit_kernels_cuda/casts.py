@@ -1,16 +1,8 @@
 """The operators `quantize`, `_blocked`, `_rotated`, `_both` and `_groups`: scales, codes and packing from one read.
 
-A tile of values is read along whichever dim is contiguous in memory, and all else follows while it is in registers. It
-is there as planes, each of every n-th column: a thread has side by side what makes a word of codes, and a whole block
-where that is no longer than its planes, so that it finds the scale alone.
-
-A scale of a matrix or of a row longer than a tile, and a tensor scale that is not given, take one more read before.
+What a program does with its tile stands in `lowbit_kernels_cuda.tiles`. A scale of a matrix or of a row longer than a
+tile, and a tensor scale that is not given, take one more read before.
 """
-
-# What a constexpr holds is known to Triton alone.
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false
-# pyright: reportPossiblyUnboundVariable=false, reportUnnecessaryComparison=false
 
 from __future__ import annotations
 
@@ -20,7 +12,6 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lowbit.blocked import blocked_shape
@@ -30,25 +21,8 @@ from lowbit.groups import check_groups
 from lowbit.hadamard import Rotation
 from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_scales, data_shape
 from lowbit_kernels_cuda.groups import pad_groups, padded_sources
-from lowbit_kernels_cuda.scaling import (
-    Spec,
-    divide,
-    divisor_of,
-    encode_planes,
-    from_ordered,
-    join_planes,
-    magnitude,
-    ordered,
-    raw,
-    scale_of_amax,
-    scale_of_range,
-    scale_value,
-    spec,
-    split_planes,
-    tensor_scale_of_amax,
-    to_float32,
-    uniform,
-)
+from lowbit_kernels_cuda.scaling import Spec, raw, spec
+from lowbit_kernels_cuda.tiles import cast_tiles, measure_tiles
 
 # Values of a whole row that one program holds.
 _LONGEST = 16384
@@ -64,9 +38,9 @@ class _Way:
     # Columns and rows of a block; WHOLE: all.
     group: int
     height: int
-    # "tile": of the values in it; "extent": of `_measure`; "given".
+    # "tile": of the values in it; "extent": of `measure_tiles`; "given".
     source: str
-    # "": none; "matrix" or "rows": given; "amax": of `_measure`.
+    # "": none; "matrix" or "rows": given; "amax": of `measure_tiles`.
     tensor: str
     # Whether scales lie in tiles of 128x4, see `lowbit.blocked`.
     blocked: bool
@@ -234,7 +208,8 @@ def quantize_both(
     given = [tensor_scale if each.tensor_scale else None for each in formats]
     if all(in_one_row(each) for each in formats):
         views = zip((x, x.mT), formats, given, strict=True)
-        return _run(x, *(_Out(*each, mode, rounding, blocked=blocked) for each in views), rounding, seed)
+        out, other = (_Out(*each, mode, rounding, blocked=blocked) for each in views)
+        return _run(x, out, other, rounding, seed)
     parts: list[Tensor] = []
     for view, each, whole in zip((x, x.mT), formats, given, strict=True):
         if blocked:
@@ -266,7 +241,8 @@ def quantize_groups(
     formats = [Format.parse(each) for each in (fmt, other_format) if each is not None]
     if len(formats) == 2 and not all(in_one_row(each) for each in formats):
         padded, ends = pad_groups(x, index, offs, align)
-        return [*quantize_both(padded, tensor_scale, *map(str, formats), mode, rounding, seed, blocked), ends]
+        first, second = map(str, formats)
+        return [*quantize_both(padded, tensor_scale, first, second, mode, rounding, seed, blocked), ends]
     source, ends = padded_sources(x, index, offs, align)
     x = (x if x.stride(1) == 1 else x.contiguous()) if x.shape[0] else x.new_zeros(1, x.shape[1])
     # As if all were one row, until it is read.
@@ -427,9 +403,9 @@ def _run(
     }
     given = raw(x), source, pointers, second, *geometry
     if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
-        measure: Any = _measure[grid]
+        measure: Any = measure_tiles[grid]
         measure(*given, signs, **fixed)
-    cast: Any = _cast[grid]
+    cast: Any = cast_tiles[grid]
     cast(*(*given, per, signs, seed), FLAT=flat, STOCHASTIC=stochastic, ALIGNED=aligned, CHUNKS=tile.chunks, **fixed)
     return parts
 
@@ -438,506 +414,3 @@ def _mask(rotation: Rotation) -> int:
     """Bits of an int32 that are 1 where a channel's sign is -1."""
     mask = sum((sign < 0) << i for i, sign in enumerate(rotation.signs().tolist()))
     return mask - (1 << 32) if mask >> 31 else mask
-
-
-@triton.jit(do_not_specialize=["seed", "signs"])
-def _cast(
-    x,
-    source,
-    out,
-    other,
-    rows,
-    columns,
-    x_batch,
-    x_row,
-    x_column,
-    per,
-    signs,
-    seed,
-    WAY: tl.constexpr,
-    OTHER: tl.constexpr,
-    FLAT: tl.constexpr,
-    ACROSS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PLANES: tl.constexpr,
-    OTHER_PLANES: tl.constexpr,
-    TURN: tl.constexpr,
-):
-    if FLAT:
-        # As the compiler does not know.
-        columns, x_row = COLUMNS, COLUMNS
-    batch, row, column = _place(rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None)
-    x += batch * x_batch
-    matrix = (rows, columns, x_row, x_column), (source, None), (per, signs, seed)
-    _cast_tile(
-        *(x, out, batch, row, column, matrix),
-        *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, TURN),
-    )
-    if OTHER is not None:
-        # The tile is near now: read again, each direction has it in the order it needs.
-        matrix = (columns, rows, x_column, x_row), (None, source), (per, signs, seed)
-        _cast_tile(
-            *(x, other, batch, column, row, matrix),
-            *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES, TURN),
-        )
-
-
-@triton.jit(do_not_specialize=["signs"])
-def _measure(
-    x,
-    source,
-    out,
-    other,
-    rows,
-    columns,
-    x_batch,
-    x_row,
-    x_column,
-    signs,
-    WAY: tl.constexpr,
-    OTHER: tl.constexpr,
-    ACROSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PLANES: tl.constexpr,
-    OTHER_PLANES: tl.constexpr,
-    TURN: tl.constexpr,
-):
-    """Fill in what scales are chosen from that are no tile's own."""
-    batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS, False)
-    x += batch * x_batch
-    extents = rows, columns, x_row, x_column
-    planes = _read_planes(x, row, column, extents, (source, None), ACROSS, ROWS, COLUMNS, PLANES)
-    planes = _turn(planes, signs, PLANES, TURN)
-    _extend(planes, out, batch, row, rows, WAY, ROWS, COLUMNS // PLANES, PLANES)
-    if OTHER is not None:
-        extents = columns, rows, x_column, x_row
-        planes = _read_planes(x, column, row, extents, (None, source), not ACROSS, COLUMNS, ROWS, OTHER_PLANES)
-        _extend(planes, other, batch, column, columns, OTHER, COLUMNS, ROWS // OTHER_PLANES, OTHER_PLANES)
-
-
-@triton.jit
-def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, BOTH: tl.constexpr):
-    """Batch, first row and first column of this program's tile; neighbours in memory run one after the other.
-
-    Where what is written lies across what is read, some neighbours only, and then those beyond them, so that a row that
-    is written fills before it leaves the cache.
-    """
-    tall, wide = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    tile = tl.program_id(0)
-    batch = (tile // (tall * wide)).to(tl.int64)
-    tile = tile % (tall * wide)
-    if ACROSS:
-        i, j = _grouped(tile, tall, wide)
-    elif BOTH:
-        j, i = _grouped(tile, wide, tall)
-    else:
-        i, j = tile // wide, tile % wide
-    return batch, i * ROWS, j * COLUMNS
-
-
-@triton.jit
-def _grouped(tile, fast, slow):
-    """Indices of a tile along `fast`, of which 16 run one after the other, and along `slow`."""
-    tiles = 16 * slow
-    first = tile // tiles * 16
-    size = tl.minimum(fast - first, 16)
-    tile = tile % tiles
-    return first + tile % size, tile // size
-
-
-@triton.jit
-def _read(x, row, column, extents, sources, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """Float32 tile of columns that are a step apart, zero beyond the matrix.
-
-    `extents` are its rows, columns and their strides; `sources`, where not None, the rows or columns that each is.
-    """
-    rows, columns, x_row, x_column = extents
-    r, in_rows = _source(row + tl.arange(0, ROWS)[:, None], rows, sources[0])
-    c, in_columns = _source(column + tl.arange(0, COLUMNS)[None, :] * STEP, columns, sources[1])
-    return to_float32(tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, in_rows & in_columns, 0))
-
-
-@triton.jit
-def _source(i, count, source):
-    """Where to read what stands at `i`, and whether there is something."""
-    there = i < count
-    if source is not None:
-        i = tl.load(source + i, there, -1)
-        there = i >= 0
-    return i, there
-
-
-@triton.jit
-def _read_planes(
-    x,
-    row,
-    column,
-    extents,
-    sources,
-    ACROSS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """A tile as by `split_planes`, so that a thread has the same values of all planes."""
-    # Values of the 16 bytes that a thread reads at once.
-    CHUNK: tl.constexpr = 128 // x.dtype.element_ty.primitive_bitwidth
-    planes = ()
-    if ACROSS:
-        for i in tl.static_range(PLANES):
-            planes = planes + (_read(x, row, column + i, extents, sources, ROWS, COLUMNS // PLANES, PLANES),)
-    elif PLANES <= CHUNK:
-        planes = split_planes(_read(x, row, column, extents, sources, ROWS, COLUMNS, 1), ROWS, COLUMNS, PLANES)
-    else:
-        rows, columns, x_row, x_column = extents
-        WIDTH: tl.constexpr = COLUMNS // PLANES * CHUNK
-        r, inside = _source(row + tl.arange(0, ROWS)[:, None], rows, sources[0])
-        for i in tl.static_range(PLANES // CHUNK):
-            c = tl.arange(0, WIDTH)[None, :]
-            c, there = _source(column + (c // CHUNK * PLANES + (c % CHUNK + i * CHUNK)), columns, sources[1])
-            v = tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, inside & there, 0)
-            planes = planes + split_planes(to_float32(v), ROWS, WIDTH, CHUNK)
-    return planes
-
-
-@triton.jit
-def _turn(planes, signs, PLANES: tl.constexpr, TURN: tl.constexpr):
-    """Each TURN of the planes rotated, as by `Rotation.in_order`; bits of `signs` are 1 where a sign is -1."""
-    if TURN > 1:
-        turned = ()
-        for i in tl.static_range(PLANES):
-            turned = turned + (planes[i] * (1 - 2 * ((signs >> (i % TURN)) & 1)).to(tl.float32),)
-        # Five stages are those of 32.
-        for stage in tl.static_range(5):
-            if 1 << stage < TURN:
-                turned = _sums(turned, 1 << stage, PLANES)
-        planes = ()
-        for i in tl.static_range(PLANES):
-            planes = planes + (turned[i] * TURN**-0.5,)
-    return planes
-
-
-@triton.jit
-def _sums(x, APART: tl.constexpr, PLANES: tl.constexpr):
-    """Of planes that are so far apart, the sums and the differences, in their places."""
-    sums = ()
-    for i in tl.static_range(PLANES):
-        if i & APART:
-            sums = sums + (x[i - APART] - x[i],)
-        else:
-            sums = sums + (x[i] + x[i + APART],)
-    return sums
-
-
-@triton.jit
-def _extend(
-    planes,
-    out,
-    batch,
-    row,
-    rows,
-    WAY: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    high, low = out[6], out[7]
-    most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES)
-    if WAY.tensor == "amax":
-        # A block that is not finite is NaN by its own scale, and leaves the others theirs.
-        tl.atomic_max(high + batch, tl.max(tl.where(most < 0x7F800000, most, 0)), sem="relaxed")
-    if WAY.source == "extent":
-        if WAY.height == 0:
-            at, there = batch + tl.zeros_like(most), most == most
-        else:
-            r = row + tl.arange(0, ROWS)[:, None]
-            at, there = batch * rows + r, r < rows
-        tl.atomic_max(high + at, most, there, sem="relaxed")
-        if WAY.spec.zero:
-            tl.atomic_min(low + at, least, there, sem="relaxed")
-
-
-@triton.jit
-def _extent(planes, WAY: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr):
-    """Of the blocks of PLANES tiles (ROWS, WIDTH), (rows of blocks, columns of blocks): the largest `magnitude`, twice.
-
-    With zero points, the largest and the smallest `ordered`.
-    """
-    BLOCKS: tl.constexpr = WIDTH * PLANES // WAY.group if WAY.group else 1
-    if WAY.spec.zero:
-        high = ordered(planes[0])
-        low = high
-        for i in tl.static_range(1, PLANES):
-            numbers = ordered(planes[i])
-            high, low = tl.maximum(high, numbers), tl.minimum(low, numbers)
-        low = tl.min(tl.reshape(low, (ROWS, BLOCKS, WIDTH // BLOCKS)), 2)
-    else:
-        high = tl.abs(planes[0])
-        for i in tl.static_range(1, PLANES):
-            high = tl.maximum(high, tl.abs(planes[i]), propagate_nan=tl.PropagateNan.ALL)
-        high = magnitude(high)
-    high = tl.max(tl.reshape(high, (ROWS, BLOCKS, WIDTH // BLOCKS)), 2)
-    if not WAY.spec.zero:
-        low = high
-    if WAY.height != 1:
-        high = tl.max(high, 0, keep_dims=True)
-        low = tl.min(low, 0, keep_dims=True)
-    return high, low
-
-
-@triton.jit
-def _cast_tile(
-    x,
-    out,
-    batch,
-    row,
-    column,
-    matrix,
-    WAY: tl.constexpr,
-    FLAT: tl.constexpr,
-    ACROSS: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PLANES: tl.constexpr,
-    TURN: tl.constexpr,
-):
-    """Scales and codes of CHUNKS canonical tiles (ROWS, COLUMNS) side by side, the first at (row, column)."""
-    SPEC: tl.constexpr = WAY.spec
-    WIDTH: tl.constexpr = COLUMNS // PLANES
-    # Blocks of a tile in one row.
-    BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
-    extents, sources, others = matrix
-    rows, columns, _, _ = extents
-    per, signs, seed = others
-    planes = ()
-    for i in tl.static_range(CHUNKS):
-        planes = planes + _read_planes(*(x, row, column + i * COLUMNS, extents, sources, ACROSS, ROWS, COLUMNS, PLANES))
-    planes = _turn(planes, signs, PLANES * CHUNKS, TURN)
-    most = 0
-    least = 0
-    if WAY.source == "tile":
-        most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES * CHUNKS)
-    scale, zero, whole = _scale_tile(most, least, out, batch, row, column, rows, columns, per, WAY, FLAT, ROWS, BLOCKS)
-
-    # Whether `divide` may be fast; scales are short too if what is given for the tensor is a power of two.
-    FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
-    size = rows, columns, seed
-    if FAST and SPEC.scale.bits <= 16 and WAY.tensor == "matrix":
-        if magnitude(whole) & 0x7FFFFF == 0:
-            _write_codes(
-                *(planes, scale, zero, out[0], batch, row, column, size),
-                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, True),
-            )
-        else:
-            _write_codes(
-                *(planes, scale, zero, out[0], batch, row, column, size),
-                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, False),
-            )
-    else:
-        _write_codes(
-            *(planes, scale, zero, out[0], batch, row, column, size),
-            *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, WAY.short),
-        )
-
-
-@triton.jit
-def _write_codes(
-    planes,
-    scale,
-    zero,
-    data,
-    batch,
-    row,
-    column,
-    size,
-    WAY: tl.constexpr,
-    FLAT: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    PLANES: tl.constexpr,
-    FAST: tl.constexpr,
-    SHORT: tl.constexpr,
-):
-    """Codes of tiles as by `_cast_tile`, with scales and zero points as by `_scale_tile`."""
-    SPEC: tl.constexpr = WAY.spec
-    WIDTH: tl.constexpr = COLUMNS // PLANES
-    BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
-    rows, columns, seed = size
-    by = divisor_of(scale, SPEC, FAST, SHORT)
-    by = _of_blocks(by[0], ROWS, BLOCKS), _of_blocks(by[1], ROWS, BLOCKS), _of_blocks(by[2], ROWS, BLOCKS)
-    sound = _of_blocks((scale == scale).to(tl.float32), ROWS, BLOCKS)
-    if SPEC.zero:
-        zero = _of_blocks(zero, ROWS, BLOCKS)
-    r = row + tl.arange(0, ROWS)[:, None]
-    inside = r < rows
-    r = batch * rows + r
-    for n in tl.static_range(CHUNKS):
-        noise = planes
-        if STOCHASTIC:
-            noise = uniform(seed, r * columns + (column + n * COLUMNS), COLUMNS, PLANES, ALIGNED)
-        quotients, kept, bits = (), (), ()
-        for i in tl.static_range(PLANES):
-            v = divide(tl.reshape(planes[n * PLANES + i], (ROWS, BLOCKS, WIDTH // BLOCKS)), by, SPEC, FAST, SHORT)
-            ok = sound
-            # Where scales are chosen, nothing but they divides to a NaN.
-            if WAY.source == "given" and SPEC.element.kind == "int":
-                ok = (v == v).to(tl.float32)
-            elif WAY.source == "given" and not SPEC.element.has_nan:
-                v = tl.where(v == v, v, 0.0)
-            if SPEC.zero and not ALIGNED:
-                # What a row's last byte has beyond its columns is 0.
-                c = (column + n * COLUMNS + i) + tl.arange(0, WIDTH)[None, :] * PLANES
-                ok = ok * tl.reshape((c < columns).to(tl.float32), (1, BLOCKS, WIDTH // BLOCKS))
-            quotients, kept = quotients + (v,), kept + (ok,)
-            bits = bits + (tl.reshape(noise[i], (ROWS, BLOCKS, WIDTH // BLOCKS)),)
-        words = encode_planes(quotients, kept, zero, bits, SPEC, STOCHASTIC, PLANES)
-        _store_words(words, data, r, inside, column + n * COLUMNS, columns, SPEC, FLAT, ALIGNED, ROWS, WIDTH, PLANES)
-
-
-@triton.jit
-def _scale_tile(
-    most,
-    least,
-    out,
-    batch,
-    row,
-    column,
-    rows,
-    columns,
-    per,
-    WAY: tl.constexpr,
-    FLAT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Float32 scales and zero points of a tile, chosen and written or read, and tensor scales.
-
-    `most` and `least` are `_extent` of the tile.
-    """
-    SPEC: tl.constexpr = WAY.spec
-    TENSOR: tl.constexpr = WAY.tensor
-    # Rows of scales in the tile.
-    TALL: tl.constexpr = ROWS if WAY.height == 1 else 1
-    scales, zeros = out[1], out[2]
-    tensor_scales, tensor_batch, tensor_row, high, low = out[3], out[4], out[5], out[6], out[7]
-
-    # Where the scales of the tile stand: canonical rows and columns of blocks, and those of them that there are.
-    if WAY.height == 0:
-        r, scale_rows = tl.zeros([1, 1], tl.int32), 1
-    else:
-        r = row // WAY.height + tl.arange(0, TALL)[:, None]
-        scale_rows = tl.cdiv(rows, WAY.height)
-    if WAY.group == 0:
-        c, scale_columns = tl.zeros([1, 1], tl.int32), 1
-    else:
-        c = column // WAY.group + tl.arange(0, BLOCKS)[None, :]
-        scale_columns = tl.cdiv(columns, WAY.group)
-    there = (r < scale_rows) & (c < scale_columns)
-    at = (batch * scale_rows + r) * scale_columns + c
-    # Of the tiles that share a scale, the first writes it.
-    first = there
-    if WAY.group == 0:
-        first = first & (column + tl.zeros([1, 1], tl.int32) == 0)
-    if WAY.height == 0:
-        first = first & (row + tl.zeros([1, 1], tl.int32) == 0)
-    if FLAT:
-        r, c, scale_rows, scale_columns = r // per, r % per, scale_rows // per, per
-
-    tensor_scale = 1.0
-    if WAY.tensor == "amax":
-        tensor_scale = tensor_scale_of_amax(tl.load(high + batch), SPEC)
-        tl.store(tensor_scales + batch, tensor_scale, (row == 0) & (column == 0))
-    if WAY.tensor == "matrix":
-        tensor_scale = tl.load(tensor_scales + batch * tensor_batch)
-    if WAY.tensor == "rows":
-        tensor_scale = tl.load(tensor_scales + batch * tensor_batch + r.to(tl.int64) * tensor_row, r < scale_rows, 1.0)
-
-    zero = 0.0
-    if WAY.source == "given":
-        scale = scale_value(tl.load(scales + at, there, 0), tensor_scale, SPEC)
-        if SPEC.zero:
-            zero = tl.load(zeros + at, there, 0).to(tl.int32)
-            if SPEC.signed_zero:
-                zero = (zero << 24) >> 24
-            zero = zero.to(tl.float32)
-    else:
-        if WAY.source == "extent":
-            most = tl.load(high + at, there, 0)
-            least = tl.load(low + at, there, 0) if SPEC.zero else most
-        if SPEC.zero:
-            stored, scale, zero = scale_of_range(from_ordered(least), from_ordered(most), SPEC)
-            tl.store(zeros + at, zero.to(tl.int32).to(tl.uint8), first)
-        else:
-            amax = most.to(tl.float32, bitcast=True)
-            stored, scale = scale_of_amax(amax, tensor_scale, SPEC, TENSOR)
-        if WAY.blocked:
-            at = ((batch * tl.cdiv(scale_rows, 128) + r // 128) * tl.cdiv(scale_columns, 4) + c // 4) * 512
-            at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
-        tl.store(scales + at, stored, first)
-    return scale, zero, tensor_scale
-
-
-@triton.jit
-def _store_words(
-    words,
-    data,
-    row,
-    inside,
-    column,
-    columns,
-    SPEC: tl.constexpr,
-    FLAT: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PLANES: tl.constexpr,
-):
-    """Write what `encode_planes` gave, WIDTH of it in rows of `columns` codes."""
-    # Bytes of a word and its codes, and words.
-    BITS: tl.constexpr = SPEC.element.bits
-    SIZE: tl.constexpr = min(BITS * PLANES, 32) // 8 if 32 % BITS == 0 or BITS * PLANES == 96 else BITS * PLANES // 8
-    COUNT: tl.constexpr = BITS * PLANES // 8 // SIZE
-    at = column // PLANES + tl.arange(0, WIDTH)[None, :]
-    # In terms that tell the compiler how stores align.
-    there = WIDTH if FLAT else columns // PLANES
-    if COUNT == 3:
-        # A store for all three, so that threads side by side fill a line.
-        word = join_planes((words[0], words[1], words[2], words[2]), ROWS, WIDTH * 4, 4, 0, 1)
-        word = tl.reshape(word, (ROWS, WIDTH, 4))
-        part = tl.arange(0, 4)[None, None, :]
-        data = data.to(tl.pointer_type(tl.int32)) + (row * there + at)[:, :, None] * 3 + part
-        tl.store(data, word, (inside & (at < there))[:, :, None] & (part < 3))
-    elif ALIGNED and SIZE <= 4 and SIZE != 3:
-        word = join_planes(words, ROWS, WIDTH * COUNT, COUNT, 0, 1)
-        data = data.to(tl.pointer_type(_integer(SIZE)))
-        at = column // PLANES * COUNT + tl.arange(0, WIDTH * COUNT)[None, :]
-        tl.store(data + row * (there * COUNT) + at, word.to(data.dtype.element_ty), inside & (at < there * COUNT))
-    else:
-        length = tl.cdiv(columns, SPEC.run) * SPEC.run_bytes
-        for n in tl.static_range(COUNT):
-            word = tl.reshape(words[n], (ROWS, WIDTH))
-            for i in tl.static_range(SIZE):
-                byte = (at * COUNT + n) * SIZE + i
-                tl.store(data + row * length + byte, (word >> (8 * i)).to(tl.uint8), inside & (byte < length))
-
-
-@triton.constexpr_function
-def _integer(size):
-    """The type of integers of `size` bytes."""
-    return {1: tl.uint8, 2: tl.int16, 4: tl.int32}[size]
-
-
-@triton.jit
-def _of_blocks(x, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    return tl.broadcast_to(x, (ROWS, BLOCKS))[:, :, None]

@@ -100,21 +100,13 @@ _dispatch_modes, _transform = _torch._len_torch_dispatch_stack, _torch._functorc
 _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch._is_tracing
 
 
-_FORMAT_AT = {
-    "quantize": 4,
-    "quantize_blocked": 2,
-    "quantize_both": 2,
-    "quantize_rotated": 4,
-    "quantize_groups": 5,
-    "pad_groups": 0,
-    "unpad_groups": 0,
-}
+# Of operators that take values, where their format stands among the arguments; 0 where they move them as they are.
+_FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0}
 
 
 def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch.dtype, int | None, int]:
     """What decides on the kernel for these arguments of an op, as `kernel_for` takes it after the op's name."""
     first = args[0]
-    # Values are moved as they are, or take a format.
     if (at := _FORMAT_AT.get(op)) is not None:
         return args[at] if at else "", "", first.device, first.dtype, None, first.shape[-1]
     if op == "dequantize":
@@ -343,6 +335,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 for _name, _fake in _FAKES.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
+    if _name.startswith("quantize"):
+        _FORMAT_AT[_name] = argument_names(getattr(torch.ops.lowbit, _name).default).index("format")
     _LIBRARY.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)
