@@ -352,7 +352,7 @@ def _run(
 ) -> list[Tensor]:
     """Fill what `out` holds from x, and what `other` holds from `x.mT`; their parts.
 
-    `moved`: a matrix and which of its rows each of x is; -1: a row of zeros. `turned`: rotates x first.
+    `moved`: a matrix and which of its rows each of x is; a negative one: a row of zeros. `turned`: rotates x first.
     """
     outs = [each for each in (out, other) if each is not None]
     parts = [part for each in outs for part in each.parts()]

@@ -47,7 +47,7 @@ def unpad_groups(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor:
 
 
 def padded_sources(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> tuple[Tensor, Tensor]:
-    """Which row of x (M, K) each row of `pad_groups` is, int32, -1 for none; and the ends of the groups there."""
+    """Which row of x (M, K) each row of `pad_groups` is, int32, negative for none; and the ends of the groups there."""
     rows = x.shape[0] if index is None else index.shape[0]
     ends = padded_ends(offs, align)
     out = torch.empty(padded_rows(rows, offs.shape[0], align), dtype=torch.int32, device=x.device)
@@ -135,7 +135,7 @@ def _list(
 
 @triton.jit
 def _source(row, there, index, into, of, rows, x_rows, groups, STEPS: tl.constexpr, INDEXED: tl.constexpr):
-    """Which row moves to each `row`, int32; -1: none."""
+    """Which row moves to each `row`, int32; a negative one: none."""
     # The first group that ends after the row, or the last one.
     low = tl.zeros_like(row)
     high = low + (groups - 1)
@@ -151,5 +151,5 @@ def _source(row, there, index, into, of, rows, x_rows, groups, STEPS: tl.constex
     moved = there & (row < tl.load(into + group)) & (source < tl.load(of + group)) & (source < rows)
     if INDEXED:
         source = tl.load(index + source, moved, 0).to(tl.int32)
-        moved = moved & (source >= 0) & (source < x_rows)
+        moved = moved & (source < x_rows)
     return tl.where(moved, source, -1)
