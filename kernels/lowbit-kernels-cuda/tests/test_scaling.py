@@ -35,7 +35,7 @@ def codes(x, noise, word, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, N: tl.co
         v = tl.load(x + 8 * i + j)
         planes, noises = planes + (v,), noises + (tl.load(noise + 8 * i + j),)
         sound = sound + ((v == v).to(tl.float32),)
-    words = encode_planes(planes, sound, 0.0, noises, SPEC, STOCHASTIC, 8)
+    words = encode_planes(planes, sound, 0.0, noises, SPEC, STOCHASTIC, 8, -1)
     COUNT: tl.constexpr = 2 if SPEC.element.bits == 8 else 1
     for j in tl.static_range(COUNT):
         tl.store(word + COUNT * i + j, words[j])

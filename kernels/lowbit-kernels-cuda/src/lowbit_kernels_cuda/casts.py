@@ -47,6 +47,11 @@ class _Way:
     # Whether scales are short, see `divide`: those of blocks, unless one is given for the tensor.
     short: bool
 
+    @property
+    def pieces(self) -> bool:
+        """Whether tiles of 128x4 scales can be written whole."""
+        return self.blocked and self.height == 1 and self.group in {16, 32}
+
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
@@ -65,6 +70,8 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
     """
     if way.height not in {1, WHOLE}:
         return _Tile(way.height, way.group, 8)
+    if way.pieces:
+        return _Tile(128, 4 * way.group, way.group // 4)
     if way.source == "tile" and way.group == WHOLE:
         # Whole rows, with as little beyond their ends as can be.
         chunks = min(range(1, 9), key=lambda n: (n * _length(columns, n), n))
@@ -85,6 +92,7 @@ def _spread(tile: _Tile, batch: int, rows: int, columns: int, way: _Way) -> _Til
     """The tile, lower where a small matrix would keep but some of a GPU's processors busy."""
     while (
         way.height == 1
+        and not way.pieces
         and tile.rows > 1
         and tile.rows * tile.columns * tile.chunks > 512 * tile.warps
         and batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns * tile.chunks) < _BUSY
@@ -105,6 +113,8 @@ def _power(number: int) -> int:
 
 def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     """The tile for both directions of matrices of `columns`."""
+    if way.pieces or other.pieces:
+        return _Tile(max(128, other.group), max(128, way.group), 8)
     wide = max(way.spec.element.bits, other.spec.element.bits) > 4
     down = max(128 if wide else 64, other.group)
     return _Tile(down, max(_at_most(128, columns), way.group), 8 if wide else 4)
@@ -285,10 +295,15 @@ class _Out:
             None if fmt.zero is None else x.new_empty(natural, dtype=fmt.zero.code_dtype),
         )
         chooses = fmt.tensor_scale and tensor_scale is None and given is None
-        self.tensor_scale = torch.ones(matrix, device=x.device) if chooses else tensor_scale
+        # Of no values, it is 1; otherwise the kernel writes it.
+        chosen = torch.ones if x.numel() == 0 else torch.empty
+        self.tensor_scale = chosen(matrix, device=x.device) if chooses else tensor_scale
         check_scales(Scales(scale, zero, self.tensor_scale), fmt, shape)
-        if not chooses and tensor_scale is not None:
-            # An operator must not return its own input.
+        # An operator must not return its own input: one number is copied on the way.
+        self.given_scale = tensor_scale if x.numel() and tensor_scale is not None and tensor_scale.numel() == 1 else None
+        if self.given_scale is not None:
+            self.tensor_scale = self.given_scale.new_empty(self.given_scale.shape)
+        elif tensor_scale is not None:
             self.tensor_scale = tensor_scale.clone(memory_format=torch.contiguous_format)
         if given is not None:
             scale, zero = (
@@ -296,8 +311,6 @@ class _Out:
             )
         elif blocked:
             scale = x.new_empty(blocked_shape(natural), dtype=fmt.scale.storage)
-            if scale.numel() > prod(natural):
-                raw(scale).zero_()
         self.data = x.new_empty(data_shape(shape, fmt), dtype=fmt.element.storage)
         self.scale, self.zero = scale, zero
         height, group = fmt.block_for(max(len(shape), 2))[-2:]
@@ -318,6 +331,8 @@ class _Out:
         form = spec(fmt, mode, x.device if x.is_cuda else None)
         short = fmt.scale.bits <= 16 and tensor in {"", "amax"}
         self.way = _Way(form, group, height, source, tensor, blocked, short)
+        if blocked and not self.way.pieces and scale.numel() > prod(natural):
+            raw(scale).zero_()
 
     def parts(self) -> list[Tensor]:
         found = (self.data, self.scale, self.zero, self.tensor_scale)
@@ -332,13 +347,14 @@ class _Out:
             count = x.shape[0] if self.way.height == WHOLE else x.shape[0] * x.shape[1]
             high = x.new_zeros(count, dtype=torch.int32)
             low = x.new_zeros(count, dtype=torch.int32) if self.way.spec.zero else None
-        whole, strides = self.tensor_scale, (0, 0)
+        whole, strides = self.tensor_scale if self.given_scale is None else self.given_scale, (0, 0)
+        copy = None if self.given_scale is None else self.tensor_scale
         if whole is not None:
             lead = (*self.data.shape[:-2], *whole.shape[-2:-1]) if whole.dim() > 1 else (1,)
             whole = whole.reshape(whole.shape[:-1]).expand(lead).reshape(x.shape[0], -1)
             strides = whole.stride()
         parts = (self.data, self.scale, self.zero)
-        return (*(None if part is None else raw(part) for part in parts), whole, *strides, high, low)
+        return (*(None if part is None else raw(part) for part in parts), whole, *strides, high, low, copy)
 
 
 def _run(
@@ -389,6 +405,8 @@ def _run(
     aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
     size, signs = (1, 0) if turned is None else (turned.size, _mask(turned))
     planes = _planes(way, across=across, both=other is not None, aligned=aligned)
+    # Hopper starts a kernel while the one before ends.
+    overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
     fixed: dict[str, Any] = {
         "WAY": way,
         "OTHER": other_way,
@@ -398,15 +416,19 @@ def _run(
         "PLANES": max(planes, size),
         "OTHER_PLANES": 1 if other is None else _planes(other.way, across=not across, both=True, aligned=aligned),
         "TURN": size,
+        "OVERLAPS": overlaps,
         "num_warps": tile.warps,
         "enable_fp_fusion": False,
+        **({"launch_pdl": True} if overlaps else {}),
     }
     given = raw(x), source, pointers, second, *geometry
-    if any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs):
+    measured = any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs)
+    if measured:
         measure: Any = measure_tiles[grid]
         measure(*given, signs, **fixed)
     cast: Any = cast_tiles[grid]
-    cast(*(*given, per, signs, seed), FLAT=flat, STOCHASTIC=stochastic, ALIGNED=aligned, CHUNKS=tile.chunks, **fixed)
+    fixed |= {"FLAT": flat, "STOCHASTIC": stochastic, "ALIGNED": aligned, "CHUNKS": tile.chunks}
+    cast(*given, per, signs, seed, BACKWARDS=measured, **fixed)
     return parts
 
 

@@ -13,6 +13,7 @@ Kernels that use them are launched with `enable_fp_fusion=False`.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -31,6 +32,13 @@ _FLOAT8 = (
     "{{ .reg .b16 low, high; cvt.rn.satfinite.{0}.f32 low, $2, $1; "
     "cvt.rn.satfinite.{0}.f32 high, $4, $3; mov.b32 $0, {{low, high}}; }}"
 )
+# Of elements, the conversion to one of as many bits of mantissa, whose numbers are so many times as large.
+_CONVERSIONS = {
+    "e4m3fn": ("e4m3x2", 1.0),
+    "e5m2": ("e5m2x2", 1.0),
+    "e2m3": ("e4m3x2", 2.0**-6),
+    "e3m2": ("e5m2x2", 2.0**-12),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +68,25 @@ class Spec:
     # Whether the hardware converts to bfloat16, and whether `tl.fma` rounds once.
     native: bool
     fused: bool
-    # PTX that converts to four codes at once, or "".
+    # PTX that converts to four codes at once, or "", and what numbers are multiplied by before.
     convert: str
+    unit: float
+    # PTX of words of four and of eight codes of quotients as by `divide` without corrections, or none.
+    near: tuple[str, ...]
 
 
 @lru_cache(maxsize=1024)
 def spec(fmt: Format, mode: ScaleMode = DEFAULT_MODE, device: torch.device | None = None) -> Spec:
     """What kernels on `device` (None: Triton's interpreter) are compiled for."""
     element, whole = fmt.element, exponent_and_mantissa(fmt.element.max * fmt.scale.max if fmt.tensor_scale else 1.0)
+    fused = device is not None
     native = device is not None and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    convert, unit_of_codes = "", 1.0
+    if native and element.name in _CONVERSIONS and (element.bits == 8 or fmt.scale.powers_of_two):
+        name, unit_of_codes = _CONVERSIONS[element.name]
+        convert = _FLOAT8.format(name)
+    # The middle of two numbers times a scale is a bfloat16 then.
+    near = fused and element.name == "e2m1" and (fmt.scale.powers_of_two or fmt.scale.name == "e4m3fn")
     return Spec(
         element=element,
         scale=fmt.scale,
@@ -85,11 +103,50 @@ def spec(fmt: Format, mode: ScaleMode = DEFAULT_MODE, device: torch.device | Non
         run=unit(element.bits)[0],
         run_bytes=unit(element.bits)[1],
         native=native,
-        fused=device is not None,
-        convert=_FLOAT8.format({"e4m3fn": "e4m3x2", "e5m2": "e5m2x2"}[element.name])
-        if native and element.name in {"e4m3fn", "e5m2"}
-        else "",
+        fused=fused,
+        convert=convert,
+        unit=unit_of_codes,
+        near=(_lines(4), _lines(8)) if near else (),
     )
+
+
+def _lines(count: int) -> str:
+    """PTX of a word of `count` e2m1 codes of as many float32: as by `_around_lines`, two at a time in float16.
+
+    Around 1.5 * 2^10, float16 has integers alone.
+    """
+    numbers = {"one": 1536, "two": 1538, "three": 1540, "last": 1543, "by_2": 2, "by_1": 1, "by_half": 0.5}
+    lines = [f".reg .b32 x, a, b, c, word, signs, {', '.join(numbers)};"]
+    lines += [f"mov.b32 {name}, {_half(number)};" for name, number in numbers.items()]
+    lines += ["mov.b32 word, 0;", "mov.b32 signs, 0;"]
+    for i in range(count // 2):
+        lines += [
+            # One of the first half of the codes, and one of the second.
+            f"cvt.rn.f16x2.f32 x, ${1 + i + count // 2}, ${1 + i};",
+            "and.b32 a, x, 0x7FFF7FFF;",
+            "fma.rn.f16x2 b, a, by_2, one;",
+            "fma.rn.f16x2 c, a, by_1, two;",
+            "min.f16x2 b, b, c;",
+            "fma.rn.f16x2 c, a, by_half, three;",
+            # Of a number and a NaN, the number.
+            "min.f16x2 c, c, last;",
+            "min.f16x2 b, b, c;",
+            f"shl.b32 b, b, {4 * i};",
+            "add.u32 word, word, b;",
+            "and.b32 x, x, 0x80008000;",
+            f"shr.u32 x, x, {12 - 4 * i};",
+            "or.b32 signs, signs, x;",
+        ]
+    start = sum(_half(numbers["one"]) << (4 * i) for i in range(count // 2)) % (1 << 32)
+    lines += [f"sub.u32 word, word, {start};", "or.b32 word, word, signs;"]
+    if count == 4:
+        lines += ["shr.u32 x, word, 8;", "or.b32 word, word, x;", "and.b32 word, word, 0xFFFF;"]
+    return f"{{ {' '.join([*lines, 'mov.b32 $0, word;'])} }}"
+
+
+def _half(value: float) -> int:
+    """Two float16 of a value in the bits of an integer."""
+    return int.from_bytes(struct.pack("<2e", value, value), "little")
 
 
 def _bits(value: float) -> int:
@@ -227,23 +284,26 @@ def scale_value(stored, tensor_scale, SPEC: tl.constexpr):
 
 
 @triton.jit
-def divisor_of(scale, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
+def divisor_of(scale, SPEC: tl.constexpr, CORRECTIONS: tl.constexpr):
     """What `divide` takes in the place of a scale, three tensors.
 
-    Of a power of two, the reciprocal, which is exact. Otherwise, if FAST, `-p`, `scale * p` and `-1 / (scale * p)`,
-    nearly; the power of two `p` makes the second at least 1 and less than 2, or as large as can be.
+    Of a power of two, the reciprocal, which is exact, in units of `convert`. Otherwise, if there are any CORRECTIONS,
+    `-p`, `scale * p` and `-1 / (scale * p)`, nearly; the power of two `p` makes the second at least 1 and less than 2,
+    or as large as can be.
     """
     # Those of 2^127 and 2^-127 are 2^-127, a subnormal, and 2^127.
     bits = scale.to(tl.int32, bitcast=True)
     power = tl.maximum((254 << 23) - (bits & 0x7F800000), 0x400000)
     if SPEC.scale.powers_of_two:
         by = tl.where(bits < 0x7F800000, power, 0x7FC00000).to(tl.float32, bitcast=True)
+        if CORRECTIONS >= 0:
+            by *= SPEC.unit
         by = by, by, by
-    elif FAST:
+    elif CORRECTIONS >= 0:
         power = power.to(tl.float32, bitcast=True)
         near = scale * power
         inverse = _reciprocal(near)
-        if not SHORT:
+        if CORRECTIONS > 1:
             inverse = tl.fma(tl.fma(-near, inverse, 1.0), inverse, inverse)
         by = -power, near, -inverse
     else:
@@ -258,23 +318,25 @@ def _reciprocal(x):
 
 
 @triton.jit
-def divide(x, by, SPEC: tl.constexpr, FAST: tl.constexpr, SHORT: tl.constexpr):
+def divide(x, by, SPEC: tl.constexpr, CORRECTIONS: tl.constexpr):
     """IEEE `x / scale`, where `by` is `divisor_of(scale)`.
 
-    If FAST, a first quotient is corrected by its remainder, twice, as by the hardware's own division; once where scales
-    have 16 or fewer bits of mantissa (SHORT): no quotient of theirs is near the middle of two numbers. Quotients
+    A first quotient is corrected by its remainder, twice, as by the hardware's own division (which -1 stands for); once
+    where scales have 16 or fewer bits of mantissa: no quotient of theirs is near the middle of two numbers. Quotients
     below 2^-126 keep no more than their sign and that they are small, and those of infinities are NaN. The signs here
     are such that zeros keep theirs.
+
+    Not at all, if no more is asked than on which side of the middle of two codes quotients are, or that they are
+    there: of 16-bit numbers and scales of a few bits, others are so far from it that they are no float16's neighbours.
 
     Source: Markstein, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2.
     """
     if SPEC.scale.powers_of_two:
         value = x * by[0]
-    elif FAST:
+    elif CORRECTIONS >= 0:
         x = x * by[0]
         value = x * by[2]
-        value = tl.fma(tl.fma(value, by[1], x), by[2], value)
-        if not SHORT:
+        for _ in tl.static_range(CORRECTIONS):
             value = tl.fma(tl.fma(value, by[1], x), by[2], value)
     else:
         value = tl.div_rn(x, by[0])
@@ -340,8 +402,10 @@ def split_planes(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PLANES: tl.conste
 
 
 @triton.jit
-def encode_planes(x, sound, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, PLANES: tl.constexpr):
-    """Codes of float32 `x` in units of the scale, tuples of PLANES tiles, one after another in the bits of words.
+def encode_planes(
+    x, sound, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.constexpr, PLANES: tl.constexpr, CORRECTIONS: tl.constexpr
+):
+    """Codes of float32 `x` of `divide`, tuples of PLANES tiles, one after another in the bits of words.
 
     A word is an int32, full where runs of codes end on its last bit; if PLANES codes are no such run, one word holds
     them, an int64 if need be. `sound` is 0 where x is NaN and 1 elsewhere, in float32, read for elements without a NaN;
@@ -349,20 +413,43 @@ def encode_planes(x, sound, zero, noise, SPEC: tl.constexpr, STOCHASTIC: tl.cons
     """
     BITS: tl.constexpr = SPEC.element.bits
     words = ()
-    if SPEC.convert != "" and not STOCHASTIC:
+    if SPEC.convert != "" and not STOCHASTIC and (BITS == 8 or CORRECTIONS >= 0):
         for i in tl.static_range(0, PLANES, 4):
             # Rather than conversions one by one, of whose codes a ptxas loses some that are used twice.
             of = [x[i], x[i + 1], x[i + 2], x[i + 3]]
-            words = words + (tl.inline_asm_elementwise(SPEC.convert, "=r,f,f,f,f", of, tl.int32, True, 1),)
+            word = tl.inline_asm_elementwise(SPEC.convert, "=r,f,f,f,f", of, tl.int32, True, 1)
+            words = words + (word if BITS == 8 else _six_bits(word, sound[i]),)
+        if BITS == 6 and PLANES == 16:
+            a, b, c, d = words
+            words = a | (b << 24), (b >> 8) | (c << 16), (c >> 16) | (d << 8)
     elif BITS == 6 and PLANES == 16:
         first = _word(x, sound, zero, noise, SPEC, STOCHASTIC, 0, 8)
         second = _word(x, sound, zero, noise, SPEC, STOCHASTIC, 8, 8)
         words = first.to(tl.int32), ((first >> 32) | (second << 16)).to(tl.int32), (second >> 16).to(tl.int32)
+    elif CORRECTIONS == 0:
+        COUNT: tl.constexpr = min(PLANES, 8)
+        for i in tl.static_range(0, PLANES, COUNT):
+            if COUNT == 4:
+                of = [x[i], x[i + 1], x[i + 2], x[i + 3]]
+                word = tl.inline_asm_elementwise(SPEC.near[0], "=r,f,f,f,f", of, tl.int32, True, 1)
+            else:
+                of = [x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7]]
+                word = tl.inline_asm_elementwise(SPEC.near[1], "=r,f,f,f,f,f,f,f,f", of, tl.int32, True, 1)
+            words = words + (tl.where(sound[i] > 0, word, 0),)
     else:
         COUNT: tl.constexpr = min(PLANES, 32 // BITS) if 32 % BITS == 0 else PLANES
         for i in tl.static_range(0, PLANES, COUNT):
             words = words + (_word(x, sound, zero, noise, SPEC, STOCHASTIC, i, COUNT),)
     return words
+
+
+@triton.jit
+def _six_bits(word, sound):
+    """Side by side, four 6-bit codes of 8-bit ones that differ in the place of the sign and may be one too large."""
+    word = ((word & 0x3F3F3F3F) - ((word >> 5) & 0x01010101)) | ((word >> 2) & 0x20202020)
+    word = (word & 0x003F003F) | ((word >> 2) & 0x0FC00FC0)
+    word = (word & 0xFFF) | ((word >> 4) & 0xFFF000)
+    return tl.where(sound > 0, word, 0)
 
 
 @triton.jit

@@ -59,12 +59,19 @@ def cast_tiles(
     PLANES: tl.constexpr,
     OTHER_PLANES: tl.constexpr,
     TURN: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Write what `out` holds of `_Out.pointers` from x, and `other` from its transpose; see `casts._run`."""
+    _begin(OVERLAPS)
     if FLAT:
         # As the compiler does not know.
         columns, x_row = COLUMNS, COLUMNS
-    batch, row, column = _place(rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None)
+    tile = tl.program_id(0)
+    if BACKWARDS:
+        # What was measured last is still in the cache.
+        tile = tl.num_programs(0) - 1 - tile
+    batch, row, column = _place(tile, rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None)
     x += batch * x_batch
     matrix = (rows, columns, x_row, x_column), (source, None), (per, signs, seed)
     _cast_tile(
@@ -100,9 +107,11 @@ def measure_tiles(
     PLANES: tl.constexpr,
     OTHER_PLANES: tl.constexpr,
     TURN: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Fill in what scales are chosen from that are no tile's own."""
-    batch, row, column = _place(rows, columns, ROWS, COLUMNS, ACROSS, False)
+    _begin(OVERLAPS)
+    batch, row, column = _place(tl.program_id(0), rows, columns, ROWS, COLUMNS, ACROSS, False)
     x += batch * x_batch
     extents = rows, columns, x_row, x_column
     planes = _read_planes(x, row, column, extents, (source, None), ACROSS, ROWS, COLUMNS, PLANES)
@@ -115,14 +124,21 @@ def measure_tiles(
 
 
 @triton.jit
-def _place(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, BOTH: tl.constexpr):
-    """Batch, first row and first column of this program's tile; neighbours in memory run one after the other.
+def _begin(OVERLAPS: tl.constexpr):
+    """Wait for the kernel before, if this one may start while that one ends, and let the next one do the same."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _place(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, BOTH: tl.constexpr):
+    """Batch, first row and first column of a tile, by its number; neighbours in memory run one after the other.
 
     Where what is written lies across what is read, some neighbours only, and then those beyond them, so that a row that
     is written fills before it leaves the cache.
     """
     tall, wide = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    tile = tl.program_id(0)
     batch = (tile // (tall * wide)).to(tl.int64)
     tile = tile % (tall * wide)
     if ACROSS:
@@ -321,24 +337,27 @@ def _cast_tile(
         most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES * CHUNKS)
     scale, zero, whole = _scale_tile(most, least, out, batch, row, column, rows, columns, per, WAY, FLAT, ROWS, BLOCKS)
 
-    # Whether `divide` may be fast; scales are short too if what is given for the tensor is a power of two.
+    # What `divide` needs to be right; scales are short too if what is given for the tensor is a power of two.
     FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
+    NEAR: tl.constexpr = len(SPEC.near) > 0 and TURN == 1 and x.dtype.element_ty.primitive_bitwidth == 16
+    ONCE: tl.constexpr = (0 if NEAR else 1) if FAST else -1
+    TWICE: tl.constexpr = 2 if FAST else -1
     size = rows, columns, seed
     if FAST and SPEC.scale.bits <= 16 and WAY.tensor == "matrix":
         if magnitude(whole) & 0x7FFFFF == 0:
             _write_codes(
                 *(planes, scale, zero, out[0], batch, row, column, size),
-                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, True),
+                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, ONCE),
             )
         else:
             _write_codes(
                 *(planes, scale, zero, out[0], batch, row, column, size),
-                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, False),
+                *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, TWICE),
             )
     else:
         _write_codes(
             *(planes, scale, zero, out[0], batch, row, column, size),
-            *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, FAST, WAY.short),
+            *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, ONCE if WAY.short else TWICE),
         )
 
 
@@ -360,15 +379,14 @@ def _write_codes(
     COLUMNS: tl.constexpr,
     CHUNKS: tl.constexpr,
     PLANES: tl.constexpr,
-    FAST: tl.constexpr,
-    SHORT: tl.constexpr,
+    CORRECTIONS: tl.constexpr,
 ):
     """Codes of tiles as by `_cast_tile`, with scales and zero points as by `_scale_tile`."""
     SPEC: tl.constexpr = WAY.spec
     WIDTH: tl.constexpr = COLUMNS // PLANES
     BLOCKS: tl.constexpr = COLUMNS // WAY.group if WAY.group else 1
     rows, columns, seed = size
-    by = divisor_of(scale, SPEC, FAST, SHORT)
+    by = divisor_of(scale, SPEC, CORRECTIONS)
     by = _of_blocks(by[0], ROWS, BLOCKS), _of_blocks(by[1], ROWS, BLOCKS), _of_blocks(by[2], ROWS, BLOCKS)
     sound = _of_blocks((scale == scale).to(tl.float32), ROWS, BLOCKS)
     if SPEC.zero:
@@ -382,7 +400,7 @@ def _write_codes(
             noise = uniform(seed, r * columns + (column + n * COLUMNS), COLUMNS, PLANES, ALIGNED)
         quotients, kept, bits = (), (), ()
         for i in tl.static_range(PLANES):
-            v = divide(tl.reshape(planes[n * PLANES + i], (ROWS, BLOCKS, WIDTH // BLOCKS)), by, SPEC, FAST, SHORT)
+            v = divide(tl.reshape(planes[n * PLANES + i], (ROWS, BLOCKS, WIDTH // BLOCKS)), by, SPEC, CORRECTIONS)
             ok = sound
             # Where scales are chosen, nothing but they divides to a NaN.
             if WAY.source == "given" and SPEC.element.kind == "int":
@@ -395,7 +413,7 @@ def _write_codes(
                 ok = ok * tl.reshape((c < columns).to(tl.float32), (1, BLOCKS, WIDTH // BLOCKS))
             quotients, kept = quotients + (v,), kept + (ok,)
             bits = bits + (tl.reshape(noise[i], (ROWS, BLOCKS, WIDTH // BLOCKS)),)
-        words = encode_planes(quotients, kept, zero, bits, SPEC, STOCHASTIC, PLANES)
+        words = encode_planes(quotients, kept, zero, bits, SPEC, STOCHASTIC, PLANES, CORRECTIONS)
         _store_words(words, data, r, inside, column + n * COLUMNS, columns, SPEC, FLAT, ALIGNED, ROWS, WIDTH, PLANES)
 
 
@@ -424,7 +442,7 @@ def _scale_tile(
     # Rows of scales in the tile.
     TALL: tl.constexpr = ROWS if WAY.height == 1 else 1
     scales, zeros = out[1], out[2]
-    tensor_scales, tensor_batch, tensor_row, high, low = out[3], out[4], out[5], out[6], out[7]
+    tensor_scales, tensor_batch, tensor_row, high, low, copy = out[3], out[4], out[5], out[6], out[7], out[8]
 
     # Where the scales of the tile stand: canonical rows and columns of blocks, and those of them that there are.
     if WAY.height == 0:
@@ -454,6 +472,8 @@ def _scale_tile(
         tl.store(tensor_scales + batch, tensor_scale, (row == 0) & (column == 0))
     if WAY.tensor == "matrix":
         tensor_scale = tl.load(tensor_scales + batch * tensor_batch)
+        if copy is not None:
+            tl.store(copy, tensor_scale, (batch == 0) & (row == 0) & (column == 0))
     if WAY.tensor == "rows":
         tensor_scale = tl.load(tensor_scales + batch * tensor_batch + r.to(tl.int64) * tensor_row, r < scale_rows, 1.0)
 
@@ -475,7 +495,15 @@ def _scale_tile(
         else:
             amax = most.to(tl.float32, bitcast=True)
             stored, scale = scale_of_amax(amax, tensor_scale, SPEC, TENSOR)
-        if WAY.blocked:
+        if WAY.blocked and TALL % 128 == 0 and BLOCKS % 4 == 0:
+            # Whole pieces of 128 x 4, with zeros beyond the end.
+            i = tl.arange(0, TALL * BLOCKS)
+            down, along = row // 128 + i // (128 * BLOCKS), column // (4 * WAY.group) + i % (128 * BLOCKS) // 512
+            tall, wide = tl.cdiv(scale_rows, 128), tl.cdiv(scale_columns, 4)
+            at, first = ((batch * tall + down) * wide + along) * 512 + i % 512, (down < tall) & (along < wide)
+            stored = tl.reshape(tl.where(there, stored, 0), (TALL // 128, 4, 32, BLOCKS // 4, 4))
+            stored = tl.reshape(tl.permute(stored, (0, 3, 2, 1, 4)), (TALL * BLOCKS,))
+        elif WAY.blocked:
             at = ((batch * tl.cdiv(scale_rows, 128) + r // 128) * tl.cdiv(scale_columns, 4) + c // 4) * 512
             at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
         tl.store(scales + at, stored, first)
