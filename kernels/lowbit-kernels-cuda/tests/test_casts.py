@@ -102,6 +102,28 @@ def test_every_scale_mode_has_the_references_bits(spec, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "spec", ["MXFP4", "NVFP4", "MXFP6_E2M3", "MXFP6_E3M2", "FP8_ROW", "FP8_1x128", "INT8_ROW", "INT4_G128"]
+)
+def test_every_mantissa_is_rounded_right_under_the_scale_of_every_other(spec, dtype, device):
+    # Where quotients are computed with no more steps than their rounding needs, all there can be are tried.
+    every = 1 if device == "cuda" else 1 << (6 if dtype == torch.float16 else 3)
+    sizes = torch.arange(1, 2, torch.finfo(dtype).eps)[::every]
+    smaller = torch.cat([size * 2.0**-e for e in range(-1, 11) for size in (sizes, -sizes)])
+    fmt = Format.parse(spec)
+    group = fmt.block[-1] or len(smaller) + 1
+    blocks = torch.nn.functional.pad(smaller, (0, -len(smaller) % (group - 1))).view(-1, group - 1)
+    x = torch.cat([torch.nn.functional.pad(blocks, (1, 0), value=4 * size) for size in sizes.tolist()])
+    x = x.reshape(len(sizes), -1).to(dtype)
+    whole = torch.tensor([[2.0**-3]]) if fmt.tensor_scale else None
+    rest = (None, None, whole, spec, "rceil", "nearest", 0)
+    wanted = RUN["quantize"](x, *rest)
+    for view in (x, x.mT.contiguous().mT):
+        same(quantize(*on(device, (as_is(view, device), *rest))), wanted)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_given_scales_are_used_and_come_back_as_copies(device):
     x = hard((40, 128), torch.bfloat16)
     for spec in ("NVFP4", "UINT4_G128", "INT8_ROW_ASYM", "FP8_128x128", "FP8_TENSOR"):

@@ -47,10 +47,9 @@ class _Way:
     # Whether scales are short, see `divide`: those of blocks, unless one is given for the tensor.
     short: bool
 
-    @property
-    def pieces(self) -> bool:
-        """Whether tiles of 128x4 scales can be written whole."""
-        return self.blocked and self.height == 1 and self.group in {16, 32}
+    def pieces(self, columns: int) -> bool:
+        """Whether tiles of so many columns have all of what they write of tiles of 128x4 scales, if of enough rows."""
+        return self.blocked and self.height == 1 and self.group != WHOLE and columns % (4 * self.group) == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,38 +65,62 @@ class _Tile:
 def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
     """The tile for matrices of canonical `rows` x `columns`; `across`: rows lie side by side in memory, not columns.
 
-    These numbers and those of `_tile_both` are all there is to tune.
+    These numbers and those of the two functions below are all there is to tune.
     """
     if way.height not in {1, WHOLE}:
-        return _Tile(way.height, way.group, 8)
-    if way.pieces:
-        return _Tile(128, 4 * way.group, way.group // 4)
+        return _Tile(way.height, way.group, 4 if across else 8)
     if way.source == "tile" and way.group == WHOLE:
         # Whole rows, with as little beyond their ends as can be.
         chunks = min(range(1, 9), key=lambda n: (n * _length(columns, n), n))
         length = _length(columns, chunks)
         warps = min(max(_power(length * chunks // 1792), 1), 8)
         return _Tile(_at_most(max(_power(2048 // (length * chunks)), 1), rows), length, warps, chunks)
-    wide = way.spec.element.bits > 4
     if across:
-        if way.group == 32:
-            return _Tile(128, 128, 8) if wide else _Tile(64, 128, 2)
-        return _Tile(64, max(128, way.group), 4)
+        return _tile_across(way)
+    if way.pieces(128):
+        return _Tile(32, 128, 4)
     length = max(_at_most(128, columns), way.group, 16)
-    size = 4096 if wide or way.group == 32 else 8192
+    size = 4096 if way.spec.element.bits > 4 or way.group == 32 else 8192
     return _Tile(_at_most(size // length, rows), length, 4)
+
+
+def _tile_across(way: _Way) -> _Tile:
+    """The tile for blocks of one row where rows lie side by side."""
+    bits = way.spec.element.bits
+    if way.group not in {16, 32} or (way.group == 16 and not way.blocked):
+        return _Tile(64, max(128, way.group), 4)
+    if way.blocked:
+        return _Tile(128, 128, 8) if bits > 4 else _Tile(128, 4 * way.group, 4)
+    if bits == 6:
+        return _Tile(64, 256, 8)
+    return _Tile(128, 128, 8) if bits > 4 else _Tile(128, 64, 4)
 
 
 def _spread(tile: _Tile, batch: int, rows: int, columns: int, way: _Way) -> _Tile:
     """The tile, lower where a small matrix would keep but some of a GPU's processors busy."""
     while (
         way.height == 1
-        and not way.pieces
-        and tile.rows > 1
+        and tile.rows > (4 if way.blocked else 1)
         and tile.rows * tile.columns * tile.chunks > 512 * tile.warps
         and batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns * tile.chunks) < _BUSY
     ):
         tile = replace(tile, rows=tile.rows // 2)
+    return tile
+
+
+def _spread_both(tile: _Tile, batch: int, rows: int, columns: int, way: _Way, other: _Way) -> _Tile:
+    """As `_spread`, with as many values for a thread."""
+    while (
+        tile.warps > 1
+        and not way.blocked
+        and batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) < _BUSY // 2
+    ):
+        if tile.columns > max(tile.rows, way.group):
+            tile = replace(tile, columns=tile.columns // 2, warps=tile.warps // 2)
+        elif tile.rows > other.group:
+            tile = replace(tile, rows=tile.rows // 2, warps=tile.warps // 2)
+        else:
+            break
     return tile
 
 
@@ -113,11 +136,13 @@ def _power(number: int) -> int:
 
 def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
     """The tile for both directions of matrices of `columns`."""
-    if way.pieces or other.pieces:
-        return _Tile(max(128, other.group), max(128, way.group), 8)
-    wide = max(way.spec.element.bits, other.spec.element.bits) > 4
-    down = max(128 if wide else 64, other.group)
-    return _Tile(down, max(_at_most(128, columns), way.group), 8 if wide else 4)
+    if max(way.group, other.group) > 32:
+        return _Tile(max(128, other.group), max(_at_most(128, columns), way.group), 8)
+    if max(way.spec.element.bits, other.spec.element.bits) > 4:
+        return _Tile(128, 128, 8) if way.blocked else _Tile(64, max(_at_most(256, columns), 32), 8)
+    if way.blocked:
+        return _Tile(128, 64, 4)
+    return _Tile(64, max(_at_most(128, columns), 32), 4) if way.group == 32 else _Tile(64, 64, 2)
 
 
 def _planes(way: _Way, *, across: bool, both: bool, aligned: bool) -> int:
@@ -206,7 +231,7 @@ def quantize_both(
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
 ) -> list[Tensor]:
-    """The operator `quantize_both`; in one read where both formats have blocks `in_one_row`, otherwise one by one.
+    """The operator `quantize_both`; in one read where that is faster: formats with blocks `in_one_row`, not of 6 bits.
 
     Raises:
         FormatError: as the operator.
@@ -216,7 +241,7 @@ def quantize_both(
         msg = f"x of shape {tuple(x.shape)} has one direction; quantize_both needs two or more dimensions"
         raise FormatError(msg)
     given = [tensor_scale if each.tensor_scale else None for each in formats]
-    if all(in_one_row(each) for each in formats):
+    if all(in_one_row(each) and each.element.bits != 6 for each in formats):
         views = zip((x, x.mT), formats, given, strict=True)
         out, other = (_Out(*each, mode, rounding, blocked=blocked) for each in views)
         return _run(x, out, other, rounding, seed)
@@ -287,6 +312,8 @@ class _Out:
     ) -> None:
         check_choice("rounding", rounding, Rounding)
         check_choice("scale mode", mode, ScaleMode)
+        # Whether tiles of scales go beyond their end.
+        self.padded = False
         shape = tuple(x.shape)
         natural = fmt.scale_shape(shape)
         matrix = (*shape[:-2], *(1,) * min(len(shape), 2))
@@ -300,7 +327,9 @@ class _Out:
         self.tensor_scale = chosen(matrix, device=x.device) if chooses else tensor_scale
         check_scales(Scales(scale, zero, self.tensor_scale), fmt, shape)
         # An operator must not return its own input: one number is copied on the way.
-        self.given_scale = tensor_scale if x.numel() and tensor_scale is not None and tensor_scale.numel() == 1 else None
+        self.given_scale = (
+            tensor_scale if x.numel() and tensor_scale is not None and tensor_scale.numel() == 1 else None
+        )
         if self.given_scale is not None:
             self.tensor_scale = self.given_scale.new_empty(self.given_scale.shape)
         elif tensor_scale is not None:
@@ -311,6 +340,7 @@ class _Out:
             )
         elif blocked:
             scale = x.new_empty(blocked_shape(natural), dtype=fmt.scale.storage)
+            self.padded = scale.numel() > prod(natural)
         self.data = x.new_empty(data_shape(shape, fmt), dtype=fmt.element.storage)
         self.scale, self.zero = scale, zero
         height, group = fmt.block_for(max(len(shape), 2))[-2:]
@@ -331,8 +361,6 @@ class _Out:
         form = spec(fmt, mode, x.device if x.is_cuda else None)
         short = fmt.scale.bits <= 16 and tensor in {"", "amax"}
         self.way = _Way(form, group, height, source, tensor, blocked, short)
-        if blocked and not self.way.pieces and scale.numel() > prod(natural):
-            raw(scale).zero_()
 
     def parts(self) -> list[Tensor]:
         found = (self.data, self.scale, self.zero, self.tensor_scale)
@@ -395,8 +423,17 @@ def _run(
         second, other_way = None, None
     else:
         tile = _tile_both(columns, way, other.way)
+        if x.is_cuda:
+            tile = _spread_both(tile, batch, rows, columns, way, other.way)
         second, other_way = other.pointers(x), other.way
-    grid = (batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns * tile.chunks),)
+    # Of a tile that is read twice, the rows must be the same.
+    spread = not across and way.pieces(tile.columns) and (other is None or tile.rows == 128)
+    if out.padded and not (spread or (way.pieces(tile.columns) and tile.rows % 128 == 0)):
+        raw(out.scale).zero_()
+    if other is not None and other.padded and not (other.way.pieces(tile.rows) and tile.columns % 128 == 0):
+        raw(other.scale).zero_()
+    tall = triton.cdiv(rows, 128) * (128 // tile.rows) if spread else triton.cdiv(rows, tile.rows)
+    grid = (batch * tall * triton.cdiv(columns, tile.columns * tile.chunks),)
     geometry: tuple[Any, ...] = (rows, columns, *x.stride())
     source = None
     if moved is not None:
@@ -416,6 +453,7 @@ def _run(
         "PLANES": max(planes, size),
         "OTHER_PLANES": 1 if other is None else _planes(other.way, across=not across, both=True, aligned=aligned),
         "TURN": size,
+        "SPREAD": spread,
         "OVERLAPS": overlaps,
         "num_warps": tile.warps,
         "enable_fp_fusion": False,

@@ -426,15 +426,14 @@ def encode_planes(
         first = _word(x, sound, zero, noise, SPEC, STOCHASTIC, 0, 8)
         second = _word(x, sound, zero, noise, SPEC, STOCHASTIC, 8, 8)
         words = first.to(tl.int32), ((first >> 32) | (second << 16)).to(tl.int32), (second >> 16).to(tl.int32)
+    elif CORRECTIONS == 0 and PLANES == 4:
+        of = [x[0], x[1], x[2], x[3]]
+        word = tl.inline_asm_elementwise(SPEC.near[0], "=r,f,f,f,f", of, tl.int32, True, 1)
+        words = (tl.where(sound[0] > 0, word, 0),)
     elif CORRECTIONS == 0:
-        COUNT: tl.constexpr = min(PLANES, 8)
-        for i in tl.static_range(0, PLANES, COUNT):
-            if COUNT == 4:
-                of = [x[i], x[i + 1], x[i + 2], x[i + 3]]
-                word = tl.inline_asm_elementwise(SPEC.near[0], "=r,f,f,f,f", of, tl.int32, True, 1)
-            else:
-                of = [x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7]]
-                word = tl.inline_asm_elementwise(SPEC.near[1], "=r,f,f,f,f,f,f,f,f", of, tl.int32, True, 1)
+        for i in tl.static_range(0, PLANES, 8):
+            of = [x[i], x[i + 1], x[i + 2], x[i + 3], x[i + 4], x[i + 5], x[i + 6], x[i + 7]]
+            word = tl.inline_asm_elementwise(SPEC.near[1], "=r,f,f,f,f,f,f,f,f", of, tl.int32, True, 1)
             words = words + (tl.where(sound[i] > 0, word, 0),)
     else:
         COUNT: tl.constexpr = min(PLANES, 32 // BITS) if 32 % BITS == 0 else PLANES

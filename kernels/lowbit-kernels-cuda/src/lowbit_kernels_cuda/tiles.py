@@ -60,6 +60,7 @@ def cast_tiles(
     OTHER_PLANES: tl.constexpr,
     TURN: tl.constexpr,
     BACKWARDS: tl.constexpr,
+    SPREAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Write what `out` holds of `_Out.pointers` from x, and `other` from its transpose; see `casts._run`."""
@@ -71,19 +72,19 @@ def cast_tiles(
     if BACKWARDS:
         # What was measured last is still in the cache.
         tile = tl.num_programs(0) - 1 - tile
-    batch, row, column = _place(tile, rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None)
+    batch, row, column = _place(tile, rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None, SPREAD)
     x += batch * x_batch
     matrix = (rows, columns, x_row, x_column), (source, None), (per, signs, seed)
     _cast_tile(
         *(x, out, batch, row, column, matrix),
-        *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, TURN),
+        *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, TURN, SPREAD),
     )
     if OTHER is not None:
         # The tile is near now: read again, each direction has it in the order it needs.
         matrix = (columns, rows, x_column, x_row), (None, source), (per, signs, seed)
         _cast_tile(
             *(x, other, batch, column, row, matrix),
-            *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES, TURN),
+            *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES, TURN, False),
         )
 
 
@@ -107,20 +108,23 @@ def measure_tiles(
     PLANES: tl.constexpr,
     OTHER_PLANES: tl.constexpr,
     TURN: tl.constexpr,
+    SPREAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """Fill in what scales are chosen from that are no tile's own."""
     _begin(OVERLAPS)
-    batch, row, column = _place(tl.program_id(0), rows, columns, ROWS, COLUMNS, ACROSS, False)
+    batch, row, column = _place(tl.program_id(0), rows, columns, ROWS, COLUMNS, ACROSS, False, SPREAD)
     x += batch * x_batch
     extents = rows, columns, x_row, x_column
-    planes = _read_planes(x, row, column, extents, (source, None), ACROSS, ROWS, COLUMNS, PLANES)
+    r = _rows(row, ROWS, SPREAD)
+    planes = _read_planes(x, r, column, extents, (source, None), ACROSS, ROWS, COLUMNS, PLANES)
     planes = _turn(planes, signs, PLANES, TURN)
-    _extend(planes, out, batch, row, rows, WAY, ROWS, COLUMNS // PLANES, PLANES)
+    _extend(planes, out, batch, r, rows, WAY, ROWS, COLUMNS // PLANES, PLANES)
     if OTHER is not None:
         extents = columns, rows, x_column, x_row
-        planes = _read_planes(x, column, row, extents, (None, source), not ACROSS, COLUMNS, ROWS, OTHER_PLANES)
-        _extend(planes, other, batch, column, columns, OTHER, COLUMNS, ROWS // OTHER_PLANES, OTHER_PLANES)
+        r = _rows(column, COLUMNS, False)
+        planes = _read_planes(x, r, row, extents, (None, source), not ACROSS, COLUMNS, ROWS, OTHER_PLANES)
+        _extend(planes, other, batch, r, columns, OTHER, COLUMNS, ROWS // OTHER_PLANES, OTHER_PLANES)
 
 
 @triton.jit
@@ -132,13 +136,24 @@ def _begin(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROSS: tl.constexpr, BOTH: tl.constexpr):
+def _place(
+    tile,
+    rows,
+    columns,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ACROSS: tl.constexpr,
+    BOTH: tl.constexpr,
+    SPREAD: tl.constexpr,
+):
     """Batch, first row and first column of a tile, by its number; neighbours in memory run one after the other.
 
     Where what is written lies across what is read, some neighbours only, and then those beyond them, so that a row that
     is written fills before it leaves the cache.
     """
     tall, wide = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
+    if SPREAD:
+        tall = tl.cdiv(rows, 128) * (128 // ROWS)
     batch = (tile // (tall * wide)).to(tl.int64)
     tile = tile % (tall * wide)
     if ACROSS:
@@ -148,6 +163,19 @@ def _place(tile, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, ACROS
     else:
         i, j = tile // wide, tile % wide
     return batch, i * ROWS, j * COLUMNS
+
+
+@triton.jit
+def _rows(row, ROWS: tl.constexpr, SPREAD: tl.constexpr):
+    """Rows (ROWS, 1) of a tile that starts at `row`.
+
+    If SPREAD, of 128 rows those whose scales lie side by side where these are in tiles of 128 x 4: every 32nd.
+    """
+    i = tl.arange(0, ROWS)[:, None]
+    if SPREAD:
+        row = row // 128 * 128 + row % 128 // 4
+        i = i % 4 * 32 + i // 4
+    return row + i
 
 
 @triton.jit
@@ -161,13 +189,13 @@ def _grouped(tile, fast, slow):
 
 
 @triton.jit
-def _read(x, row, column, extents, sources, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """Float32 tile of columns that are a step apart, zero beyond the matrix.
+def _read(x, r, column, extents, sources, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """Float32 tile of rows `r` (ROWS, 1) and columns that are a step apart, zero beyond the matrix.
 
     `extents` are its rows, columns and their strides; `sources`, where not None, the rows or columns that each is.
     """
     rows, columns, x_row, x_column = extents
-    r, in_rows = _source(row + tl.arange(0, ROWS)[:, None], rows, sources[0])
+    r, in_rows = _source(r, rows, sources[0])
     c, in_columns = _source(column + tl.arange(0, COLUMNS)[None, :] * STEP, columns, sources[1])
     return to_float32(tl.load(x + r.to(tl.int64) * x_row + c.to(tl.int64) * x_column, in_rows & in_columns, 0))
 
@@ -185,7 +213,7 @@ def _source(i, count, source):
 @triton.jit
 def _read_planes(
     x,
-    row,
+    r,
     column,
     extents,
     sources,
@@ -200,13 +228,13 @@ def _read_planes(
     planes = ()
     if ACROSS:
         for i in tl.static_range(PLANES):
-            planes = planes + (_read(x, row, column + i, extents, sources, ROWS, COLUMNS // PLANES, PLANES),)
+            planes = planes + (_read(x, r, column + i, extents, sources, COLUMNS // PLANES, PLANES),)
     elif PLANES <= CHUNK:
-        planes = split_planes(_read(x, row, column, extents, sources, ROWS, COLUMNS, 1), ROWS, COLUMNS, PLANES)
+        planes = split_planes(_read(x, r, column, extents, sources, COLUMNS, 1), ROWS, COLUMNS, PLANES)
     else:
         rows, columns, x_row, x_column = extents
         WIDTH: tl.constexpr = COLUMNS // PLANES * CHUNK
-        r, inside = _source(row + tl.arange(0, ROWS)[:, None], rows, sources[0])
+        r, inside = _source(r, rows, sources[0])
         for i in tl.static_range(PLANES // CHUNK):
             c = tl.arange(0, WIDTH)[None, :]
             c, there = _source(column + (c // CHUNK * PLANES + (c % CHUNK + i * CHUNK)), columns, sources[1])
@@ -249,7 +277,7 @@ def _extend(
     planes,
     out,
     batch,
-    row,
+    r,
     rows,
     WAY: tl.constexpr,
     ROWS: tl.constexpr,
@@ -265,7 +293,6 @@ def _extend(
         if WAY.height == 0:
             at, there = batch + tl.zeros_like(most), most == most
         else:
-            r = row + tl.arange(0, ROWS)[:, None]
             at, there = batch * rows + r, r < rows
         tl.atomic_max(high + at, most, there, sem="relaxed")
         if WAY.spec.zero:
@@ -318,6 +345,7 @@ def _cast_tile(
     CHUNKS: tl.constexpr,
     PLANES: tl.constexpr,
     TURN: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     """Scales and codes of CHUNKS canonical tiles (ROWS, COLUMNS) side by side, the first at (row, column)."""
     SPEC: tl.constexpr = WAY.spec
@@ -328,35 +356,39 @@ def _cast_tile(
     rows, columns, _, _ = extents
     per, signs, seed = others
     planes = ()
+    r = _rows(row, ROWS, SPREAD)
     for i in tl.static_range(CHUNKS):
-        planes = planes + _read_planes(x, row, column + i * COLUMNS, extents, sources, ACROSS, ROWS, COLUMNS, PLANES)
+        planes = planes + _read_planes(x, r, column + i * COLUMNS, extents, sources, ACROSS, ROWS, COLUMNS, PLANES)
     planes = _turn(planes, signs, PLANES * CHUNKS, TURN)
     most = 0
     least = 0
     if WAY.source == "tile":
         most, least = _extent(planes, WAY, ROWS, WIDTH, PLANES * CHUNKS)
-    scale, zero, whole = _scale_tile(most, least, out, batch, row, column, rows, columns, per, WAY, FLAT, ROWS, BLOCKS)
+    scale, zero, whole = _scale_tile(
+        *(most, least, out, batch, row, r, column, rows, columns, per), *(WAY, FLAT, ROWS, BLOCKS, SPREAD)
+    )
 
-    # What `divide` needs to be right; scales are short too if what is given for the tensor is a power of two.
+    # What `divide` needs to be right; scales are short too if what is given for the tensor is a power of two. Of 16-bit
+    # numbers and the scales that they have, once is enough for every pair: a test tries them all.
     FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
-    NEAR: tl.constexpr = len(SPEC.near) > 0 and TURN == 1 and x.dtype.element_ty.primitive_bitwidth == 16
-    ONCE: tl.constexpr = (0 if NEAR else 1) if FAST else -1
-    TWICE: tl.constexpr = 2 if FAST else -1
+    FEW: tl.constexpr = TURN == 1 and x.dtype.element_ty.primitive_bitwidth == 16
+    ONCE: tl.constexpr = (0 if FEW and len(SPEC.near) > 0 else 1) if FAST else -1
+    TWICE: tl.constexpr = (1 if FEW and WAY.tensor == "" and not SPEC.zero else 2) if FAST else -1
     size = rows, columns, seed
     if FAST and SPEC.scale.bits <= 16 and WAY.tensor == "matrix":
         if magnitude(whole) & 0x7FFFFF == 0:
             _write_codes(
-                *(planes, scale, zero, out[0], batch, row, column, size),
+                *(planes, scale, zero, out[0], batch, r, column, size),
                 *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, ONCE),
             )
         else:
             _write_codes(
-                *(planes, scale, zero, out[0], batch, row, column, size),
+                *(planes, scale, zero, out[0], batch, r, column, size),
                 *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, TWICE),
             )
     else:
         _write_codes(
-            *(planes, scale, zero, out[0], batch, row, column, size),
+            *(planes, scale, zero, out[0], batch, r, column, size),
             *(WAY, FLAT, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, ONCE if WAY.short else TWICE),
         )
 
@@ -368,7 +400,7 @@ def _write_codes(
     zero,
     data,
     batch,
-    row,
+    r,
     column,
     size,
     WAY: tl.constexpr,
@@ -391,7 +423,6 @@ def _write_codes(
     sound = _of_blocks((scale == scale).to(tl.float32), ROWS, BLOCKS)
     if SPEC.zero:
         zero = _of_blocks(zero, ROWS, BLOCKS)
-    r = row + tl.arange(0, ROWS)[:, None]
     inside = r < rows
     r = batch * rows + r
     for n in tl.static_range(CHUNKS):
@@ -424,6 +455,7 @@ def _scale_tile(
     out,
     batch,
     row,
+    r,
     column,
     rows,
     columns,
@@ -432,6 +464,7 @@ def _scale_tile(
     FLAT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
+    SPREAD: tl.constexpr,
 ):
     """Float32 scales and zero points of a tile, chosen and written or read, and tensor scales.
 
@@ -448,7 +481,8 @@ def _scale_tile(
     if WAY.height == 0:
         r, scale_rows = tl.zeros([1, 1], tl.int32), 1
     else:
-        r = row // WAY.height + tl.arange(0, TALL)[:, None]
+        if WAY.height > 1:
+            r = row // WAY.height + tl.arange(0, TALL)[:, None]
         scale_rows = tl.cdiv(rows, WAY.height)
     if WAY.group == 0:
         c, scale_columns = tl.zeros([1, 1], tl.int32), 1
@@ -495,7 +529,7 @@ def _scale_tile(
         else:
             amax = most.to(tl.float32, bitcast=True)
             stored, scale = scale_of_amax(amax, tensor_scale, SPEC, TENSOR)
-        if WAY.blocked and TALL % 128 == 0 and BLOCKS % 4 == 0:
+        if WAY.blocked and TALL % 128 == 0 and BLOCKS % 4 == 0 and not SPREAD:
             # Whole pieces of 128 x 4, with zeros beyond the end.
             i = tl.arange(0, TALL * BLOCKS)
             down, along = row // 128 + i // (128 * BLOCKS), column // (4 * WAY.group) + i % (128 * BLOCKS) // 512
@@ -504,6 +538,9 @@ def _scale_tile(
             stored = tl.reshape(tl.where(there, stored, 0), (TALL // 128, 4, 32, BLOCKS // 4, 4))
             stored = tl.reshape(tl.permute(stored, (0, 3, 2, 1, 4)), (TALL * BLOCKS,))
         elif WAY.blocked:
+            if SPREAD:
+                # Zeros beyond the end.
+                stored, first = tl.where(there, stored, 0), c < tl.cdiv(scale_columns, 4) * 4
             at = ((batch * tl.cdiv(scale_rows, 128) + r // 128) * tl.cdiv(scale_columns, 4) + c // 4) * 512
             at += r % 32 * 16 + r % 128 // 32 * 4 + c % 4
         tl.store(scales + at, stored, first)
