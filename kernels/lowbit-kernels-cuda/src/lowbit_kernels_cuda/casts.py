@@ -327,17 +327,14 @@ class _Out:
         self.tensor_scale = chosen(matrix, device=x.device) if chooses else tensor_scale
         check_scales(Scales(scale, zero, self.tensor_scale), fmt, shape)
         # An operator must not return its own input: one number is copied on the way.
-        self.given_scale = (
-            tensor_scale if x.numel() and tensor_scale is not None and tensor_scale.numel() == 1 else None
-        )
-        if self.given_scale is not None:
-            self.tensor_scale = self.given_scale.new_empty(self.given_scale.shape)
+        self.given_scale = None
+        if tensor_scale is not None and tensor_scale.numel() == 1 and x.numel():
+            self.given_scale, self.tensor_scale = tensor_scale, tensor_scale.new_empty(tensor_scale.shape)
         elif tensor_scale is not None:
             self.tensor_scale = tensor_scale.clone(memory_format=torch.contiguous_format)
         if given is not None:
-            scale, zero = (
-                None if part is None else part.clone(memory_format=torch.contiguous_format) for part in given
-            )
+            scale = scale.clone(memory_format=torch.contiguous_format)
+            zero = None if zero is None else zero.clone(memory_format=torch.contiguous_format)
         elif blocked:
             scale = x.new_empty(blocked_shape(natural), dtype=fmt.scale.storage)
             self.padded = scale.numel() > prod(natural)
@@ -366,11 +363,11 @@ class _Out:
         found = (self.data, self.scale, self.zero, self.tensor_scale)
         return [part for part in found if part is not None]
 
-    def pointers(self, x: Tensor) -> tuple[Any, ...]:
-        """What kernels take as their `out`, given x as (batch, rows, columns)."""
-        high = low = None
+    def pointers(self, x: Tensor, high: Tensor | None = None) -> tuple[Any, ...]:
+        """What kernels take as their `out`, given x as (batch, rows, columns); `high`: where its amax is already."""
+        low = None
         if self.way.tensor == "amax":
-            high = x.new_zeros(x.shape[0], dtype=torch.int32)
+            high = high if high is not None else x.new_zeros(x.shape[0], dtype=torch.int32)
         elif self.way.source == "extent":
             count = x.shape[0] if self.way.height == WHOLE else x.shape[0] * x.shape[1]
             high = x.new_zeros(count, dtype=torch.int32)
@@ -420,12 +417,14 @@ def _run(
         tile = _tile(rows, columns, way, across=across)
         if x.is_cuda:
             tile = _spread(tile, batch, rows, columns, way)
-        second, other_way = None, None
+        second, other_way, shared = None, None, False
     else:
         tile = _tile_both(columns, way, other.way)
         if x.is_cuda:
             tile = _spread_both(tile, batch, rows, columns, way, other.way)
-        second, other_way = other.pointers(x), other.way
+        # The amax of a matrix is found once.
+        shared = way.tensor == other.way.tensor == "amax"
+        second, other_way = other.pointers(x, pointers[6] if shared else None), other.way
     # Of a tile that is read twice, the rows must be the same.
     spread = not across and way.pieces(tile.columns) and (other is None or tile.rows == 128)
     if out.padded and not (spread or (way.pieces(tile.columns) and tile.rows % 128 == 0)):
@@ -463,7 +462,7 @@ def _run(
     measured = any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs)
     if measured:
         measure: Any = measure_tiles[grid]
-        measure(*given, signs, **fixed)
+        measure(*given, signs, **(fixed | {"OTHER": None} if shared else fixed))
     cast: Any = cast_tiles[grid]
     fixed |= {"FLAT": flat, "STOCHASTIC": stochastic, "ALIGNED": aligned, "CHUNKS": tile.chunks}
     cast(*given, per, signs, seed, BACKWARDS=measured, **fixed)
