@@ -24,9 +24,9 @@ from lowbit_kernels_cuda.scaling import Spec, raw, scale_of_amax, scale_of_range
 # Tensor scales may be any, one for each matrix.
 _TENSOR = tl.constexpr("rows")
 
-_COLUMNS = 16
-# Rows of a warp, and as many more as leave enough warps to keep a GPU busy: a lane's rows share what is read of M.
-_ROWS, _MOST_ROWS, _WARPS = 32, 128, 2048
+# Columns in registers, rows of a program times candidates, at least, and the most warps of one: lanes that take two rows
+# of several candidates read M once for all of them.
+_COLUMNS, _ROWS, _LANES, _WARPS = 16, 32, 64, 4
 
 
 def round_columns(
@@ -85,9 +85,8 @@ def _launch(
     found: tuple[Tensor | None, ...] = (None,) * 5,
 ) -> None:
     experts, n, width = w.shape
-    rows, candidates = _ROWS, triton.next_power_of_2(count)
-    while rows < _MOST_ROWS and count * experts * n >= 2 * rows * _WARPS:
-        rows *= 2
+    candidates = triton.next_power_of_2(count)
+    rows = max(_ROWS, _LANES // candidates)
     # What comes of every candidate.
     tried = w.new_empty(2, experts, count, g, n) if count > 1 else None
     inverses, _, _, scale, zero = found
@@ -107,7 +106,7 @@ def _launch(
         CANDIDATES=candidates,
         ROWS=rows,
         COLUMNS=_COLUMNS,
-        num_warps=candidates,
+        num_warps=min(candidates * rows // _LANES, _WARPS),
         # Scales have to be those of `lowbit.numerics`; sums are fused where they are written so.
         enable_fp_fusion=False,
     )
@@ -174,9 +173,10 @@ def _round(
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     # A lane goes through one candidate of one row, or a few rows; all take a part in what is done once for all of them.
     lane = tl.arange(0, CANDIDATES * ROWS)
-    candidate, row = lane // ROWS, first_row + lane % ROWS
+    # Were more rows said to be contiguous, a lane would read four at once, and columns be spread over lanes.
+    candidate, row = lane // ROWS, tl.max_contiguous(first_row + lane % ROWS, 2)
     here = (row < n) & (candidate < count)
-    candidates, rows = tl.arange(0, CANDIDATES)[:, None], first_row + tl.arange(0, ROWS)
+    candidates, rows = tl.arange(0, CANDIDATES)[:, None], tl.max_contiguous(first_row + tl.arange(0, ROWS), 2)
     there = rows < n
     inner = tl.arange(0, COLUMNS)[:, None]
     w += expert * w_expert
