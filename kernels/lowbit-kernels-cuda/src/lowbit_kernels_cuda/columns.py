@@ -178,7 +178,7 @@ def _round(
     here = (row < n) & (candidate < count)
     candidates, rows = tl.arange(0, CANDIDATES)[:, None], tl.max_contiguous(first_row + tl.arange(0, ROWS), 2)
     there = rows < n
-    inner = tl.arange(0, COLUMNS)[:, None]
+    inner = tl.arange(0, COLUMNS)
     w += expert * w_expert
     x += expert * x_expert
     m += expert * m_expert
@@ -234,15 +234,15 @@ def _round(
         for first in range(0, g, COLUMNS):
             columns = first + inner
             inside = columns < g
-            tile = tl.load(x + row[None, :] * x_row + (start + columns) * x_column, here[None, :] & inside, 0.0)
+            tile = tl.load(x + row[None, :] * x_row + (start + columns)[:, None] * x_column, here[None, :] & inside[:, None], 0.0)
             from_m = m + start * m_row + (start + columns) * m_column
-            for i in range(first):
-                factors = tl.load(from_m + i * m_row, inside, 0.0)
+            for i in tl.range(0, first, loop_unroll_factor=2):
+                factors = tl.load(from_m + i * m_row, inside, 0.0)[:, None]
                 tile = tl.fma(factors, tl.load(to_errors + i * error_step, here, 0.0)[None, :], tile)
             for j in range(COLUMNS):
                 column = first + j
                 now = here & (column + tl.zeros([CANDIDATES * ROWS], tl.int32) < g)
-                target = tl.sum(tl.where(inner == j, tile, 0.0), 0)
+                target = tl.sum(tl.where(inner[:, None] == j, tile, 0.0), 0)
                 value = _nearest(target, s, z, LOW, HIGH, MANTISSA, LEAST) * s
                 error = tl.load(w + (start + column) * w_column + row * w_row, now, 0.0) - value
                 beside = target - value
@@ -250,7 +250,7 @@ def _round(
                     d + (start + column) * d_column + tl.zeros([1], tl.int32), column < g + tl.zeros([1], tl.int32), 0.0
                 )
                 loss = tl.fma(weight * beside, beside, loss)
-                factors = tl.load(from_m + column * m_row, (inner > j) & inside, 0.0)
+                factors = tl.load(from_m + column * m_row, (inner > j) & inside, 0.0)[:, None]
                 tile = tl.fma(factors, error[None, :], tile)
                 tl.store(to_targets + column * target_step, target, now)
                 tl.store(to_errors + column * error_step, error, now)
@@ -291,14 +291,14 @@ def _bring(
 ):
     """Bring the group's columns of `x` up to date with those of the block before it."""
     for first in range(0, g, COLUMNS):
-        columns = start + first + tl.arange(0, COLUMNS)[:, None]
+        columns = start + first + tl.arange(0, COLUMNS)
         inside = columns < start + g
-        place = x[None, :] + columns * x_column
-        tile = tl.load(place, there[None, :] & inside, 0.0)
+        place = x[None, :] + columns[:, None] * x_column
+        tile = tl.load(place, there[None, :] & inside[:, None], 0.0)
         for i in range(start):
-            factors = tl.load(m + i * m_row + columns * m_column, inside, 0.0)
+            factors = tl.load(m + i * m_row + columns * m_column, inside, 0.0)[:, None]
             tile = tl.fma(factors, tl.load(errors + i * errors_column, there, 0.0)[None, :], tile)
-        tl.store(place, tile, there[None, :] & inside)
+        tl.store(place, tile, there[None, :] & inside[:, None])
     tl.debug_barrier()
 
 
@@ -320,12 +320,12 @@ def _range(
     low = tl.zeros([COLUMNS, ROWS], tl.float32)
     high = tl.zeros([COLUMNS, ROWS], tl.float32)
     for first in range(0, g, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)[:, None]
+        columns = first + tl.arange(0, COLUMNS)
         inside = columns < g
-        tile = tl.load(w[None, :] + columns * w_column, there[None, :] & inside, 0.0)
+        tile = tl.load(w[None, :] + columns[:, None] * w_column, there[None, :] & inside[:, None], 0.0)
         for i in range(tl.minimum(first + COLUMNS, g)):
             moved = tl.load(x + i * x_column, there, 0.0) - tl.load(w + i * w_column, there, 0.0)
-            factors = tl.load(inverse + i * inverse_row + columns * inverse_column, inside, 0.0)
+            factors = tl.load(inverse + i * inverse_row + columns * inverse_column, inside, 0.0)[:, None]
             tile = tl.fma(factors, moved[None, :], tile)
         low = tl.minimum(low, tile)
         high = tl.maximum(high, tile)
