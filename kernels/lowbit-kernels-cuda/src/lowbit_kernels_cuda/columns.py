@@ -24,8 +24,8 @@ from lowbit_kernels_cuda.scaling import Spec, raw, scale_of_amax, scale_of_range
 # Tensor scales may be any, one for each matrix.
 _TENSOR = tl.constexpr("rows")
 
-# Columns in registers, rows of a program times candidates, at least, and the most warps of one: lanes that take two rows
-# of several candidates read M once for all of them.
+# Columns in registers; rows of a program; rows times candidates of a warp, and the most warps of a program: a lane that
+# takes two rows and several candidates reads M once for all of them.
 _COLUMNS, _ROWS, _LANES, _WARPS = 16, 32, 64, 4
 
 
@@ -234,7 +234,9 @@ def _round(
         for first in range(0, g, COLUMNS):
             columns = first + inner
             inside = columns < g
-            tile = tl.load(x + row[None, :] * x_row + (start + columns)[:, None] * x_column, here[None, :] & inside[:, None], 0.0)
+            tile = tl.load(
+                x + row[None, :] * x_row + (start + columns)[:, None] * x_column, here[None, :] & inside[:, None], 0.0
+            )
             from_m = m + start * m_row + (start + columns) * m_column
             for i in tl.range(0, first, loop_unroll_factor=2):
                 factors = tl.load(from_m + i * m_row, inside, 0.0)[:, None]

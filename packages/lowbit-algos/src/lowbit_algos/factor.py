@@ -23,7 +23,7 @@ class Factors:
 
     # (E, K).
     order: Tensor
-    # (E, K, K), each column by column in memory.
+    # (E, K, K), each column by column in memory; what lies below the diagonals is arbitrary.
     m: Tensor
     # (E, K): the diagonals of D.
     d: Tensor

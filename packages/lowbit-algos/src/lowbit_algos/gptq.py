@@ -269,9 +269,8 @@ class _Solver:
         count, k = diagonal.shape
         starts = torch.arange(0, k, group, device=diagonal.device)
         if not self.act_order:
-            places = (torch.arange(size, device=diagonal.device) for size in (k, len(starts)))
-            order, groups = (part.expand(count, -1) for part in places)
-            return order, groups
+            order, groups = (torch.arange(size, device=diagonal.device) for size in (k, len(starts)))
+            return order.expand(count, -1), groups.expand(count, -1)
         lacking = -k % group
         parts = torch.nn.functional.pad(diagonal, (0, lacking), value=-inf).unflatten(1, (-1, group))
         sums = parts.sum(2)
@@ -284,10 +283,9 @@ class _Solver:
 
     def _sizes(self, k: int, group: int, block: int) -> list[int]:
         """Columns that are rounded together, in their order: of a group, or of a block where a scale covers rows."""
-        size = min(group, k) if group < k else block
-        sizes, rest = [size] * (k // size), k % size
-        first = [rest] if rest else []
-        return first + sizes if self.act_order and group < k else sizes + first
+        size = group if group < k else block
+        sizes, rest = [size] * (k // size), [k % size] if k % size else []
+        return rest + sizes if self.act_order and group < k else sizes + rest
 
     def _block(self, group: int) -> int:
         """Columns of a block: whole groups.
