@@ -4,8 +4,9 @@ A program takes some rows through a block of groups, each warp one candidate, ea
 for one another only where the best candidate is chosen. Sixteen columns at a time are in registers; what earlier ones
 erred by is added to them when their turn comes.
 """
-# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
-# pyright: reportPossiblyUnboundVariable=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
+# pyright: reportUnnecessaryComparison=false
 
 from __future__ import annotations
 

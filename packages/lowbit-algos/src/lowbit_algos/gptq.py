@@ -133,12 +133,10 @@ def solve(
     one = canonical.dim() == 2
     matrices, hessians = (canonical[None], hessian[None]) if one else (canonical, hessian)
     count = _experts_at_a_time(*matrices.shape[1:], cuda=weight.is_cuda)
-    parts = [matrices.split(count), hessians.split(count)]
-    if tensor_scale is None:
-        solved = [solver.solve(*given, None) for given in zip(*parts, strict=True)]
-    else:
+    parts, wholes = matrices.split(count), [None] * -(-len(matrices) // count)
+    if tensor_scale is not None:
         wholes = (tensor_scale[None] if one else tensor_scale).split(count)
-        solved = [solver.solve(*given) for given in zip(*parts, wholes, strict=True)]
+    solved = [solver.solve(*given) for given in zip(parts, hessians.split(count), wholes, strict=True)]
     data, scales, dampings = zip(*solved, strict=True)
     codes, joined = _joined(torch.cat, data), _map(torch.cat, scales)
     if one:
