@@ -50,7 +50,7 @@ DAMPING = 0.01
 
 
 def working(n: int, k: int, *, experts: int = 1, cuda: bool) -> int:
-    """Bytes at most that a matrix (N, K), or each of some experts, is worked on in, besides it and its Hessian."""
+    """Bytes at most that a matrix (N, K), or some experts, are worked on in, besides them and their Hessians."""
     count = min(experts, _experts_at_a_time(n, k, cuda=cuda))
     rows = count * n if count > 1 else min(n, _rows_at_a_time(k, cuda=cuda))
     # In float32: factors; while they are made, some of a Hessian's rows in order; then what is rounded, errors, values,
@@ -133,14 +133,15 @@ def solve(
     one = canonical.dim() == 2
     matrices, hessians = (canonical[None], hessian[None]) if one else (canonical, hessian)
     count = _experts_at_a_time(*matrices.shape[1:], cuda=weight.is_cuda)
-    parts, wholes = matrices.split(count), [None] * -(-len(matrices) // count)
+    given, wholes = (matrices.split(count), hessians.split(count)), [None] * -(-len(matrices) // count)
     if tensor_scale is not None:
         wholes = (tensor_scale[None] if one else tensor_scale).split(count)
-    solved = [solver.solve(*given) for given in zip(parts, hessians.split(count), wholes, strict=True)]
+    solved = [solver.solve(*some) for some in zip(*given, wholes, strict=True)]
     data, scales, dampings = zip(*solved, strict=True)
     codes, joined = _joined(torch.cat, data), _map(torch.cat, scales)
     if one:
-        codes, joined = codes[0], _map(lambda part: part[0][0], [joined])
+        whole = None if joined.tensor_scale is None else joined.tensor_scale[0]
+        codes, joined = codes[0], replace(_each(lambda part: part[0], joined), tensor_scale=whole)
     q = QuantizedTensor.from_parts(codes, joined, parsed, k=canonical.shape[-1], dtype=weight.dtype, axis=k_axis)
     return Solution(q, tuple(damping for some in dampings for damping in some))
 
@@ -194,8 +195,10 @@ class _Solver:
         scales = self._room(w, tensor_scale) if grouped else self._choose(w, tensor_scale)
         if not grouped:
             scales = self._search_rows(w, found, scales, block)
-        kernel = kernel_for_columns("round_groups", self.fmt, w.device.type, group) if grouped and w.is_cuda else None
-        inverses = _inverses(m, group) if kernel is not None else None
+        kernel = inverses = None
+        if grouped and w.device.type != "cpu":
+            kernel = kernel_for_columns("round_groups", self.fmt, w.device.type, group)
+            inverses = None if kernel is None else _inverses(m, group)
         since = ahead = 0
         brought = w.mT
         for spans in _blocks(self._sizes(w.shape[2], group, block), block):
@@ -213,17 +216,8 @@ class _Solver:
                 continue
             numbers, shares = slice(spans[0].group, spans[-1].group + 1), _on(w.device, self._shares)
             these = _each(lambda part, numbers=numbers: part[:, :, numbers], scales)
-            kernel.run(
-                *given,
-                inverses[:, numbers],
-                shares,
-                tensor_scale,
-                self.fmt,
-                self.mode,
-                these,
-                targets[:, :, whole],
-                errors[:, :, whole],
-            )
+            how = inverses[:, numbers], shares, tensor_scale, self.fmt, self.mode
+            kernel.run(*given, *how, these, targets[:, :, whole], errors[:, :, whole])
         if grouped:
             places = groups.argsort(1)[:, None]
             scales = _each(lambda part: _gathered(part, 2, places.expand(part.shape)), scales)
@@ -384,7 +378,7 @@ def _add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
     """Add `a b` of every expert."""
     if a.numel() == 0:
         return
-    if to.is_cuda:
+    if to.device.type != "cpu":
         to.baddbmm_(a, b)
         return
     # One after the other: of several at once, a CPU's library may add up in another order.
