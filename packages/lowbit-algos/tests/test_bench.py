@@ -27,12 +27,13 @@ def test_a_factorization_for_each_shape_and_two_choices_for_each_format():
     assert told == [
         ("factorization", "", ""),
         *(("GPTQ", spec, choices) for spec in ("INT4_G32", "MXFP4") for choices in ("plain", "default")),
+        *(("GPTQ of 4 experts", spec, "default") for spec in ("INT4_G32", "MXFP4")),
     ]
 
 
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
 def test_accuracy_is_that_of_the_outputs_error(kind):
-    _, _, default = cases("INT4_G32")
+    _, _, default, _ = cases("INT4_G32")
     weight, hessian = default.data(kind)
     assert torch.linalg.eigvalsh(hessian.double()).min() > 0
     assert (hessian.diagonal().max() / hessian.diagonal().median() > 100) == (kind == "outliers")
@@ -46,6 +47,15 @@ def test_accuracy_is_that_of_the_outputs_error(kind):
         assert float(off.square().sum() / exact.square().sum()) == pytest.approx(float(wanted), rel=1e-3)
         found[contender.name] = wanted
     assert found["lowbit"] < found["round to nearest"]
+
+
+def test_experts_at_once_become_what_they_become_one_by_one():
+    *_, stacked = cases("INT4_G32")
+    data = stacked.data("normal")
+    found, wanted = (each.decode(each.run(*each.prepare(*data)(0))) for each in (stacked.candidate, stacked.baseline))
+    assert found.shape == (4, 48, 128)
+    assert torch.equal(found, wanted)
+    assert not torch.equal(found[0], found[1])
 
 
 def test_both_factorizations_multiply_to_the_damped_hessian():

@@ -11,6 +11,7 @@ import torch
 import lowbit as lb
 from lowbit.testing import FORMAT_GRID, rounding_bound
 from lowbit_algos import gptq, solve
+from lowbit_algos.factor import cholesky_by_panels
 
 TWO_DIMS = [fmt for fmt in FORMAT_GRID if len(fmt.block) == 2 and fmt.element.signed | (fmt.zero is not None)]
 
@@ -120,18 +121,30 @@ def test_searching_scales_and_order_help_what_they_were_given(fmt):
     assert both < plain
 
 
-@pytest.mark.parametrize("fmt", ["INT4_G32", "FP8_ROW", "MXFP4", "NVFP4"])
-@pytest.mark.parametrize("k_axis", [1, 2])
-def test_experts_are_solved_as_matrices_are(fmt, k_axis):
-    matrices = [problem(48, 256, seed=seed) for seed in range(3)]
-    stack = torch.stack([m[0] for m in matrices])
-    hessians = torch.stack([m[1] for m in matrices])
-    found = gptq(stack.mT if k_axis == 1 else stack, hessians, fmt, k_axis=k_axis)
-    assert found.shape == ((3, 256, 48) if k_axis == 1 else (3, 48, 256))
-    values = found.dequantize()
-    for e, (weight, hessian, _) in enumerate(matrices):
-        alone = gptq(weight, hessian, fmt).dequantize()
-        assert torch.equal(values[e].mT if k_axis == 1 else values[e], alone)
+STACKED = ("INT4_G32", "UINT4_G128", "INT8_ROW_ASYM", "FP8_ROW", "FP8_128x128", "INT8_TENSOR", "MXFP8", "NVFP4")
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("fmt", STACKED)
+def test_experts_get_the_bits_that_each_gets_alone(fmt, act_order, monkeypatch):
+    k = 456 if fmt == "FP8_128x128" else 512
+    matrices = [problem(96, k, seed=seed, dtype=torch.bfloat16) for seed in range(3)]
+    weights, hessians = (torch.stack([m[i] for m in matrices]) for i in range(2))
+    whole = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1) * 2.0**-10 if fmt == "NVFP4" else None
+    alone = [
+        solve(*m[:2], fmt, tensor_scale=None if whole is None else whole[e], act_order=act_order)
+        for e, m in enumerate(matrices)
+    ]
+    # All at a time, and two.
+    for elements in (3 * k * k, 2 * k * k):
+        monkeypatch.setattr(sys.modules["lowbit_algos.gptq"], "_ELEMENTS", elements)
+        found = solve(weights.mT, hessians, fmt, k_axis=1, tensor_scale=whole, act_order=act_order)
+        for e, each in enumerate(alone):
+            q, wanted = found.weight.mT[e], each.weight
+            assert torch.equal(q.qdata.view(torch.uint8), wanted.qdata.view(torch.uint8))
+            assert torch.equal(q.scale.float(), wanted.scale.float())
+            assert q.zero is None or torch.equal(q.zero, wanted.zero)
+            assert q.tensor_scale is None or torch.equal(q.tensor_scale, wanted.tensor_scale)
 
 
 def test_the_order_of_groups_and_of_columns_in_them_does_not_change_where_columns_are():
@@ -165,8 +178,21 @@ def test_damping_grows_where_the_hessian_is_indefinite():
     found = solve(weight, hessian, "INT8_ROW")
     assert found.damping == (0.1,)
     assert solve(weight, x.T @ x, "INT8_ROW").damping == (0.01,)
+    both = solve(torch.stack([weight] * 2), torch.stack([x.T @ x, hessian]), "INT8_ROW")
+    assert both.damping == (0.01, 0.1)
+    assert torch.equal(both.weight[1].qdata, found.weight.qdata)
     with pytest.raises(lb.LowbitError, match=r"not positive definite, not even with 1 of the mean"):
         gptq(weight, -torch.eye(64), "INT8_ROW")
+
+
+def test_panels_give_the_factors_of_several_matrices():
+    hessians = torch.stack([problem(1, 600, seed=seed)[1] for seed in range(3)]).double()
+    hessians[1, 500, 500] *= -1
+    found = hessians.float().mT.contiguous().mT
+    assert [bool(failed) for failed in cholesky_by_panels(found)] == [False, True, False]
+    for e in (0, 2):
+        factor = found[e].tril().double()
+        assert float((factor @ factor.mT - hessians[e]).norm() / hessians[e].norm()) < 2.0**-20
 
 
 def test_siblings_may_share_a_tensor_scale():

@@ -36,7 +36,7 @@ class Cuda:
         """Every kernel."""
         return (
             _row("round_columns", "algos.round_columns", 10, "columns:round_columns", _takes_all),
-            _row("round_group", "algos.round_group", 10, "columns:round_group", _shared_scales),
+            _row("round_groups", "algos.round_groups", 10, "columns:round_groups", _shared_scales),
             _row("quantize", "quantize", 10, "casts:quantize", _refuses_cast),
             _row("quantize_blocked", "quantize_blocked", 10, "casts:quantize_blocked", _refuses_cast),
             _row("quantize_both", "quantize_both", 10, "casts:quantize_both", _refuses_cast),

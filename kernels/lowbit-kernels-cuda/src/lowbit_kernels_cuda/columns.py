@@ -1,13 +1,15 @@
-"""GPTQ's loop over the columns of a group, for all rows and candidates at a time; see `lowbit_algos.columns`.
+"""GPTQ's loop over the columns of groups, for all rows and candidates at a time; see `lowbit_algos.columns`.
 
-A warp takes some rows through the loop, each lane its own, so that lanes never wait for one another. Sixteen columns at
-a time are in registers; what earlier ones erred by is added to them when their turn comes.
+A program takes some rows through a block of groups, each warp one candidate, each lane its own rows, so that lanes wait
+for one another only where the best candidate is chosen. Sixteen columns at a time are in registers; what earlier ones
+erred by is added to them when their turn comes.
 """
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportPossiblyUnboundVariable=false
+# pyright: reportUnnecessaryComparison=false
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,46 +20,37 @@ from torch import Tensor
 from lowbit.element import Element
 from lowbit.format import Format
 from lowbit.numerics import ScaleMode, Scales
-from lowbit_kernels_cuda.scaling import raw, scale_of_amax, scale_of_range, spec
+from lowbit_kernels_cuda.scaling import Spec, raw, scale_of_amax, scale_of_range, spec
 
-# Tensor scales may be any, one for each row.
+# Tensor scales may be any, one for each matrix.
 _TENSOR = tl.constexpr("rows")
 
-_COLUMNS = 16
-# Rows of a warp, or twice as many where there are so many warps that a GPU is busy all the same.
-_ROWS, _WARPS = 32, 1024
-
-
-@dataclass(frozen=True, slots=True)
-class _Tried:
-    """Columns under every candidate, by number: what was rounded and errors (C, g, N), and losses (C, N)."""
-
-    targets: Tensor
-    errors: Tensor
-    losses: Tensor
+# Columns in registers; rows of a program; rows times candidates of a warp, and the most warps of a program: a lane that
+# takes two rows and several candidates reads M once for all of them.
+_COLUMNS, _ROWS, _LANES, _WARPS = 16, 32, 64, 4
 
 
 def round_columns(
     w: Tensor, x: Tensor, m: Tensor, d: Tensor, scales: Tensor, zeros: Tensor, element: Element
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets and errors (N, g) of rows under the best of their candidates, and the losses (C, N) of all of them.
+    """Targets and errors (E, N, g) of rows under the best of their candidates, and the losses (C, E, N) of all of them.
 
-    `w` and `x` (N, g), `m` (g, g), `d` (g,), `scales` and `zeros` (C, N), all float32 and in any strides; fastest where
-    rows lie side by side.
+    `w` and `x` (E, N, g), `m` (E, g, g), `d` (E, g), `scales` and `zeros` (C, E, N), all float32 and in any strides;
+    fastest where rows lie side by side.
     """
-    tried = _try(w, x, m, d, scales, zeros, element)
-    if len(scales) == 1:
-        return tried.targets[0].mT, tried.errors[0].mT, tried.losses
-    best = tried.losses.argmin(0).expand(1, *w.mT.shape)
-    return tried.targets.gather(0, best)[0].mT, tried.errors.gather(0, best)[0].mT, tried.losses
+    targets, errors = (torch.empty_like(w.mT, memory_format=torch.contiguous_format).mT for _ in range(2))
+    losses = torch.empty(scales.shape, device=w.device)
+    given = scales.contiguous(), zeros.contiguous(), losses
+    _launch(w, x, m, d, len(scales), w.shape[2], targets, errors, element, given=given)
+    return targets, errors, losses
 
 
-def round_group(
+def round_groups(
     w: Tensor,
     x: Tensor,
     m: Tensor,
     d: Tensor,
-    free: Tensor,
+    inverses: Tensor,
     shares: Tensor,
     tensor_scale: Tensor | None,
     fmt: Format,
@@ -66,55 +59,58 @@ def round_group(
     targets: Tensor,
     errors: Tensor,
 ) -> None:
-    """Choose scales of `shares` (C,) of what `free + w` (N, g) needs, and write all that comes of the best of them.
+    """Choose scales of `shares` (C,) of what each group needs, and write all that comes of the best of them.
 
-    The rest is as for `round_columns`. `targets` and `errors` (N, g), and scales and zero points (N, 1), which may lie
-    in larger tensors, are written.
+    `w`, `x`, `targets` and `errors` (E, N, G g), `m` (E, G g, G g), `d` (E, G g), `inverses` (E, G, g, g) of M's blocks
+    on its diagonal, `tensor_scale` (E, 1, 1), and scales and zero points (E, N, G), which, as `targets` and `errors`
+    do, may lie in larger tensors. `x` is written over.
     """
-    (n, g), count, chosen = w.shape, len(shares), spec(fmt, mode, w.device)
-    stored = torch.empty(count, n, dtype=raw(scales.scale).dtype, device=w.device)
-    values, zeros = w.new_empty(count, n), w.new_empty(count, n)
-    fit: Any = _fit[(triton.cdiv(n, _ROWS),)]
-    fit(
-        *(w, free, shares, tensor_scale, stored, values, zeros, n, g, count, *w.stride(), *free.stride()),
-        SPEC=chosen,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        num_warps=1,
-        enable_fp_fusion=False,
-    )
-    tried = _try(w, x, m, d, values, zeros, fmt.element)
-    zero = scales.zero
-    pick: Any = _pick[(triton.cdiv(n, _ROWS),)]
-    pick(
-        *(tried.losses, stored, zeros, tried.targets, tried.errors, raw(scales.scale), zero, targets, errors),
-        *(n, g, count, scales.scale.stride(0), 0 if zero is None else zero.stride(0)),
-        *(*targets.stride(), *errors.stride()),
-        ZERO=zero is not None,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
-        num_warps=1,
-    )
+    chosen = spec(fmt, mode, w.device)
+    found = inverses, shares, tensor_scale, raw(scales.scale), scales.zero
+    _launch(w, x, m, d, len(shares), inverses.shape[3], targets, errors, fmt.element, SPEC=chosen, found=found)
 
 
-def _try(w: Tensor, x: Tensor, m: Tensor, d: Tensor, scales: Tensor, zeros: Tensor, element: Element) -> _Tried:
-    (n, g), count = w.shape, len(scales)
+def _launch(
+    w: Tensor,
+    x: Tensor,
+    m: Tensor,
+    d: Tensor,
+    count: int,
+    g: int,
+    targets: Tensor,
+    errors: Tensor,
+    element: Element,
+    *,
+    SPEC: Spec | None = None,
+    given: tuple[Tensor | None, ...] = (None,) * 3,
+    found: tuple[Tensor | None, ...] = (None,) * 5,
+) -> None:
+    experts, n, width = w.shape
+    candidates = triton.next_power_of_2(count)
+    rows = max(_ROWS, _LANES // candidates)
+    # What comes of every candidate.
+    tried = w.new_empty(2, experts, count, g, n) if count > 1 else None
+    inverses, _, _, scale, zero = found
     integer = element.kind == "int"
-    tried = _Tried(w.new_empty(count, g, n), w.new_empty(count, g, n), w.new_empty(count, n))
-    rows = 64 if count * n >= 64 * _WARPS else _ROWS
-    run: Any = _round[triton.cdiv(n, rows), count]
+    run: Any = _round[triton.cdiv(n, rows), experts]
     run(
-        *(w, x, m, d, scales.contiguous(), zeros.contiguous(), tried.targets, tried.errors, tried.losses, n, g),
-        *(*w.stride(), *x.stride(), *m.stride(), d.stride(0)),
+        *(w, x, m, d, *given, *found, tried, targets, errors, n, width, g, count),
+        *(*w.stride(), *x.stride(), *m.stride(), *d.stride(), *targets.stride(), *errors.stride()),
+        *((0,) * 4 if inverses is None else inverses.stride()),
+        *((0,) * 3 if scale is None else scale.stride()),
+        *((0,) * 3 if zero is None else zero.stride()),
+        SPEC=SPEC,
         LOW=element.min,
         HIGH=element.max,
         MANTISSA=-1 if integer else element.mantissa,
         LEAST=0 if integer else 1 - element.bias,
+        CANDIDATES=candidates,
         ROWS=rows,
         COLUMNS=_COLUMNS,
-        num_warps=1,
+        num_warps=min(candidates * rows // _LANES, _WARPS),
+        # Scales have to be those of `lowbit.numerics`; sums are fused where they are written so.
+        enable_fp_fusion=False,
     )
-    return tried
 
 
 @triton.jit
@@ -125,56 +121,226 @@ def _round(
     d,
     scales,
     zeros,
+    losses,
+    inverses,
+    shares,
+    tensor_scale,
+    scale,
+    zero,
+    tried,
     targets,
     errors,
-    losses,
     n,
+    width,
     g,
+    count,
+    w_expert,
     w_row,
     w_column,
+    x_expert,
     x_row,
     x_column,
+    m_expert,
     m_row,
     m_column,
+    d_expert,
     d_column,
+    targets_expert,
+    targets_row,
+    targets_column,
+    errors_expert,
+    errors_row,
+    errors_column,
+    inverses_expert,
+    inverses_group,
+    inverses_row,
+    inverses_column,
+    scale_expert,
+    scale_row,
+    scale_group,
+    zero_expert,
+    zero_row,
+    zero_group,
+    SPEC: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     MANTISSA: tl.constexpr,
     LEAST: tl.constexpr,
+    CANDIDATES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    experts, expert = tl.num_programs(1).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    # A lane goes through one candidate of one row, or a few rows; all take a part in what is done once for all of them.
+    lane = tl.arange(0, CANDIDATES * ROWS)
+    # Were more rows said to be contiguous, a lane would read four at once, and columns be spread over lanes.
+    candidate, row = lane // ROWS, tl.max_contiguous(first_row + lane % ROWS, 2)
+    here = (row < n) & (candidate < count)
+    candidates, rows = tl.arange(0, CANDIDATES)[:, None], tl.max_contiguous(first_row + tl.arange(0, ROWS), 2)
     there = rows < n
-    candidate = tl.program_id(1).to(tl.int64)
-    s = tl.load(scales + candidate * n + rows, there, 1.0)
-    z = tl.load(zeros + candidate * n + rows, there, 0.0)
-    targets += candidate * g * n + rows
-    errors += candidate * g * n + rows
-    loss = tl.zeros([ROWS], tl.float32)
-    inner = tl.arange(0, COLUMNS)[:, None]
+    inner = tl.arange(0, COLUMNS)
+    w += expert * w_expert
+    x += expert * x_expert
+    m += expert * m_expert
+    d += expert * d_expert
+    targets += expert * targets_expert
+    errors += expert * errors_expert
+    for start in range(0, width, g):
+        if SPEC is None:
+            place = (candidate * experts + expert) * n + row
+            s = tl.load(scales + place, here, 1.0)
+            z = tl.load(zeros + place, here, 0.0)
+        else:
+            if start > 0:
+                to = x + rows * x_row
+                _bring(
+                    to,
+                    m,
+                    errors + rows * errors_row,
+                    start,
+                    g,
+                    there,
+                    m_row,
+                    m_column,
+                    x_column,
+                    errors_column,
+                    COLUMNS,
+                )
+            low, high = _range(
+                *(w + start * w_column + rows * w_row, x + start * x_column + rows * x_row),
+                *(inverses + expert * inverses_expert + (start // g) * inverses_group, g, there),
+                *(w_column, x_column, inverses_row, inverses_column, ROWS, COLUMNS),
+            )
+            share = tl.load(shares + candidates, candidates < count, 1.0)
+            if SPEC.zero:
+                stored, size, point = scale_of_range(low[None, :] * share, high[None, :] * share, SPEC)
+            else:
+                whole = 1.0
+                if SPEC.tensor:
+                    whole = tl.load(tensor_scale + expert)
+                stored, size = scale_of_amax(tl.maximum(-low, high)[None, :] * share, whole, SPEC, _TENSOR)
+                point = tl.zeros([CANDIDATES, ROWS], tl.float32)
+            s, z = tl.reshape(size, (CANDIDATES * ROWS,)), tl.reshape(point, (CANDIDATES * ROWS,))
+        # Where there are candidates, what comes of each is written apart, and in the end the best one's moved.
+        if CANDIDATES == 1:
+            to_targets, to_errors = targets + start * targets_column + row * targets_row, errors + row * errors_row
+            to_errors += start * errors_column
+            target_step, error_step = targets_column, errors_column
+        else:
+            to_targets = tried + (expert * count + candidate) * g * n + row
+            to_errors = to_targets + experts * count * g * n
+            target_step, error_step = n, n
+        loss = tl.zeros([CANDIDATES * ROWS], tl.float32)
+        for first in range(0, g, COLUMNS):
+            columns = first + inner
+            inside = columns < g
+            tile = tl.load(
+                x + row[None, :] * x_row + (start + columns)[:, None] * x_column, here[None, :] & inside[:, None], 0.0
+            )
+            from_m = m + start * m_row + (start + columns) * m_column
+            for i in tl.range(0, first, loop_unroll_factor=2):
+                factors = tl.load(from_m + i * m_row, inside, 0.0)[:, None]
+                tile = tl.fma(factors, tl.load(to_errors + i * error_step, here, 0.0)[None, :], tile)
+            for j in range(COLUMNS):
+                column = first + j
+                now = here & (column + tl.zeros([CANDIDATES * ROWS], tl.int32) < g)
+                target = tl.sum(tl.where(inner[:, None] == j, tile, 0.0), 0)
+                value = _nearest(target, s, z, LOW, HIGH, MANTISSA, LEAST) * s
+                error = tl.load(w + (start + column) * w_column + row * w_row, now, 0.0) - value
+                beside = target - value
+                weight = tl.load(
+                    d + (start + column) * d_column + tl.zeros([1], tl.int32), column < g + tl.zeros([1], tl.int32), 0.0
+                )
+                loss = tl.fma(weight * beside, beside, loss)
+                factors = tl.load(from_m + column * m_row, (inner > j) & inside, 0.0)[:, None]
+                tile = tl.fma(factors, error[None, :], tile)
+                tl.store(to_targets + column * target_step, target, now)
+                tl.store(to_errors + column * error_step, error, now)
+            # What one lane wrote another may read.
+            tl.debug_barrier()
+        if SPEC is None:
+            tl.store(losses + (candidate * experts + expert) * n + row, loss, here)
+        several = tl.where(candidates < count, tl.reshape(loss, (CANDIDATES, ROWS)), float("inf"))
+        best = tl.argmin(several, 0)
+        if SPEC is not None:
+            to = scale + expert * scale_expert + rows * scale_row + (start // g) * scale_group
+            chosen = candidates == best[None, :]
+            tl.store(to, tl.sum(tl.where(chosen, stored, 0), 0).to(scale.dtype.element_ty), there)
+            if SPEC.zero:
+                to = zero + expert * zero_expert + rows * zero_row + (start // g) * zero_group
+                tl.store(to, tl.sum(tl.where(chosen, point, 0.0), 0).to(zero.dtype.element_ty), there)
+        if CANDIDATES > 1:
+            place = tried + (expert * count + best) * g * n + rows
+            _move(place, targets + start * targets_column + rows * targets_row, g, there, n, targets_column, COLUMNS)
+            place += experts * count * g * n
+            _move(place, errors + start * errors_column + rows * errors_row, g, there, n, errors_column, COLUMNS)
+            tl.debug_barrier()
+
+
+@triton.jit
+def _bring(
+    x,
+    m,
+    errors,
+    start,
+    g,
+    there,
+    m_row,
+    m_column,
+    x_column,
+    errors_column,
+    COLUMNS: tl.constexpr,
+):
+    """Bring the group's columns of `x` up to date with those of the block before it."""
     for first in range(0, g, COLUMNS):
-        columns = first + inner
+        columns = start + first + tl.arange(0, COLUMNS)
+        inside = columns < start + g
+        place = x[None, :] + columns[:, None] * x_column
+        tile = tl.load(place, there[None, :] & inside[:, None], 0.0)
+        for i in range(start):
+            factors = tl.load(m + i * m_row + columns * m_column, inside, 0.0)[:, None]
+            tile = tl.fma(factors, tl.load(errors + i * errors_column, there, 0.0)[None, :], tile)
+        tl.store(place, tile, there[None, :] & inside[:, None])
+    tl.debug_barrier()
+
+
+@triton.jit
+def _range(
+    w,
+    x,
+    inverse,
+    g,
+    there,
+    w_column,
+    x_column,
+    inverse_row,
+    inverse_column,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The least and the greatest of what a group's columns would come to if none of them were rounded, and 0."""
+    low = tl.zeros([COLUMNS, ROWS], tl.float32)
+    high = tl.zeros([COLUMNS, ROWS], tl.float32)
+    for first in range(0, g, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)
         inside = columns < g
-        tile = tl.load(x + rows[None, :] * x_row + columns * x_column, there[None, :] & inside, 0.0)
-        for i in range(first):
-            factors = tl.load(m + i * m_row + columns * m_column, inside, 0.0)
-            tile += factors * tl.load(errors + i * n, there, 0.0)[None, :]
-        for j in range(COLUMNS):
-            column = first + j
-            here = there & (column + tl.zeros([ROWS], tl.int32) < g)
-            target = tl.sum(tl.where(inner == j, tile, 0.0), 0)
-            value = _nearest(target, s, z, LOW, HIGH, MANTISSA, LEAST) * s
-            error = tl.load(w + rows * w_row + column * w_column, here, 0.0) - value
-            beside = target - value
-            loss += tl.load(d + column * d_column + tl.zeros([ROWS], tl.int32), here, 0.0) * beside * beside
-            factors = tl.load(m + column * m_row + columns * m_column, (inner > j) & inside, 0.0)
-            tile += factors * error[None, :]
-            tl.store(targets + column * n, target, here)
-            tl.store(errors + column * n, error, here)
-        # What one lane wrote another may read.
-        tl.debug_barrier()
-    tl.store(losses + candidate * n + rows, loss, there)
+        tile = tl.load(w[None, :] + columns[:, None] * w_column, there[None, :] & inside[:, None], 0.0)
+        for i in range(tl.minimum(first + COLUMNS, g)):
+            moved = tl.load(x + i * x_column, there, 0.0) - tl.load(w + i * w_column, there, 0.0)
+            factors = tl.load(inverse + i * inverse_row + columns * inverse_column, inside, 0.0)[:, None]
+            tile = tl.fma(factors, moved[None, :], tile)
+        low = tl.minimum(low, tile)
+        high = tl.maximum(high, tile)
+    return tl.min(low, 0), tl.max(high, 0)
+
+
+@triton.jit
+def _move(tried, to, g, there, step, to_step, COLUMNS: tl.constexpr):
+    for first in range(0, g, COLUMNS):
+        columns = first + tl.arange(0, COLUMNS)[:, None]
+        inside = there[None, :] & (columns < g)
+        tl.store(to[None, :] + columns * to_step, tl.load(tried[None, :] + columns * step, inside), inside)
 
 
 @triton.jit
@@ -195,96 +361,3 @@ def _nearest(x, s, z, LOW: tl.constexpr, HIGH: tl.constexpr, MANTISSA: tl.conste
 @triton.jit
 def _round_to_even(x):
     return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
-def _fit(
-    w,
-    free,
-    shares,
-    tensor_scale,
-    stored,
-    values,
-    zeros,
-    n,
-    g,
-    count,
-    w_row,
-    w_column,
-    free_row,
-    free_column,
-    SPEC: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = rows < n
-    low = tl.zeros([ROWS], tl.float32)
-    high = tl.zeros([ROWS], tl.float32)
-    for first in range(0, g, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)[:, None]
-        inside = there[None, :] & (columns < g)
-        tile = tl.load(w + rows[None, :] * w_row + columns * w_column, inside, 0.0)
-        tile += tl.load(free + rows[None, :] * free_row + columns * free_column, inside, 0.0)
-        low = tl.minimum(low, tl.min(tile, 0))
-        high = tl.maximum(high, tl.max(tile, 0))
-    whole = 1.0
-    if SPEC.tensor:
-        whole = tl.load(tensor_scale)
-    place = rows
-    for candidate in range(count):
-        share = tl.load(shares + candidate)
-        if SPEC.zero:
-            scale, value, zero = scale_of_range(low * share, high * share, SPEC)
-            tl.store(zeros + place, zero, there)
-        else:
-            scale, value = scale_of_amax(tl.maximum(-low, high) * share, whole, SPEC, _TENSOR)
-            tl.store(zeros + place, tl.zeros([ROWS], tl.float32), there)
-        tl.store(stored + place, scale, there)
-        tl.store(values + place, value, there)
-        place += n
-
-
-@triton.jit
-def _pick(
-    losses,
-    stored,
-    zeros,
-    tried_targets,
-    tried_errors,
-    scale,
-    zero,
-    targets,
-    errors,
-    n,
-    g,
-    count,
-    scale_row,
-    zero_row,
-    targets_row,
-    targets_column,
-    errors_row,
-    errors_column,
-    ZERO: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = rows < n
-    best = tl.zeros([ROWS], tl.int64)
-    least = tl.load(losses + rows, there, 0.0)
-    for candidate in range(1, count):
-        loss = tl.load(losses + candidate * n + rows, there, 0.0)
-        best = tl.where(loss < least, candidate, best)
-        least = tl.minimum(loss, least)
-    tl.store(scale + rows * scale_row, tl.load(stored + best * n + rows, there), there)
-    if ZERO:
-        tl.store(zero + rows * zero_row, tl.load(zeros + best * n + rows, there).to(zero.dtype.element_ty), there)
-    for first in range(0, g, COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)[:, None]
-        inside = there[None, :] & (columns < g)
-        place = (best * g * n + rows)[None, :] + columns * n
-        target = tl.load(tried_targets + place, inside)
-        error = tl.load(tried_errors + place, inside)
-        tl.store(targets + rows[None, :] * targets_row + columns * targets_column, target, inside)
-        tl.store(errors + rows[None, :] * errors_row + columns * errors_column, error, inside)

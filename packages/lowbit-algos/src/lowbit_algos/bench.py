@@ -1,7 +1,8 @@
 """`lowbit bench gptq`: GPTQ of a weight given its Hessian, and the factorization that is part of it.
 
 Accuracy is that of the layer's output, over inputs with the Hessian's correlations; the baseline of GPTQ is rounding to
-nearest, that of the factorization the three steps of the published algorithm, which works with the inverse.
+nearest, that of a stack of experts (small shapes) one expert after the other, that of the factorization the three steps
+of the published algorithm, which works with the inverse.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lowbit_algos.gptq import DAMPING, Options, gptq
 
 # What the published algorithm has, and what lowbit adds by default.
 _CHOICES: dict[str, Options] = {"plain": {"act_order": False, "scale_search": False}, "default": {}}
+# Values of a weight, or of its Hessian, up to which it is measured as experts are, many of one shape.
+_EXPERT = 1 << 22
 
 
 def _cases(given: Given) -> Iterator[Case]:
@@ -30,16 +33,18 @@ def _cases(given: Given) -> Iterator[Case]:
         yield _factoring(given, shape)
         for use, choices in product(given.uses, _CHOICES):
             yield _rounding(given, shape, use, choices)
+        if shape[1] * max(shape) <= _EXPERT:
+            yield from (_stacked(given, shape, use) for use in given.uses)
 
 
 def _problem(shape: Shape, device: torch.device, kind: Kind) -> tuple[Tensor, Tensor]:
-    """A weight (N, K) as layers are initialised, and the Hessian (K, K) of correlated inputs."""
-    n, k = shape
+    """A weight (N, K) as layers are initialised, or experts (E, N, K), and Hessians (K, K) of correlated inputs."""
+    *experts, n, k = shape
     float32 = partial(normal, kind="normal", device=device, dtype=torch.float32)
-    x = float32(2 * k, k, seed=1) @ (float32(k, k, seed=2) / k**0.5 + torch.eye(k, device=device) / 2)
+    x = float32(*experts, 2 * k, k, seed=1) @ (float32(k, k, seed=2) / k**0.5 + torch.eye(k, device=device) / 2)
     if kind == "outliers":
-        x[:, ::100] *= 30
-    return float32(n, k, seed=0) / k**0.5, x.mT @ x
+        x[..., ::100] *= 30
+    return float32(*experts, n, k, seed=0) / k**0.5, x.mT @ x
 
 
 def _rounding(given: Given, shape: Shape, use: Use, choices: str) -> Case:
@@ -67,15 +72,37 @@ def _rounding(given: Given, shape: Shape, use: Use, choices: str) -> Case:
     )
 
 
+def _stacked(given: Given, shape: Shape, use: Use) -> Case:
+    """Experts at once, and one after the other."""
+    (n, k), fmt, count = shape, use.format, 32 if given.device.type == "cuda" else 4
+    moved = count * (4 * (n * k + k * k) + n * k * fmt.bits_per_element((n, k)) / 8)
+
+    def at_once(weights: Tensor, hessians: Tensor) -> tuple[list[QuantizedTensor], Tensor]:
+        return [gptq(weights, hessians, fmt)], hessians
+
+    def one_by_one(weights: Tensor, hessians: Tensor) -> tuple[list[QuantizedTensor], Tensor]:
+        return [gptq(*each, fmt) for each in zip(weights, hessians, strict=True)], hessians
+
+    return Case(
+        {"step": f"GPTQ of {count} experts", "format": use.spec, "choices": "default", "n": n, "k": k},
+        count * (n * k * k + k**3 / 3),
+        partial(_problem, (count, n, k), given.device),
+        _output,
+        Contender("lowbit", copies, at_once, moved, _outputs_of_experts),
+        Contender("one by one", copies, one_by_one, moved, _outputs_of_experts),
+    )
+
+
 def _factoring(given: Given, shape: Shape) -> Case:
     k = shape[1]
 
     def prepare(weight: Tensor, hessian: Tensor) -> Make:
         del weight
-        return copies(hessian, torch.arange(k, device=hessian.device))
+        return copies(hessian[None], torch.arange(k, device=hessian.device)[None])
 
     def damped(hessian: Tensor) -> Tensor:
-        return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(k, device=hessian.device)
+        mean = hessian.diagonal(dim1=-2, dim2=-1).mean()
+        return hessian + DAMPING * mean * torch.eye(k, device=hessian.device)
 
     def by_inverse(hessian: Tensor, order: Tensor) -> Tensor:
         del order
@@ -83,11 +110,10 @@ def _factoring(given: Given, shape: Shape) -> Case:
         return torch.linalg.cholesky(inverse, upper=True)
 
     def of_inverse(found: Tensor) -> Tensor:
-        return torch.cholesky_inverse(found, upper=True)
+        return torch.cholesky_inverse(found, upper=True)[0]
 
     def of_factors(found: Factors) -> Tensor:
-        m = found.m(slice(None), slice(None))
-        return m * found.d @ m.mT
+        return found.m[0] * found.d @ found.m[0].mT
 
     def exact(weight: Tensor, hessian: Tensor) -> Tensor:
         del weight
@@ -105,6 +131,8 @@ def _factoring(given: Given, shape: Shape) -> Case:
 
 def _output(weight: Tensor, hessian: Tensor) -> Tensor:
     """Products whose squares add up to the output's: `W L` with `H = L L^T`."""
+    if weight.dim() == 3:
+        return torch.stack([_output(*each) for each in zip(weight, hessian, strict=True)])
     damping = 1e-6 * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
     return weight @ torch.linalg.cholesky(hessian + damping)
 
@@ -112,6 +140,13 @@ def _output(weight: Tensor, hessian: Tensor) -> Tensor:
 def _outputs(result: tuple[QuantizedTensor, Tensor]) -> Tensor:
     q, hessian = result
     return _output(q.dequantize(torch.float32), hessian)
+
+
+def _outputs_of_experts(result: tuple[list[QuantizedTensor], Tensor]) -> Tensor:
+    several, hessians = result
+    return _output(
+        torch.stack([q.dequantize(torch.float32) for q in several]).view(len(hessians), -1, hessians.shape[1]), hessians
+    )
 
 
 def _torchao(device: torch.device, moved: float) -> Contender:
@@ -155,7 +190,11 @@ benchmark = Benchmark(
     about="GPTQ of a weight given its Hessian, beside rounding to nearest, and its factorization",
     dims=(Dim("N", 256, 16384, 1024, grouped=True), Dim("K", 256, 16384, 1024, grouped=True)),
     formats=("INT4_G128", "MXFP4", "NVFP4", "INT8_ROW", "FP8_128x128"),
-    usual=lambda device: [(4096, 4096), (1024, 1024), *([(11008, 4096), (4096, 11008)] if device == "cuda" else [])],
+    usual=lambda device: [
+        (4096, 4096),
+        (1024, 1024),
+        *([(1024, 2048), (11008, 4096), (4096, 11008)] if device == "cuda" else []),
+    ],
     quantized=lambda shape: [shape],
     cases=_cases,
 )

@@ -34,22 +34,22 @@ _LANES = 64
 class Rounded(NamedTuple):
     """Columns of a group, rounded under each row's best candidate."""
 
-    # (N, g): what was rounded, x_j, and w_j - q_j.
+    # (E, N, g): what was rounded, x_j, and w_j - q_j.
     targets: Tensor
     errors: Tensor
-    # (C, N): what the group adds under each candidate.
+    # (C, E, N): what the group adds under each candidate.
     losses: Tensor
 
 
 def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Scales, fmt: Format) -> Rounded:
-    """Round one group of float32 columns `w` (N, g), which earlier ones made `x`, by M (g, g) and D (g,).
+    """Round one group of float32 columns `w` (E, N, g), which earlier ones made `x`, by M (E, g, g) and D (E, g).
 
-    Candidates have scales (and zero points) for blocks of `fmt`'s rows: (C, N / rows, 1).
+    Candidates have scales (and zero points) for blocks of `fmt`'s rows: (C, E, N / rows, 1).
     """
     scales = _of_rows(total_scale(candidates), w, fmt)
     zeros = torch.zeros_like(scales) if candidates.zero is None else _of_rows(candidates.zero, w, fmt)
     if w.device.type != "cpu":
-        kernel = kernel_for_columns("round_columns", fmt, w.device.type, w.shape[1])
+        kernel = kernel_for_columns("round_columns", fmt, w.device.type, w.shape[2])
         run = _round_in_torch if kernel is None else kernel.run
         return Rounded(*run(w, x, m, d, scales, zeros, fmt.element))
     w, element = w.contiguous(), fmt.element
@@ -66,8 +66,9 @@ def kernel_for_columns(op: str, fmt: Format, device: str, g: int) -> Kernel | No
     """A backend's kernel of an op for groups of `g` columns; None: no installed one takes them.
 
     - `round_columns` takes and returns what `_round_in_torch` does.
-    - `round_group` takes w, x, m, d as that one, what `x - w` comes to if no column is rounded, shares of what a scale
-      covers for the candidates, the tensor scale, format and mode; it writes the best one's scales, targets and errors.
+    - `round_groups` takes a block of whole groups: w, x, m, d as that one; the inverses of M's blocks (E, G, g, g);
+      shares of what a scale covers for the candidates; tensor scales, format and mode. It writes the best ones' scales
+      (E, N, G), targets and errors, and may write over x.
     """
     try:
         return select(Call(f"algos.{op}", fmt, None, device, torch.float32, k=g), bound=False).kernel
@@ -76,10 +77,11 @@ def kernel_for_columns(op: str, fmt: Format, device: str, g: int) -> Kernel | No
 
 
 def _of_rows(part: Tensor, w: Tensor, fmt: Format) -> Tensor:
-    """(C, N / rows, 1) -> (C, N) in float32."""
-    rows = rows_a_scale(fmt, len(w))
+    """(C, E, N / rows, 1) -> (C, E, N) in float32."""
+    n = w.shape[1]
+    rows = rows_a_scale(fmt, n)
     wide = part.squeeze(-1).to(torch.float32)
-    return (wide if rows == 1 else wide.repeat_interleave(rows, 1)[:, : len(w)]).contiguous()
+    return (wide if rows == 1 else wide.repeat_interleave(rows, 2)[..., :n]).contiguous()
 
 
 def rows_a_scale(fmt: Format, n: int) -> int:
@@ -102,20 +104,22 @@ def _compiled(  # noqa: C901 - one loop, whose inner ones become vector instruct
     losses: Floats,
 ) -> None:
     """The loop; `grid` is the element's low, high, bits of mantissa (-1: integers) and least exponent."""
-    n, g = w.shape
+    experts, n, g = w.shape
     low, high, mantissa, least = grid[0], grid[1], np.int32(grid[2]), np.int32(grid[3])
-    for tile in numba.prange((n + _LANES - 1) // _LANES):
-        first = tile * _LANES
+    tiles = (n + _LANES - 1) // _LANES
+    for tile in numba.prange(experts * tiles):
+        expert, first = tile // tiles, tile % tiles * _LANES
         rows = min(_LANES, n - first)
         x, e = np.zeros((g, _LANES), np.float32), np.zeros((g, _LANES), np.float32)
         s, z = np.ones(_LANES, np.float32), np.zeros(_LANES, np.float32)
         best = np.full(_LANES, np.inf, np.float32)
         for c in range(scales.shape[0]):
             loss = np.zeros(_LANES, np.float32)
-            s[:rows], z[:rows] = scales[c, first : first + rows], zeros[c, first : first + rows]
-            x[:, :rows], e[:, :rows] = given[first : first + rows].T, w[first : first + rows].T
+            s[:rows], z[:rows] = scales[c, expert, first : first + rows], zeros[c, expert, first : first + rows]
+            x[:, :rows] = given[expert, first : first + rows].T
+            e[:, :rows] = w[expert, first : first + rows].T
             for j in range(g):
-                weight = d[j]
+                weight = d[expert, j]
                 if mantissa < 0:
                     for r in range(_LANES):
                         v = min(max(np.rint(x[j, r] / s[r]) + z[r], low), high) - z[r]
@@ -131,15 +135,15 @@ def _compiled(  # noqa: C901 - one loop, whose inner ones become vector instruct
                         e[j, r] -= v * s[r]
                         loss[r] += weight * (x[j, r] - v * s[r]) ** 2
                 for k in range(j + 1, g):
-                    f = m[j, k]
+                    f = m[expert, j, k]
                     for r in range(_LANES):
                         x[k, r] += e[j, r] * f
             for r in range(rows):
-                losses[c, first + r] = loss[r]
+                losses[c, expert, first + r] = loss[r]
                 if c == 0 or loss[r] < best[r]:
                     best[r] = loss[r]
-                    targets[first + r] = x[:, r]
-                    errors[first + r] = e[:, r]
+                    targets[expert, first + r] = x[:, r]
+                    errors[expert, first + r] = e[:, r]
 
 
 def _round_in_torch(
@@ -148,14 +152,14 @@ def _round_in_torch(
     """The same loop, all rows and candidates at a time."""
     x = x.expand(len(scales), *x.shape).clone()
     errors, losses = torch.empty_like(x), torch.zeros_like(scales)
-    for j in range(w.shape[1]):
+    for j in range(w.shape[2]):
         scaled = x[..., j] / scales
         if element.kind == "int":
             value = (torch.round(scaled) + zeros).clamp(element.min, element.max) - zeros
         else:
             value = element.decode(element.encode(scaled))
-        errors[..., j] = w[:, j] - value * scales
-        losses += d[j] * (x[..., j] - value * scales).square()
-        x[..., j + 1 :] += errors[..., j : j + 1] * m[j, j + 1 :]
-    best = losses.argmin(0), torch.arange(len(w), device=w.device)
-    return x[best], errors[best], losses
+        errors[..., j] = w[..., j] - value * scales
+        losses += d[:, j : j + 1] * (x[..., j] - value * scales).square()
+        x[..., j + 1 :] += errors[..., j : j + 1] * m[:, None, j, j + 1 :]
+    best = losses.argmin(0)[None, :, :, None].expand(1, *w.shape)
+    return x.gather(0, best)[0], errors.gather(0, best)[0], losses

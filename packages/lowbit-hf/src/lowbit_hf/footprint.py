@@ -187,13 +187,13 @@ def _of_block(parameters: Sequence[Held], method: Method, running: Running, *, c
 def _of_solving(weight: Held, chosen: Sequence[Held], method: Method, *, cuda: bool) -> int:
     """Bytes that solving a weight takes, with those that may share its input, besides that input's Hessian."""
     group = [weight] if weight.stacked else [p for p in chosen if not p.stacked and p.k == weight.k]
-    numel, largest, square = sum(p.numel for p in group), max(p.numel for p in group), 4 * weight.k**2
-    # Experts are solved one by one, and given of the mean of all.
+    numel, largest = sum(p.numel for p in group), max(p.numel for p in group)
+    # Experts are given of the mean of all.
     matrix = numel // weight.count
     mean = weight.inputs if weight.stacked else 0
     # Weights fitted to inputs stay, in float32; while they are, the factor is there twice, and they a few times.
-    fitted, fitting = (4 * numel, 2 * square + 3 * 4 * matrix) if weight.rounds else (0, 0)
+    fitted, fitting = (4 * numel, 2 * 4 * weight.k**2 + 3 * 4 * matrix) if weight.rounds else (0, 0)
     if method.rounding == "nearest":
         return mean + _WORKING * largest
-    solving = square + 4 * matrix + working(matrix // weight.k, weight.k, cuda=cuda)
+    solving = 4 * matrix + working(matrix // weight.k, weight.k, experts=weight.count, cuda=cuda)
     return mean + fitted + numel + max(fitting, solving, *(p.reading for p in group))
