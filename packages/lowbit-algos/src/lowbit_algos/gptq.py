@@ -440,7 +440,8 @@ def _check(weight: Tensor, hessian: Tensor, k_axis: int, tensor_scale: Tensor | 
     if tensor_scale is not None and tuple(tensor_scale.shape) != (*weight.shape[:-2], 1, 1):
         raise FormatError(f"the tensor scale is {_shape(tensor_scale)}; needed is {(*weight.shape[:-2], 1, 1)}")
     for name, tensor in (("weight", weight), ("Hessian", hessian)):
-        if not bool(torch.isfinite(tensor).all()):
+        # Without a tensor of as many flags.
+        if tensor.numel() and not bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
             raise FormatError(f"the {name} holds a NaN or an infinity, which would spread to every column")
 
 
