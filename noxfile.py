@@ -164,4 +164,6 @@ def cuda(session: nox.Session) -> None:
     if shutil.which("nvidia-smi") is None:
         session.skip("needs an NVIDIA GPU and its driver; there is no nvidia-smi on this machine")
     sync(session)
-    session.run("pytest", "-m", "gpu", "-n", "0", *session.posargs, env={"LOWBIT_CELLS": "docs/cells/cuda.json"})
+    session.run(
+        "pytest", "-m", "gpu", "--maxprocesses", "12", *session.posargs, env={"LOWBIT_CELLS": "docs/cells/cuda.json"}
+    )
