@@ -58,8 +58,8 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
     code, results, printed = bench("attention", "--shapes", "48")
     assert code == 0
     told = [tuple(row["case"].values()) for row in results["rows"]]
-    steps = (("prefill", "causal"), ("prefill", ""), ("decode", ""))
-    assert told == [(*step, f"32/{heads}", 48) for heads in (32, 8) for step in steps]
+    steps = ("causal prefill", "prefill", "decode")
+    assert told == [(step, f"32/{heads}", 48) for heads in (32, 8) for step in steps]
     assert "not lowbit: lowbit has no low-precision attention yet (6 times)" in printed.out
     for row in results["rows"]:
         _, baseline = row["contenders"]
@@ -71,7 +71,7 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
 
 def test_operations_and_bytes_of_attention_are_those_of_its_products_and_operands():
     for case in cases(attention.benchmark, 48):
-        data, causal = case.data("normal"), case.told["mask"] == "causal"
+        data, causal = case.data("normal"), case.told["step"] == "causal prefill"
         assert [len(x[0]) for x in data] == [32, *2 * [int(case.told["heads"].removeprefix("32/"))]]
         with FlopCounterMode(display=False) as counter:
             out = attention._attention(SDPBackend.MATH, *data, causal=False)
@@ -83,7 +83,7 @@ def test_exact_attention_is_that_of_one_query_after_the_other(monkeypatch):
     monkeypatch.setattr(attention, "_ROWS", 16)
     for case in cases(attention.benchmark, 40):
         data = case.data("outliers")
-        wanted = attended(*(x.double() for x in data), causal=case.told["mask"] == "causal")
+        wanted = attended(*(x.double() for x in data), causal=case.told["step"] == "causal prefill")
         torch.testing.assert_close(case.exact(*data), wanted, rtol=1e-12, atol=1e-12)
 
 

@@ -35,14 +35,13 @@ _ROWS = 1024
 
 
 def _cases(given: Given) -> Iterator[Case]:
-    for (length,), heads in product(given.shapes, (_HEADS, 8)):
-        yield _case(given, length, length, heads, causal=True)
-        yield _case(given, length, length, heads, causal=False)
-        yield _case(given, 1, length, heads, causal=False)
+    for (keys,), heads, step in product(given.shapes, (_HEADS, 8), ("causal prefill", "prefill", "decode")):
+        yield _case(given, keys, heads, step)
 
 
-def _case(given: Given, queries: int, keys: int, heads: int, *, causal: bool) -> Case:
-    decode, device, itemsize = queries < keys, given.device, torch.bfloat16.itemsize
+def _case(given: Given, keys: int, heads: int, step: str) -> Case:
+    causal, decode = step == "causal prefill", step == "decode"
+    queries, device, itemsize = 1 if decode else keys, given.device, torch.bfloat16.itemsize
     written = _HEADS * queries * _D * itemsize
     read = written + 2 * heads * keys * _D * itemsize
 
@@ -52,8 +51,7 @@ def _case(given: Given, queries: int, keys: int, heads: int, *, causal: bool) ->
 
     name, run = _fastest(data("normal"), causal=causal)
     return Case(
-        {"step": "decode" if decode else "prefill", "mask": "causal" if causal else "", "heads": f"{_HEADS}/{heads}"}
-        | {"s": keys},
+        {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys},
         # Two products; a causal mask leaves half of each.
         4 * _HEADS * queries * keys * _D / (2 if causal else 1),
         data,

@@ -84,13 +84,12 @@ def attentions(
     read: float, written: float, device: torch.device, *, causal: bool, decode: bool
 ) -> tuple[Contender | Refusal, ...]:
     """Others' attention of bfloat16 queries (1, heads, S, D), of which `read` and `written` are the bytes."""
-    moved, fa3 = read + written, partial(_fa3, causal=causal, decode=decode)
-    found = {
-        "FA3": lambda: fa3("FA3", moved),
-        "FA3 fp8": lambda: fa3("FA3 fp8", read / 2 + written),
-        "FA3 fp8 after rounding": lambda: fa3("FA3 fp8 after rounding", moved),
-        "sageattention": lambda: _sage(moved, causal=causal),
+    whole = read + written
+    ways = {"FA3": whole, "FA3 fp8": read / 2 + written, "FA3 fp8 after rounding": whole}
+    found: dict[str, Build] = {
+        name: partial(_fa3, name, moved, causal=causal, decode=decode) for name, moved in ways.items()
     }
+    found["sageattention"] = partial(_sage, whole, causal=causal)
     return _all({name: _on_gpu(device, build) for name, build in found.items()})
 
 
@@ -99,12 +98,14 @@ def optimizers(
 ) -> tuple[Contender | Refusal, ...]:
     """Others' AdamW in low precision; `stepping` takes a name, a class, and bytes of states a parameter."""
     bits8, bits4 = 2 + 2 * 4 / 256, 1 + 2 * 4 / 128
+
+    def build(library: str, name: str, states: float) -> Contender:
+        return stepping(f"{library} {name}", getattr(import_module(f"{library}.optim"), name), states)
+
     found: dict[str, Build] = {
-        "bitsandbytes AdamW8bit": _on_gpu(
-            device, lambda: stepping("bitsandbytes AdamW8bit", import_module("bitsandbytes.optim").AdamW8bit, bits8)
-        ),
-        "torchao AdamW8bit": lambda: stepping("torchao AdamW8bit", import_module("torchao.optim").AdamW8bit, bits8),
-        "torchao AdamW4bit": lambda: stepping("torchao AdamW4bit", import_module("torchao.optim").AdamW4bit, bits4),
+        "bitsandbytes AdamW8bit": _on_gpu(device, partial(build, "bitsandbytes", "AdamW8bit", bits8)),
+        "torchao AdamW8bit": partial(build, "torchao", "AdamW8bit", bits8),
+        "torchao AdamW4bit": partial(build, "torchao", "AdamW4bit", bits4),
     }
     return _all(found)
 
