@@ -113,7 +113,7 @@ def scale(axes: Axes, cases: Sequence[Case], *, logarithmic: bool) -> None:
     if logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 2, max(values) * 2)
-        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
         axes.xaxis.set_major_formatter(lambda seconds, _: in_words(seconds))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
