@@ -13,13 +13,61 @@ products are summed in float32 before they meet its scale, so that codes are mul
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
+from lowbit.element import Element
 from lowbit_kernels_cuda.scaling import from_float32, scale_value, split_planes, to_float32
 
 _REGISTERS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """PTX of what Triton has no words for, by type of the inputs; all empty for Triton's interpreter."""
+
+    mma: str = ""
+    add: str = ""
+    mul: str = ""
+    # Fused multiply-adds with the two numbers of each of `lines`.
+    line: tuple[str, ...] = ()
+
+
+def lines(element: Element, bf16: bool) -> tuple[tuple[float, float], ...]:  # noqa: FBT001 - a constant of a kernel
+    """What the 16-bit floats that codes are placed in are multiplied by, and what is added then; exact.
+
+    Two for 8-bit integers in bfloat16, which has seven bits for them: of the high four bits and of the low four.
+    """
+    if element.kind == "float":
+        return ((2.0 ** ((127 if bf16 else 15) - element.bias), -0.0),)
+    # Signed codes are packed as if the least were 0.
+    least = element.min if element.signed else 0.0
+    if element.bits == 8 and bf16:
+        return (16.0, least - 16 * 128.0), (1.0, -128.0)
+    return ((1.0, least - (128.0 if bf16 else 1024.0)),)
+
+
+def text(element: Element, bf16: bool) -> Text:  # noqa: FBT001 - a constant of a kernel
+    """The PTX for a GPU."""
+    kind = "bf16" if bf16 else "f16"
+
+    def twice(value: float) -> int:
+        packed = struct.pack("<f", value)[2:] * 2 if bf16 else struct.pack("<2e", value, value)
+        return int.from_bytes(packed, "little")
+
+    def line(by: float, plus: float) -> str:
+        numbers = f"mov.b32 by, {twice(by)}; mov.b32 plus, {twice(plus)};"
+        return f"{{ .reg .b32 by, plus; {numbers} fma.rn.{kind}x2 $0, $1, by, plus; }}"
+
+    return Text(
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        f"add.rn.{kind}x2 $0, $1, $2;",
+        f"mul.rn.{kind}x2 $0, $1, $2;",
+        tuple(line(*each) for each in lines(element, bf16)),
+    )
 
 
 @triton.jit
@@ -38,7 +86,8 @@ def linear_tiles(
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     BF16: tl.constexpr,
-    NATIVE: tl.constexpr,
+    LINES: tl.constexpr,
+    TEXT: tl.constexpr,
     WARPS: tl.constexpr,
     TALL: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -71,7 +120,7 @@ def linear_tiles(
             for s in tl.static_range(4):
                 added, inputs_added = (), ()
                 for r in tl.static_range(TALL):
-                    a = _operand(codes, (i * TALL + r) * WORDS, s, SPEC, PARTS, BF16, NATIVE)
+                    a = _operand(codes, (i * TALL + r) * WORDS, s, SPEC, PARTS, BF16, LINES, TEXT)
                     if GROUP == 16:
                         # A lane's columns of a product are those of one group; its scale and a code make a 16-bit float.
                         group = at * 4 + s // 2 * 2 + lane // 2
@@ -80,22 +129,22 @@ def linear_tiles(
                         two = _scale(scale, group, (tile + r) * 16 + row + 8, n, there, SPEC)
                         one, two = _pair(one, one, BF16), _pair(two, two, BF16)
                         a = (
-                            _product(a[0], one, BF16, NATIVE),
-                            _product(a[1], two, BF16, NATIVE),
-                            _product(a[2], one, BF16, NATIVE),
-                            _product(a[3], two, BF16, NATIVE),
+                            _product(a[0], one, BF16, TEXT),
+                            _product(a[1], two, BF16, TEXT),
+                            _product(a[2], one, BF16, TEXT),
+                            _product(a[3], two, BF16, TEXT),
                         )
                     for j in tl.static_range(TOKENS):
-                        b = (i * TOKENS + j) * 8 + 2 * s
-                        added = added + (_mma(a, inputs[b], inputs[b + 1], sums[r * TOKENS + j], BF16, NATIVE, WARPS),)
+                        added = added + (
+                            _mma(a, inputs, (i * TOKENS + j) * 8 + 2 * s, sums[r * TOKENS + j], BF16, TEXT, WARPS),
+                        )
                 sums = added
                 if SPEC.zero:
                     ones = tl.full([THREADS], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
                     for j in tl.static_range(TOKENS):
-                        b = (i * TOKENS + j) * 8 + 2 * s
                         a = ones, ones, ones, ones
                         inputs_added = inputs_added + (
-                            _mma(a, inputs[b], inputs[b + 1], inputs_sums[j], BF16, NATIVE, WARPS),
+                            _mma(a, inputs, (i * TOKENS + j) * 8 + 2 * s, inputs_sums[j], BF16, TEXT, WARPS),
                         )
                     inputs_sums = inputs_added
                 if (GROUP == 32 and s % 2 == 1) or (GROUP != 32 and s == 3):
@@ -115,7 +164,12 @@ def linear_tiles(
                                 p = _zero(zero, group, (tile + r) * 16 + row, n, there, SPEC)
                                 q = _zero(zero, group, (tile + r) * 16 + row + 8, n, there, SPEC)
                                 sum_ = inputs_sums[j]
-                                new = new[0] - p * sum_[0], new[1] - p * sum_[1], new[2] - q * sum_[2], new[3] - q * sum_[3]
+                                new = (
+                                    new[0] - p * sum_[0],
+                                    new[1] - p * sum_[1],
+                                    new[2] - q * sum_[2],
+                                    new[3] - q * sum_[3],
+                                )
                             if GROUP == 16:
                                 new = new[0] + old[0], new[1] + old[1], new[2] + old[2], new[3] + old[3]
                             else:
@@ -145,10 +199,14 @@ def _read_words(words, place, there, PARTS: tl.constexpr, THREADS: tl.constexpr)
     """A lane's words of all parts of a tile, one after another."""
     found = ()
     for p in tl.static_range(len(PARTS)):
-        SIZE: tl.constexpr = PARTS[p]
-        at = words[p] + place[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-        found = found + _registers(tl.load(at, there[:, None], 0, eviction_policy="evict_first"), SIZE, THREADS)
+        found = found + _read_part(words[p], place, there, PARTS[p], THREADS)
     return found
+
+
+@triton.jit
+def _read_part(words, place, there, SIZE: tl.constexpr, THREADS: tl.constexpr):
+    at = words + place[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    return _registers(tl.load(at, there[:, None], 0, eviction_policy="evict_first"), SIZE, THREADS)
 
 
 @triton.jit
@@ -173,12 +231,21 @@ def _registers(x, COUNT: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _operand(words, FIRST: tl.constexpr, PRODUCT: tl.constexpr, SPEC: tl.constexpr, PARTS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):
+def _operand(
+    words,
+    FIRST: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    BF16: tl.constexpr,
+    LINES: tl.constexpr,
+    TEXT: tl.constexpr,
+):
     """The four registers of the first operand of a product, pairs of 16-bit floats, of a lane's words."""
     found = ()
     for a in tl.static_range(4):
         pair = _field(words, FIRST, PRODUCT * 4 + a, 0, PARTS)
-        found = found + (_values(pair, SPEC, BF16, NATIVE),)
+        found = found + (_values(pair, SPEC, BF16, LINES, TEXT),)
     return found
 
 
@@ -195,47 +262,41 @@ def _field(words, FIRST: tl.constexpr, PAIR: tl.constexpr, PART: tl.constexpr, P
 
 
 @triton.jit
-def _values(pair, SPEC: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):
+def _values(pair, SPEC: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl.constexpr):
     """Values of two codes as 16-bit floats, each in its half; every one is exact."""
     ELEMENT: tl.constexpr = SPEC.element
     BITS: tl.constexpr = ELEMENT.bits
-    if ELEMENT.kind == "int":
-        # Signed codes were packed as if the least were 0.
-        LEAST: tl.constexpr = ELEMENT.min if ELEMENT.signed else 0
-        if BITS == 8 and BF16:
-            # A bfloat16 around 128 tells seven bits apart.
-            high = _line(((pair >> 4) & 0x000F000F) | 0x43004300, 16.0, -16.0 * 128 + LEAST, BF16, NATIVE)
-            low = _line((pair & 0x000F000F) | 0x43004300, 1.0, -128.0, BF16, NATIVE)
-            values = _sum(high, low, BF16, NATIVE)
-        elif BF16:
-            values = _line(pair | 0x43004300, 1.0, -128.0 + LEAST, BF16, NATIVE)
-        else:
-            values = _line(pair | 0x64006400, 1.0, -1024.0 + LEAST, BF16, NATIVE)
-    else:
+    if ELEMENT.kind == "float":
         # The fields as those of a 16-bit float, whose subnormals are the element's once biases are made equal.
         SIZE: tl.constexpr = ((1 << (BITS - 1)) - 1) * 0x10001
         SHIFT: tl.constexpr = (7 if BF16 else 10) - ELEMENT.mantissa
-        values = ((pair & SIZE) << SHIFT) | ((pair << (16 - BITS)) & -0x7FFF8000)
-        values = _line(values, 2.0 ** ((127 if BF16 else 15) - ELEMENT.bias), -0.0, BF16, NATIVE)
+        placed = ((pair & SIZE) << SHIFT) | ((pair << (16 - BITS)) & -0x7FFF8000)
+        values = _line(placed, 0, BF16, LINES, TEXT)
+    elif len(LINES) == 2:
+        high = _line(((pair >> 4) & 0x000F000F) | 0x43004300, 0, BF16, LINES, TEXT)
+        low = _line((pair & 0x000F000F) | 0x43004300, 1, BF16, LINES, TEXT)
+        values = _sum(high, low, BF16, TEXT)
+    else:
+        # In the lowest bits of a bfloat16 from 128 on, or of a float16 from 1024 on.
+        values = _line(pair | (0x43004300 if BF16 else 0x64006400), 0, BF16, LINES, TEXT)
     return values
 
 
 @triton.jit
-def _line(x, BY: tl.constexpr, PLUS: tl.constexpr, BF16: tl.constexpr, NATIVE: tl.constexpr):
-    """`x BY + PLUS` of two 16-bit floats in the halves of an integer."""
-    if NATIVE:
-        value = tl.inline_asm_elementwise(_fma(BY, PLUS, BF16), "=r,r", [x], tl.int32, True, 1)
+def _line(x, AT: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl.constexpr):
+    """Of two 16-bit floats, what the numbers of a line make of them."""
+    if TEXT.mma != "":
+        value = tl.inline_asm_elementwise(TEXT.line[AT], "=r,r", [x], tl.int32, True, 1)
     else:
         low, high = _halves(x, BF16)
-        value = _pair(low * BY + PLUS, high * BY + PLUS, BF16)
+        value = _pair(low * LINES[AT][0] + LINES[AT][1], high * LINES[AT][0] + LINES[AT][1], BF16)
     return value
 
 
 @triton.jit
-def _sum(x, y, BF16: tl.constexpr, NATIVE: tl.constexpr):
-    if NATIVE:
-        ADD: tl.constexpr = "add.rn.bf16x2 $0, $1, $2;" if BF16 else "add.rn.f16x2 $0, $1, $2;"
-        value = tl.inline_asm_elementwise(ADD, "=r,r,r", [x, y], tl.int32, True, 1)
+def _sum(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+    if TEXT.mma != "":
+        value = tl.inline_asm_elementwise(TEXT.add, "=r,r,r", [x, y], tl.int32, True, 1)
     else:
         a, b = _halves(x, BF16)
         c, d = _halves(y, BF16)
@@ -244,32 +305,14 @@ def _sum(x, y, BF16: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _product(x, y, BF16: tl.constexpr, NATIVE: tl.constexpr):
-    if NATIVE:
-        MUL: tl.constexpr = "mul.rn.bf16x2 $0, $1, $2;" if BF16 else "mul.rn.f16x2 $0, $1, $2;"
-        value = tl.inline_asm_elementwise(MUL, "=r,r,r", [x, y], tl.int32, True, 1)
+def _product(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+    if TEXT.mma != "":
+        value = tl.inline_asm_elementwise(TEXT.mul, "=r,r,r", [x, y], tl.int32, True, 1)
     else:
         a, b = _halves(x, BF16)
         c, d = _halves(y, BF16)
         value = _pair(a * c, b * d, BF16)
     return value
-
-
-@triton.constexpr_function
-def _fma(by, plus, bf16):
-    """PTX of a fused multiply-add of two 16-bit floats with two numbers."""
-    kind = "bf16x2" if bf16 else "f16x2"
-    return (
-        f"{{ .reg .b32 by, plus; mov.b32 by, {_twice(by, bf16)}; mov.b32 plus, {_twice(plus, bf16)}; "
-        f"fma.rn.{kind} $0, $1, by, plus; }}"
-    )
-
-
-def _twice(value: float, bf16: bool) -> int:  # noqa: FBT001 - a flag of a kernel
-    """A 16-bit float, exact, in both halves of an integer."""
-    if bf16:
-        return int.from_bytes(struct.pack("<f", value)[2:] * 2, "little")
-    return int.from_bytes(struct.pack("<2e", value, value), "little")
 
 
 @triton.jit
@@ -296,13 +339,13 @@ def _pair(low, high, BF16: tl.constexpr):
 
 
 @triton.jit
-def _mma(a, b0, b1, c, BF16: tl.constexpr, NATIVE: tl.constexpr, WARPS: tl.constexpr):
-    """`mma.m16n8k16` of registers."""
-    if NATIVE:
-        MMA: tl.constexpr = _mma_text(BF16)
+def _mma(a, inputs, FIRST: tl.constexpr, c, BF16: tl.constexpr, TEXT: tl.constexpr, WARPS: tl.constexpr):
+    """`mma.m16n8k16` of four registers, two of the inputs' from FIRST on, and four to which the products are added."""
+    b0, b1 = inputs[FIRST], inputs[FIRST + 1]
+    if TEXT.mma != "":
         kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
         given = [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]]
-        d = tl.inline_asm_elementwise(MMA, _REGISTERS, given, kinds, True, 1)
+        d = tl.inline_asm_elementwise(TEXT.mma, _REGISTERS, given, kinds, True, 1)
     else:
         tokens = _matrix(b0, b1, BF16, WARPS)[:, None, :, :]
         top = tl.sum(_matrix(a[0], a[2], BF16, WARPS)[:, :, None, :] * tokens, 3)
@@ -311,15 +354,6 @@ def _mma(a, b0, b1, c, BF16: tl.constexpr, NATIVE: tl.constexpr, WARPS: tl.const
         d2, d3 = tl.split(tl.reshape(bottom, (WARPS * 32, 2)))
         d = c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3
     return d
-
-
-@triton.constexpr_function
-def _mma_text(bf16):
-    kind = "bf16" if bf16 else "f16"
-    return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
 
 
 @triton.jit
