@@ -3,7 +3,8 @@
     lowbit bench linear --peers --json benchmarks/bench-linear-h100-2026-11-27.json
     python benchmarks/performance_page.py
 
-A row of a table is a case: lowbit beside its baseline and beside the fastest of the other libraries.
+A row of a table is a case: lowbit beside its baseline and beside the fastest of the other libraries; or the baseline
+beside those, of what lowbit does not have yet.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from performance_plots import fastest, measure, plot, seed, timed
+from performance_plots import fastest, measure, plot, seed, subject, timed
 
 from lowbit.bench.results import decibels, headlines, in_words, notes, read_results
 
@@ -79,11 +80,12 @@ def table(results: dict[str, Any]) -> list[str]:
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """A case's row of the table."""
-    ours, theirs = fastest(row, "candidate"), fastest(row, "peer")
+    ours, theirs = subject(row), fastest(row, "peer")
+    base = ours["role"] == "baseline"
     return {name: str(value) for name, value in row["case"].items()} | {
-        "kernel": ours["kernel"] or "",
+        "kernel": (ours["name"] if base else ours["kernel"]) or "",
         "time": in_words(ours["seconds"]),
-        "over baseline": ratio(ours["speedup"]),
+        "over baseline": "" if base else ratio(ours["speedup"]),
         "of ceiling": f"{100 * ours['of_ceiling']:.3g} %",
         "SQNR, dB": decibels(ours["sqnr"], "normal", "exact"),
         "with outliers": decibels(ours["sqnr"], "outliers", "exact"),
@@ -96,6 +98,8 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 def sums(results: dict[str, Any]) -> list[str]:
     """Geometric means of the ratios, and the least of each."""
     pairs = [(fastest(row, "candidate"), fastest(row, "peer")) for row in timed(results)]
+    if not all(ours for ours, _ in pairs):
+        return []
     ratios = {
         "the baseline": [ours["speedup"] for ours, _ in pairs if ours["speedup"] is not None],
         "the fastest other": [other["seconds"] / ours["seconds"] for ours, other in pairs if other is not None],

@@ -57,8 +57,9 @@ def plot(results: dict[str, Any]) -> str:
     told, logarithmic = results["environment"], by_time(results)
     cases = [case_of(row, logarithmic=logarithmic) for row in timed(results)]
     lines, shapes = lines_of(cases), list(dict.fromkeys(case.shape for case in cases))
-    others = dict.fromkeys(name for case in cases for name in case.bars if name != "lowbit")
-    looks = {"lowbit": LOWBIT} | {name: OTHERS[i] for i, name in enumerate(others)}
+    names = dict.fromkeys(name for case in cases for name in case.bars)
+    looks = {"lowbit": LOWBIT} if "lowbit" in names else {}
+    looks |= {name: OTHERS[i] for i, name in enumerate(name for name in names if name != "lowbit")}
     legend = [Patch(**look, label=name) for name, look in looks.items()]
     if names := dict.fromkeys(name for case in cases for name in case.baseline):
         legend.append(Line2D([], [], color=BASELINE, linestyle="", marker="|", markersize=10, label="; ".join(names)))
@@ -112,7 +113,7 @@ def scale(axes: Axes, cases: Sequence[Case], *, logarithmic: bool) -> None:
     if logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(min(values) / 2, max(values) * 2)
-        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_major_locator(LogLocator(numticks=4))
         axes.xaxis.set_major_formatter(lambda seconds, _: in_words(seconds))
         axes.xaxis.set_minor_locator(NullLocator())
     else:
@@ -154,11 +155,12 @@ def draw(
 
 
 def case_of(row: dict[str, Any], *, logarithmic: bool) -> Case:
-    """What is drawn of a case: times; or the least time that the ceilings allow lowbit, over each time."""
+    """What is drawn of a case: times; or the least time that the ceilings allow what it is about, over each time."""
     ours, theirs, base = (fastest(row, role) for role in ("candidate", "peer", "baseline"))
+    first = subject(row)
 
     def value(each: dict[str, Any]) -> float:
-        return each["seconds"] if logarithmic else ours["of_ceiling"] * ours["seconds"] / each["seconds"]
+        return each["seconds"] if logarithmic else first["of_ceiling"] * first["seconds"] / each["seconds"]
 
     told = row["case"]
     # As `--shapes` takes them.
@@ -209,8 +211,14 @@ def seed(results: dict[str, Any]) -> str:
 
 
 def timed(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The cases of which lowbit has a time."""
-    return [row for row in results["rows"] if fastest(row, "candidate") is not None]
+    """The cases of which lowbit has a time; if it has none of any, those of which the baseline has one."""
+    role = "candidate" if any(fastest(row, "candidate") for row in results["rows"]) else "baseline"
+    return [row for row in results["rows"] if fastest(row, role) is not None]
+
+
+def subject(row: dict[str, Any]) -> dict[str, Any]:
+    """What a case is about: lowbit, or the baseline where lowbit has nothing yet."""
+    return fastest(row, "candidate") or fastest(row, "baseline")
 
 
 def fastest(row: dict[str, Any], role: str) -> dict[str, Any] | None:

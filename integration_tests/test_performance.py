@@ -115,3 +115,20 @@ def test_times_of_gptq_are_drawn_by_their_logarithm(script, results):
     (ours_10, _), (ours_40, _) = spans(drawn, LOWBIT)
     (other_20, _), _ = spans(drawn, FIRST_OTHER)
     assert (other_20 - ours_10) / (ours_40 - ours_10) == pytest.approx(math.log(20 / 10) / math.log(40 / 10), abs=1e-4)
+
+
+def test_where_lowbit_has_nothing_yet_the_baseline_is_what_there_is_to_beat(script, results, tmp_path):
+    for row in results["rows"]:
+        row["contenders"][0] = {"role": "candidate", "name": "lowbit", "refusal": "lowbit has no attention yet"}
+    file = tmp_path / "bench-attention.json"
+    file.write_text(json.dumps(results | {"benchmark": "attention"}))
+    lines = script.page(f"{script.BEGIN}{script.END}", [file]).splitlines()
+    row = "<td>bfloat16</td><td>40 us</td><td>50 %</td><td>55.7</td><td>54.7</td><td>fast</td><td>19.1</td><td>0.5</td>"
+    assert [f"<tr><td>INT4_G128</td><td>{m}</td>{row}</tr>" in lines for m in (1, 16)] == [True, True]
+    assert "- not lowbit: lowbit has no attention yet (2 times)" in lines
+    assert not [line for line in lines if line.startswith("- over the")]
+    drawn = script.images([file])["bench-attention.svg"]
+    bars, one = spans(drawn, FIRST_OTHER), float(re.search(r'd="M ([\d.]+) [^"]*" [^>]*stroke-dasharray', drawn)[1])
+    # The baseline takes twice the least time, and the other half as long as that.
+    assert [(end - start) / (one - bars[0][0]) for start, end in bars] == pytest.approx([1, 1], abs=1e-4)
+    assert ">lowbit<" not in drawn

@@ -12,17 +12,19 @@ import torch
 import lowbit
 from lowbit import FORMATS, Format
 from lowbit.backends import Refusal
-from lowbit.bench import Given, Use, cast, embedding, grouped, linear, pad, peers, timing
+from lowbit.bench import Given, Use, attention, cast, embedding, grouped, linear, optimizer, pad, peers, timing
 from lowbit.bench.case import footprint
 from lowbit.bench.inputs import EXACT, normal
 from lowbit.testing import Loopback, installed_backends
 
 CPU = torch.device("cpu")
 BENCHMARKS = {
+    "attention": attention.benchmark,
     "cast": cast.benchmark,
     "embedding": embedding.benchmark,
     "grouped": grouped.benchmark,
     "linear": linear.benchmark,
+    "optimizer": optimizer.benchmark,
     "pad": pad.benchmark,
 }
 
@@ -35,8 +37,8 @@ def decibels(exact, found):
     return float(20 * torch.log10(exact.norm() / (exact - found).norm()))
 
 
-def cases(name, shape, spec, **given):
-    return list(BENCHMARKS[name].cases(Given([shape], [Use.parse(spec)], CPU, given.pop("peers", False))))
+def cases(name, shape, *specs, peers=False):
+    return list(BENCHMARKS[name].cases(Given([shape], [Use.parse(spec) for spec in specs], CPU, peers)))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -111,9 +113,11 @@ def test_pad_moves_rows_and_counts_their_bytes(bench):
         assert candidate["sqnr"]["normal"]["exact"] > 6 * 4
 
 
-def test_pad_has_no_formats(bench):
+@pytest.mark.parametrize("name", ["attention", "optimizer", "pad"])
+def test_benchmarks_without_formats_refuse_some(bench, capsys, name):
     with pytest.raises(SystemExit):
-        bench("pad", "--formats", "MXFP8")
+        bench(name, "--formats", "MXFP8")
+    assert "--formats: this benchmark has no formats" in capsys.readouterr().err
 
 
 def test_linear_beside_bfloat16_on_a_bound_kernel(bench):

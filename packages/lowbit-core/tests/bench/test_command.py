@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from lowbit import backends
 from lowbit.backends import Refusal
-from lowbit.bench import Benchmark, Case, Contender, Dim, cast, command, copies, embedding, grouped, linear, plain
+from lowbit.bench import Benchmark, Case, Contender, Dim, command, copies, plain
 from lowbit.bench.results import read_results
 from lowbit.errors import LowbitError
 
@@ -178,5 +179,6 @@ def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     said = capsys.readouterr().out
-    for name, found in (("cast", cast), ("embedding", embedding), ("grouped", grouped), ("linear", linear)):
-        assert f"  {name:<10} {found.benchmark.about}\n" in said
+    for name in ("attention", "cast", "embedding", "grouped", "linear", "optimizer", "pad"):
+        found = import_module(f"lowbit.bench.{name}").benchmark
+        assert f"  {name:<10} {found.about}\n" in said

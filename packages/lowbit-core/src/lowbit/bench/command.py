@@ -114,7 +114,7 @@ def _uses(benchmark: Benchmark, formats: str | None) -> list[Use]:
         LowbitError: they are none, or the benchmark has none, or none for inputs.
     """
     if formats is not None and not benchmark.formats:
-        raise LowbitError("--formats: this benchmark moves values as they are, and has no formats")
+        raise LowbitError("--formats: this benchmark has no formats")
     uses = [Use.parse(spec) for spec in (benchmark.formats if formats is None else formats.split(","))]
     for use in uses:
         if use.input is not None and not benchmark.inputs:

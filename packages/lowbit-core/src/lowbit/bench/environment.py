@@ -16,12 +16,16 @@ import torch
 # Distributions that peers come in, beside lowbit's own.
 _TOLD = {
     "apache-tvm-ffi",
+    "bitsandbytes",
     "deep-gemm",
+    "flash_attn_3",
     "humming-kernels",
     "mslk",
     "mslk-cuda",
     "numpy",
+    "sageattention",
     "sgl-deep-gemm",
+    "tokenspeed-fa3",
     "tokenspeed-triton-kernels",
     "torch",
     "torchao",

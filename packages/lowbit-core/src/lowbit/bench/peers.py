@@ -80,6 +80,36 @@ def grouped(use: Use, offs: Tensor, moved: float, device: torch.device) -> tuple
     return _all({name: _on_gpu(device, build) for name, build in found.items()})
 
 
+def attentions(
+    read: float, written: float, device: torch.device, *, causal: bool, decode: bool
+) -> tuple[Contender | Refusal, ...]:
+    """Others' attention of bfloat16 queries (1, heads, S, D), of which `read` and `written` are the bytes."""
+    whole = read + written
+    ways = {"FA3": whole, "FA3 fp8": read / 2 + written, "FA3 fp8 after rounding": whole}
+    found: dict[str, Build] = {
+        name: partial(_fa3, name, moved, causal=causal, decode=decode) for name, moved in ways.items()
+    }
+    found["sageattention"] = partial(_sage, whole, causal=causal)
+    return _all({name: _on_gpu(device, build) for name, build in found.items()})
+
+
+def optimizers(
+    stepping: Callable[[str, Callable[..., Any], float], Contender], device: torch.device
+) -> tuple[Contender | Refusal, ...]:
+    """Others' AdamW in low precision; `stepping` takes a name, a class, and bytes of states a parameter."""
+    bits8, bits4 = 2 + 2 * 4 / 256, 1 + 2 * 4 / 128
+
+    def build(library: str, name: str, states: float) -> Contender:
+        return stepping(f"{library} {name}", getattr(import_module(f"{library}.optim"), name), states)
+
+    found: dict[str, Build] = {
+        "bitsandbytes AdamW8bit": _on_gpu(device, partial(build, "bitsandbytes", "AdamW8bit", bits8)),
+        "torchao AdamW8bit": partial(build, "torchao", "AdamW8bit", bits8),
+        "torchao AdamW4bit": partial(build, "torchao", "AdamW4bit", bits4),
+    }
+    return _all(found)
+
+
 def _all(found: dict[str, Build]) -> tuple[Contender | Refusal, ...]:
     return tuple(peer(name, build) for name, build in found.items())
 
@@ -366,3 +396,53 @@ def _experts(weight: Tensor) -> tuple[Tensor, Tensor]:
     parts: Iterable[tuple[Tensor, Tensor]] = map(_fp8, weight)
     scales, codes = zip(*parts, strict=True)
     return torch.stack(scales).squeeze(-1), torch.stack([code.view(torch.uint8) for code in codes]).view(_E4M3)
+
+
+# Attention.
+
+
+def _fa3(name: str, moved: float, *, causal: bool, decode: bool) -> Contender:
+    module = import_module("flash_attn_interface")
+    attend = module.flash_attn_with_kvcache if decode else module.flash_attn_func
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        heads = k.shape[2]
+        scales, codes = zip(*(_fp8_heads(x, heads) for x in (q, k, v)), strict=True)
+        return [*codes, *scales]
+
+    def prepare(q: Tensor, k: Tensor, v: Tensor) -> Make:
+        given = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        return copies(*(rounded(*given) if name == "FA3 fp8" else given))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *scales: Tensor) -> Tensor:
+        names = ("q_descale", "k_descale", "v_descale")[: len(scales)]
+        return attend(q, k, v, causal=causal, **dict(zip(names, scales, strict=True)))
+
+    if name == "FA3 fp8 after rounding":
+        fast = _compiled(rounded)
+        return Contender(name, prepare, lambda *given: run(*fast(*given)), moved, _heads_first)
+    return Contender(name, prepare, run, moved, _heads_first)
+
+
+def _fp8_heads(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Scales (1, heads) and e4m3 codes of (1, S, H, D), one for each head of keys: queries of one share it."""
+    parts = x.float().unflatten(2, (heads, -1))
+    scale = parts.abs().amax((1, 3, 4)).clamp_min(1e-12) / 448
+    return scale, (parts / scale[:, None, :, None, None]).to(_E4M3).flatten(2, 3)
+
+
+def _heads_first(result: Tensor) -> Tensor:
+    return result.transpose(1, 2)
+
+
+def _sage(moved: float, *, causal: bool) -> Contender:
+    attend = import_module("sageattention").sageattn
+
+    def prepare(*given: Tensor) -> Make:
+        # It may change the keys that it is given.
+        return lambda _: tuple(x.clone() for x in given)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, tensor_layout="HND", is_causal=causal)
+
+    return Contender("sageattention", prepare, run, moved, plain)

@@ -1,0 +1,116 @@
+"""`lowbit bench attention`: prefill and decode by the fastest of torch's backends, which low precision has to beat.
+
+One sequence, 32 heads of queries of 128 values each, 32 or 8 of keys and values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from lowbit.backends import Refusal
+from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, copies, plain
+from lowbit.bench.inputs import Kind, normal
+from lowbit.bench.peers import attentions
+from lowbit.bench.timing import time_calls
+
+_HEADS, _D = 32, 128
+_BACKENDS = {
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+# Seconds to spend on each of them before the fastest is measured.
+_SHORT = 0.02
+# Queries whose scores are held at a time, in float64.
+_ROWS = 1024
+
+
+def _cases(given: Given) -> Iterator[Case]:
+    for (keys,), heads, step in product(given.shapes, (_HEADS, 8), ("causal prefill", "prefill", "decode")):
+        yield _case(given, keys, heads, step)
+
+
+def _case(given: Given, keys: int, heads: int, step: str) -> Case:
+    causal, decode = step == "causal prefill", step == "decode"
+    queries, device, itemsize = 1 if decode else keys, given.device, torch.bfloat16.itemsize
+    written = _HEADS * queries * _D * itemsize
+    read = written + 2 * heads * keys * _D * itemsize
+
+    def data(kind: Kind) -> tuple[Tensor, ...]:
+        lengths = ((_HEADS, queries), (heads, keys), (heads, keys))
+        return tuple(normal(1, *each, _D, kind=kind, seed=i, device=device) for i, each in enumerate(lengths))
+
+    name, run = _fastest(data("normal"), causal=causal)
+    return Case(
+        {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys},
+        # Two products; a causal mask leaves half of each.
+        4 * _HEADS * queries * keys * _D / (2 if causal else 1),
+        data,
+        partial(_exact, causal=causal),
+        Refusal("lowbit", "lowbit has no low-precision attention yet"),
+        Contender(f"torch {name}", copies, run, read + written, plain),
+        peers=attentions(read, written, device, causal=causal, decode=decode) if given.peers else (),
+    )
+
+
+def _fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..., Tensor]]:
+    """The backend of torch that is the fastest on this, by a short measurement, and its name."""
+    device, make, times = data[0].device, copies(*data), dict[str, float]()
+    runs = {name: partial(_attention, backend, causal=causal) for name, backend in _BACKENDS.items()}
+    for name, run in runs.items():
+        # It holds all scores at once, and on a GPU is for what no other takes.
+        if name == "math" and times and device.type == "cuda":
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # why a backend does not run
+            try:
+                run(*data)
+            except RuntimeError:
+                if name == "math" and not times:
+                    raise
+                continue
+        calls = time_calls(
+            lambda i, run=run: partial(run, *make(i)), sum(x.nbytes for x in data), device, budget=_SHORT
+        )
+        times[name] = calls.median
+    name = min(times, key=lambda name: times[name])
+    return name, runs[name]
+
+
+def _attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """`softmax(q k^T / sqrt(D)) v` in float64, a head and some queries at a time."""
+    out, each = q.new_empty(q.shape, dtype=torch.float64), q.shape[1] // k.shape[1]
+    for head in range(q.shape[1]):
+        keys, values = (x[0, head // each].double() for x in (k, v))
+        for start in range(0, q.shape[2], _ROWS):
+            rows = slice(start, start + _ROWS)
+            scores = q[0, head, rows].double() @ keys.mT / _D**0.5
+            if causal:
+                later = torch.ones_like(scores, dtype=torch.bool).triu(start + 1)
+                scores.masked_fill_(later, -torch.inf)
+            out[0, head, rows] = scores.softmax(-1) @ values
+    return out
+
+
+benchmark = Benchmark(
+    about="prefill and decode of attention, by the fastest of torch's backends",
+    dims=(Dim("S", 128, 65536, 1024),),
+    formats=(),
+    usual=lambda device: [(s,) for s in ((2048, 8192, 32768) if device == "cuda" else (128, 1024))],
+    quantized=lambda _: [],
+    cases=_cases,
+)
