@@ -77,6 +77,7 @@ def linear_tiles(
     scale,
     zero,
     tensor_scale,
+    tensor_row,
     bias,
     out,
     m,
@@ -182,7 +183,7 @@ def linear_tiles(
                             scaled = scaled + (new,)
                     totals, sums = scaled, _zeros(TALL * TOKENS, THREADS)
                     inputs_sums = _zeros(TOKENS, THREADS)
-    _write(totals, tensor_scale, bias, out, tile, token, m, n, SPEC, WARPS, TALL, TOKENS)
+    _write(totals, tensor_scale, tensor_row, bias, out, tile, token, m, n, SPEC, WARPS, TALL, TOKENS)
 
 
 @triton.jit
@@ -385,6 +386,7 @@ def _zero(zero, group, row, n, there, SPEC: tl.constexpr):
 def _write(
     totals,
     tensor_scale,
+    tensor_row,
     bias,
     out,
     tile,
@@ -404,7 +406,7 @@ def _write(
             parts = tl.join(tl.join(q[0], q[1]), tl.join(q[2], q[3]))
             value = tl.sum(tl.reshape(parts, (WARPS, 32, 4)), 0)
             if tensor_scale is not None:
-                value *= tl.load(tensor_scale)
+                value *= tl.load(tensor_scale + row * tensor_row, row < n, 0.0)
             if bias is not None:
                 value += to_float32(tl.load(bias + row, row < n, 0))
             t = token + j * 8 + lane % 4 * 2 + i // 2
