@@ -104,13 +104,15 @@ def run(x: Tensor, packed: tuple[Tensor, ...], description: Description, bias: T
     tall = 2 if many > 2 else 1
     programs = triton.cdiv(n, 16 * tall) * triton.cdiv(m, 8 * many)
     warps = min(max(triton.next_power_of_2(triton.cdiv(_BUSY, programs)), 4), 16)
+    whole = named.get("tensor_scale")
     form = replace(spec(fmt, device=x.device if native else None), tensor=False)
     launch: Any = linear_tiles[(triton.cdiv(n, 16 * tall), triton.cdiv(m, 8 * many))]
     launch(
         *(tokens.view(torch.int32), packed[:count], raw(named["scale"])),
         *(
             raw(named["zero"]) if "zero" in named else None,
-            named.get("tensor_scale"),
+            whole,
+            0 if whole is None or whole.numel() == 1 else 1,
             None if bias is None else raw(bias),
             raw(out),
             m,
