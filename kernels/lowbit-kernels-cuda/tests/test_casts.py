@@ -184,6 +184,7 @@ def test_channels_are_rotated_before_they_are_rounded(spec, size, device):
         ("NVFP4", "MXFP6_E3M2"),
         ("FP8_1x128", "UINT4_G128"),
         ("MXFP4", "NVFP4"),
+        ("NVFP4", "NVFP4"),
         ("MXFP8", "INT8_ROW"),
     ],
 )

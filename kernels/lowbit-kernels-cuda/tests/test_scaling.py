@@ -12,7 +12,8 @@ import triton.language as tl
 from lowbit.element import E8M0
 from lowbit.numerics import ScaleMode, scale_for_amax, total_scale
 from lowbit.testing import FORMAT_GRID
-from lowbit_kernels_cuda.scaling import decode, encode_planes, raw, scale_of_amax, spec
+from lowbit_kernels_cuda.codes import decode, encode_planes
+from lowbit_kernels_cuda.scaling import raw, scale_of_amax, spec
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SYMMETRIC = {(fmt.element.name, fmt.scale.name): fmt for fmt in FORMAT_GRID if not fmt.zero}.values()

@@ -6,6 +6,7 @@ tile, and a tensor scale that is not given, take one more read before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -231,7 +232,7 @@ def quantize_both(
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
 ) -> list[Tensor]:
-    """The operator `quantize_both`; in one read where that is faster: formats with blocks `in_one_row`, not of 6 bits.
+    """The operator `quantize_both`; in one read where that is faster, see `_read_once`; otherwise one by one.
 
     Raises:
         FormatError: as the operator.
@@ -241,7 +242,7 @@ def quantize_both(
         msg = f"x of shape {tuple(x.shape)} has one direction; quantize_both needs two or more dimensions"
         raise FormatError(msg)
     given = [tensor_scale if each.tensor_scale else None for each in formats]
-    if all(in_one_row(each) and each.element.bits != 6 for each in formats):
+    if _read_once(formats):
         views = zip((x, x.mT), formats, given, strict=True)
         out, other = (_Out(*each, mode, rounding, blocked=blocked) for each in views)
         return _run(x, out, other, rounding, seed)
@@ -274,7 +275,7 @@ def quantize_groups(
     """
     check_groups(x, index, offs, align)
     formats = [Format.parse(each) for each in (fmt, other_format) if each is not None]
-    if len(formats) == 2 and not all(in_one_row(each) for each in formats):
+    if len(formats) == 2 and not _read_once(formats):
         padded, ends = pad_groups(x, index, offs, align)
         first, second = map(str, formats)
         return [*quantize_both(padded, tensor_scale, first, second, mode, rounding, seed, blocked), ends]
@@ -294,6 +295,11 @@ def in_one_row(fmt: Format) -> bool:
     """Whether blocks are parts of a row that tiles hold whole."""
     height, group = fmt.block_for(2)
     return len(fmt.block) == 2 and height == 1 and group in {16, 32, 64, 128, 256}
+
+
+def _read_once(formats: Sequence[Format]) -> bool:
+    """Whether one kernel writes both directions; it is slower than two where codes have 6 bits."""
+    return all(in_one_row(each) and each.element.bits != 6 for each in formats)
 
 
 class _Out:

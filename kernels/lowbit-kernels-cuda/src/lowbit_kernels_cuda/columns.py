@@ -193,19 +193,9 @@ def _round(
             z = tl.load(zeros + place, here, 0.0)
         else:
             if start > 0:
-                to = x + rows * x_row
                 _bring(
-                    to,
-                    m,
-                    errors + rows * errors_row,
-                    start,
-                    g,
-                    there,
-                    m_row,
-                    m_column,
-                    x_column,
-                    errors_column,
-                    COLUMNS,
+                    *(x + rows * x_row, m, errors + rows * errors_row, start, g, there),
+                    *(m_row, m_column, x_column, errors_column, COLUMNS),
                 )
             low, high = _range(
                 *(w + start * w_column + rows * w_row, x + start * x_column + rows * x_row),

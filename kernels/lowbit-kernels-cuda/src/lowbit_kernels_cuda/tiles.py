@@ -15,21 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lowbit_kernels_cuda.codes import encode_planes, join_planes, split_planes, to_float32, uniform
 from lowbit_kernels_cuda.scaling import (
     divide,
     divisor_of,
-    encode_planes,
     from_ordered,
-    join_planes,
     magnitude,
     ordered,
     scale_of_amax,
     scale_of_range,
     scale_value,
-    split_planes,
     tensor_scale_of_amax,
-    to_float32,
-    uniform,
 )
 
 
@@ -369,7 +365,8 @@ def _cast_tile(
     )
 
     # What `divide` needs to be right; scales are short too if what is given for the tensor is a power of two. Of 16-bit
-    # numbers and the scales that they have, once is enough for every pair: a test tries them all.
+    # numbers and the scales that they have, once is enough for every pair: a test tries them all (where scales are
+    # subnormal, of few pairs the quotient may be its own neighbour, and both have one code).
     FAST: tl.constexpr = SPEC.fused and WAY.source != "given" and not STOCHASTIC
     FEW: tl.constexpr = TURN == 1 and x.dtype.element_ty.primitive_bitwidth == 16
     ONCE: tl.constexpr = (0 if FEW and len(SPEC.near) > 0 else 1) if FAST else -1

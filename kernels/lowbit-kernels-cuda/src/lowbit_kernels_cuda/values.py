@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import Scales, check_data, check_scales
-from lowbit_kernels_cuda.scaling import decode, from_float32, raw, scale_value, spec, split_apart
+from lowbit_kernels_cuda.codes import decode, from_float32, split_apart
+from lowbit_kernels_cuda.scaling import raw, scale_value, spec
 
 
 def dequantize(

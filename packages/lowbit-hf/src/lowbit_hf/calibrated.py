@@ -222,7 +222,10 @@ class Calibrated:
             self._cache.give(result.name, write)
             k = names.index(result.name)
             record = progress.scratch / f"block-{k}.json"
-            record.write_text(json.dumps(asdict(result)))
+            # Every process writes it, with its own times: whole, whichever is last.
+            part = progress.scratch / f"block-{k}-{rank}.part"
+            part.write_text(json.dumps(asdict(result)))
+            part.replace(record)
             saving.finished(result.name, record)
             files = () if k + 1 == len(names) or method.distilled else paths(k + 1)
             if not held:
