@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from lowbit.element import Element
-from lowbit_kernels_cuda.scaling import from_float32, scale_value, split_planes, to_float32
+from lowbit_kernels_cuda.codes import from_float32, split_planes, to_float32
 
 _REGISTERS = tl.constexpr("=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
 
@@ -29,8 +29,11 @@ class Text:
     """PTX of what Triton has no words for, by type of the inputs; all empty for Triton's interpreter."""
 
     mma: str = ""
+    # As `mma`, of sums that are still 0.
+    first: str = ""
     add: str = ""
-    mul: str = ""
+    # Bits of a number under a mask, among those of another.
+    merge: str = ""
     # Fused multiply-adds with the two numbers of each of `lines`.
     line: tuple[str, ...] = ()
 
@@ -61,11 +64,12 @@ def text(element: Element, bf16: bool) -> Text:  # noqa: FBT001 - a constant of 
         numbers = f"mov.b32 by, {twice(by)}; mov.b32 plus, {twice(plus)};"
         return f"{{ .reg .b32 by, plus; {numbers} fma.rn.{kind}x2 $0, $1, by, plus; }}"
 
+    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, "
     return Text(
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        mma + "{$10, $11, $12, $13};",
+        f"{{ .reg .f32 z; mov.f32 z, 0f00000000; {mma} {{z, z, z, z}}; }}",
         f"add.rn.{kind}x2 $0, $1, $2;",
-        f"mul.rn.{kind}x2 $0, $1, $2;",
+        "lop3.b32 $0, $1, $2, $3, 0xEA;",
         tuple(line(*each) for each in lines(element, bf16)),
     )
 
@@ -89,6 +93,7 @@ def linear_tiles(
     BF16: tl.constexpr,
     LINES: tl.constexpr,
     TEXT: tl.constexpr,
+    EVEN: tl.constexpr,
     WARPS: tl.constexpr,
     TALL: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -96,94 +101,111 @@ def linear_tiles(
 ):
     """`out` (M, N) of `x` (M, K / 2) int32 pairs; TALL times 16 rows by TOKENS times 8 tokens a program.
 
-    `scale` and `zero` (K / group, N), `words` as of `pack_tiles`; AHEAD tiles of 64 columns are read before they are
-    multiplied.
+    `words`, `scale` and `zero` as packed by `lowbit_kernels_cuda.weights`. A warp reads AHEAD tiles of 64 columns, one
+    after another, before it multiplies them; EVEN if K is 64 times a number.
     """
     THREADS: tl.constexpr = 32 * WARPS
+    # Tiles that have one scale, or scales of one tile.
+    SPAN: tl.constexpr = AHEAD if GROUP % (64 * AHEAD) == 0 else 1
+    PER: tl.constexpr = 1 if GROUP == 0 or GROUP >= 64 else 64 // GROUP
     t = tl.arange(0, THREADS)
     warp, row, lane = t // 32, t % 32 // 4, t % 4
     tile, token = tl.program_id(0) * TALL, tl.program_id(1) * (TOKENS * 8)
     tiles = tl.cdiv(k, 64)
-    totals = _zeros(TALL * TOKENS, THREADS)
+    scales = 1 if GROUP == 0 else tl.cdiv(k, GROUP * PER)
+    last = tl.cdiv(n, 16) - 1
+    totals, totals_x = _zeros(TALL * TOKENS, THREADS), _zeros(TOKENS, THREADS)
     for first in range(0, tiles, WARPS * AHEAD):
-        codes, inputs = (), ()
+        begin = first + warp * AHEAD
+        codes, inputs, factors, zeros = (), (), (), ()
         for i in tl.static_range(AHEAD):
-            at = first + i * WARPS + warp
+            # Beyond the last column inputs are 0, so that any weight will do.
+            at = tl.minimum(begin + i, tiles - 1)
             for r in tl.static_range(TALL):
-                place = ((tile + r).to(tl.int64) * tiles + at) * 32 + t % 32
-                codes = codes + _read_words(words, place, at < tiles, PARTS, THREADS)
+                above = tl.minimum(tile + r, last)
+                place = (above.to(tl.int64) * tiles + at) * 32 + t % 32
+                codes = codes + _read_words(words, place, PARTS, THREADS)
+                if GROUP != 0 and i % SPAN == 0:
+                    group = at if GROUP <= 64 else at * 64 // GROUP
+                    place = (above * scales + group) * 8 + row
+                    factors = factors + _factors(scale, place, SPEC, PER, THREADS)
+                    if SPEC.zero:
+                        zeros = zeros + _points(zero, place, SPEC, PER, THREADS)
             for j in tl.static_range(TOKENS):
-                inputs = inputs + _read_inputs(x, token + j * 8 + row, at, lane, m, k, THREADS)
-        WORDS: tl.constexpr = SPEC.element.bits
-        for i in tl.static_range(AHEAD):
-            at = first + i * WARPS + warp
-            sums, inputs_sums = _zeros(TALL * TOKENS, THREADS), _zeros(TOKENS, THREADS)
-            for s in tl.static_range(4):
-                added, inputs_added = (), ()
-                for r in tl.static_range(TALL):
-                    a = _operand(codes, (i * TALL + r) * WORDS, s, SPEC, PARTS, BF16, LINES, TEXT)
-                    if GROUP == 16:
-                        # A lane's columns of a product are those of one group; its scale and a code make a 16-bit float.
-                        group = at * 4 + s // 2 * 2 + lane // 2
-                        there = (at < tiles) & (group * 16 < k)
-                        one = _scale(scale, group, (tile + r) * 16 + row, n, there, SPEC)
-                        two = _scale(scale, group, (tile + r) * 16 + row + 8, n, there, SPEC)
-                        one, two = _pair(one, one, BF16), _pair(two, two, BF16)
-                        a = (
-                            _product(a[0], one, BF16, TEXT),
-                            _product(a[1], two, BF16, TEXT),
-                            _product(a[2], one, BF16, TEXT),
-                            _product(a[3], two, BF16, TEXT),
-                        )
-                    for j in tl.static_range(TOKENS):
-                        added = added + (
-                            _mma(a, inputs, (i * TOKENS + j) * 8 + 2 * s, sums[r * TOKENS + j], BF16, TEXT, WARPS),
-                        )
-                sums = added
+                inputs = inputs + _read_inputs(x, tl.minimum(token + j * 8 + row, m - 1), begin + i, lane, tiles, k, EVEN)
+        sums, sums_x = totals, totals_x
+        for step in tl.static_range(4 * AHEAD):
+            totals, sums, sums_x = _step(
+                *(codes, inputs, factors, zeros, totals, sums, sums_x, step),
+                *(SPEC, PARTS, GROUP, BF16, LINES, TEXT, WARPS, TALL, TOKENS, SPAN, PER),
+            )
+        if GROUP == 0:
+            totals, totals_x = sums, sums_x
+    if GROUP == 0:
+        scaled, none = (), tl.zeros([THREADS], tl.float32)
+        for r in tl.static_range(TALL):
+            place = tl.minimum(tile + r, last) * 8 + row
+            one, two = _factors(scale, place, SPEC, 1, THREADS)
+            for j in tl.static_range(TOKENS):
+                new = totals[r * TOKENS + j]
                 if SPEC.zero:
-                    ones = tl.full([THREADS], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
-                    for j in tl.static_range(TOKENS):
-                        a = ones, ones, ones, ones
-                        inputs_added = inputs_added + (
-                            _mma(a, inputs, (i * TOKENS + j) * 8 + 2 * s, inputs_sums[j], BF16, TEXT, WARPS),
-                        )
-                    inputs_sums = inputs_added
-                if (GROUP == 32 and s % 2 == 1) or (GROUP != 32 and s == 3):
-                    group = 0 if GROUP == 0 else (at * 64 + s // 2 * 32) // GROUP
-                    there = at < tiles
-                    if GROUP == 32:
-                        there = there & (at * 64 + s // 2 * 32 < k)
-                    scaled = ()
-                    for r in tl.static_range(TALL):
-                        one, two = 1.0, 1.0
-                        if GROUP != 16:
-                            one = _scale(scale, group, (tile + r) * 16 + row, n, there, SPEC)
-                            two = _scale(scale, group, (tile + r) * 16 + row + 8, n, there, SPEC)
-                        for j in tl.static_range(TOKENS):
-                            new, old = sums[r * TOKENS + j], totals[r * TOKENS + j]
-                            if SPEC.zero:
-                                p = _zero(zero, group, (tile + r) * 16 + row, n, there, SPEC)
-                                q = _zero(zero, group, (tile + r) * 16 + row + 8, n, there, SPEC)
-                                sum_ = inputs_sums[j]
-                                new = (
-                                    new[0] - p * sum_[0],
-                                    new[1] - p * sum_[1],
-                                    new[2] - q * sum_[2],
-                                    new[3] - q * sum_[3],
-                                )
-                            if GROUP == 16:
-                                new = new[0] + old[0], new[1] + old[1], new[2] + old[2], new[3] + old[3]
-                            else:
-                                new = (
-                                    tl.fma(new[0], one, old[0]),
-                                    tl.fma(new[1], one, old[1]),
-                                    tl.fma(new[2], two, old[2]),
-                                    tl.fma(new[3], two, old[3]),
-                                )
-                            scaled = scaled + (new,)
-                    totals, sums = scaled, _zeros(TALL * TOKENS, THREADS)
-                    inputs_sums = _zeros(TOKENS, THREADS)
+                    points = _points(zero, place, SPEC, 1, THREADS)
+                    new = _shifted(new, points[0], points[1], totals_x[j])
+                scaled = scaled + (_scaled(new, one, two, (none, none, none, none)),)
+        totals = scaled
     _write(totals, tensor_scale, tensor_row, bias, out, tile, token, m, n, SPEC, WARPS, TALL, TOKENS)
+
+
+@triton.jit
+def _step(
+    codes,
+    inputs,
+    factors,
+    zeros,
+    totals,
+    sums,
+    sums_x,
+    STEP: tl.constexpr,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BF16: tl.constexpr,
+    LINES: tl.constexpr,
+    TEXT: tl.constexpr,
+    WARPS: tl.constexpr,
+    TALL: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPAN: tl.constexpr,
+    PER: tl.constexpr,
+):
+    """The products of 16 columns; after the last of a group, its scale."""
+    TILE: tl.constexpr = STEP // 4
+    PRODUCTS: tl.constexpr = 4 * SPAN // PER
+    FIRST: tl.constexpr = GROUP != 0 and STEP % PRODUCTS == 0
+    LAST: tl.constexpr = GROUP != 0 and (STEP + 1) % PRODUCTS == 0
+    added, added_x = (), () if SPEC.zero else sums_x
+    for r in tl.static_range(TALL):
+        a = _operand(codes, (TILE * TALL + r) * SPEC.element.bits, STEP % 4, SPEC, PARTS, BF16, LINES, TEXT)
+        for j in tl.static_range(TOKENS):
+            b = inputs[(TILE * TOKENS + j) * 8 + STEP % 4 * 2], inputs[(TILE * TOKENS + j) * 8 + STEP % 4 * 2 + 1]
+            added = added + (_mma(a, b, sums[r * TOKENS + j], FIRST, BF16, TEXT, WARPS),)
+    if SPEC.zero:
+        one = tl.full([32 * WARPS], 0x3F803F80 if BF16 else 0x3C003C00, tl.int32)
+        for j in tl.static_range(TOKENS):
+            b = inputs[(TILE * TOKENS + j) * 8 + STEP % 4 * 2], inputs[(TILE * TOKENS + j) * 8 + STEP % 4 * 2 + 1]
+            added_x = added_x + (_mma((one, one, one, one), b, sums_x[j], FIRST, BF16, TEXT, WARPS),)
+    if LAST:
+        AT: tl.constexpr = TILE // SPAN * TALL * 2 * PER + STEP % 4 * PER // 4
+        scaled = ()
+        for r in tl.static_range(TALL):
+            one, two = factors[AT + r * 2 * PER], factors[AT + r * 2 * PER + PER]
+            for j in tl.static_range(TOKENS):
+                new = added[r * TOKENS + j]
+                if SPEC.zero:
+                    new = _shifted(new, zeros[AT + r * 2 * PER], zeros[AT + r * 2 * PER + PER], added_x[j])
+                scaled = scaled + (_scaled(new, one, two, totals[r * TOKENS + j]),)
+        totals = scaled
+    return totals, added, added_x
 
 
 @triton.jit
@@ -196,28 +218,76 @@ def _zeros(COUNT: tl.constexpr, THREADS: tl.constexpr):
 
 
 @triton.jit
-def _read_words(words, place, there, PARTS: tl.constexpr, THREADS: tl.constexpr):
+def _read_words(words, place, PARTS: tl.constexpr, THREADS: tl.constexpr):
     """A lane's words of all parts of a tile, one after another."""
     found = ()
     for p in tl.static_range(len(PARTS)):
-        found = found + _read_part(words[p], place, there, PARTS[p], THREADS)
+        found = found + _registers(_read(words[p], place, PARTS[p]), PARTS[p], THREADS)
     return found
 
 
 @triton.jit
-def _read_part(words, place, there, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    at = words + place[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
-    return _registers(tl.load(at, there[:, None], 0, eviction_policy="evict_first"), SIZE, THREADS)
+def _read(pointer, place, SIZE: tl.constexpr):
+    """(threads, SIZE) that follow one another from SIZE times `place` on; read once, so not to be kept."""
+    return tl.load(pointer + place[:, None] * SIZE + tl.arange(0, SIZE)[None, :], eviction_policy="evict_first")
 
 
 @triton.jit
-def _read_inputs(x, token, at, lane, m, k, THREADS: tl.constexpr):
+def _factors(scale, place, SPEC: tl.constexpr, PER: tl.constexpr, THREADS: tl.constexpr):
+    """Float32 scales: PER of row g, then PER of row g + 8; `scale` points to words of at most 32 bits."""
+    ELEMENT: tl.constexpr = SPEC.scale
+    WORDS: tl.constexpr = 2 * PER * ELEMENT.bits // scale.dtype.element_ty.primitive_bitwidth
+    words = _registers(_read(scale, place, WORDS), WORDS, THREADS)
+    found = ()
+    for i in tl.static_range(2 * PER):
+        word = words[i * WORDS // (2 * PER)].to(tl.int32)
+        if ELEMENT.bits == 32:
+            value = word.to(tl.float32, bitcast=True)
+        elif ELEMENT.bits == 16:
+            low, high = _halves(word, ELEMENT.mantissa == 7)
+            value = low if i % 2 == 0 else high
+        else:
+            value = _byte_scale(word, i % (2 * PER // WORDS), ELEMENT)
+        found = found + (value,)
+    return found
+
+
+@triton.jit
+def _byte_scale(word, BYTE: tl.constexpr, ELEMENT: tl.constexpr):
+    """Float32 of an 8-bit scale; negative ones and ones that are no numbers are refused when a weight is packed."""
+    FIELD: tl.constexpr = 8 if ELEMENT.powers_of_two else 7
+    SHIFT: tl.constexpr = 23 - ELEMENT.mantissa - 8 * BYTE
+    word = word << SHIFT if SHIFT > 0 else word >> -SHIFT
+    word = word & (((1 << FIELD) - 1) << (23 - ELEMENT.mantissa))
+    if ELEMENT.powers_of_two:
+        # 2^-127 is a subnormal.
+        value = tl.maximum(word, 0x400000).to(tl.float32, bitcast=True)
+    else:
+        value = word.to(tl.float32, bitcast=True) * 2.0 ** (127 - ELEMENT.bias)
+    return value
+
+
+@triton.jit
+def _points(zero, place, SPEC: tl.constexpr, PER: tl.constexpr, THREADS: tl.constexpr):
+    """Float32 zero points, as `_factors`."""
+    WORDS: tl.constexpr = 16 * PER // zero.dtype.element_ty.primitive_bitwidth
+    words = _registers(_read(zero, place, WORDS), WORDS, THREADS)
+    found = ()
+    for i in tl.static_range(2 * PER):
+        code = words[i * WORDS // (2 * PER)].to(tl.int32) << (24 - 8 * (i % (2 * PER // WORDS)))
+        code = code >> 24 if SPEC.signed_zero else (code >> 24) & 0xFF
+        found = found + (code.to(tl.float32),)
+    return found
+
+
+@triton.jit
+def _read_inputs(x, token, at, lane, tiles, k, EVEN: tl.constexpr):
     """A lane's eight pairs of inputs for a tile of 64 columns: two a product."""
     found = ()
-    for half in tl.static_range(2):
-        column = at * 64 + 32 * half + 8 * lane
-        place = x + (token.to(tl.int64) * (k // 2) + column // 2)[:, None] + tl.arange(0, 4)[None, :]
-        found = found + _registers(tl.load(place, ((token < m) & (column < k))[:, None], 0), 4, THREADS)
+    place = x + token.to(tl.int64) * (k // 2) + at * 32 + lane
+    for i in tl.static_range(8):
+        there = at < tiles if EVEN else at * 32 + lane + 4 * i < k // 2
+        found = found + (tl.load(place + 4 * i, there, 0),)
     return found
 
 
@@ -242,45 +312,72 @@ def _operand(
     LINES: tl.constexpr,
     TEXT: tl.constexpr,
 ):
-    """The four registers of the first operand of a product, pairs of 16-bit floats, of a lane's words."""
+    """The four registers of the first operand of a product, pairs of 16-bit floats, of a lane's words; all exact."""
     found = ()
     for a in tl.static_range(4):
-        pair = _field(words, FIRST, PRODUCT * 4 + a, 0, PARTS)
-        found = found + (_values(pair, SPEC, BF16, LINES, TEXT),)
+        if SPEC.element.kind == "float":
+            value = _line(_float_bits(words, FIRST, PRODUCT * 4 + a, SPEC, PARTS, BF16, TEXT), 0, BF16, LINES, TEXT)
+        elif len(LINES) == 2:
+            word = words[FIRST + PRODUCT * 2 + a // 2]
+            high = _merge(word >> (8 * (a % 2) + 4), 0x000F000F, 0x43004300, TEXT)
+            low = _merge(word >> (8 * (a % 2)), 0x000F000F, 0x43004300, TEXT)
+            value = _sum(_line(high, 0, BF16, LINES, TEXT), _line(low, 1, BF16, LINES, TEXT), BF16, TEXT)
+        else:
+            # In the lowest bits of a bfloat16 from 128 on, or of a float16 from 1024 on.
+            base = 0x43004300 if BF16 else 0x64006400
+            value = _line(_field(words, FIRST, PRODUCT * 4 + a, 0, 0, PARTS, base, TEXT), 0, BF16, LINES, TEXT)
+        found = found + (value,)
     return found
 
 
 @triton.jit
-def _field(words, FIRST: tl.constexpr, PAIR: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
-    """The two codes of a pair, each in its half of an integer."""
+def _field(
+    words, FIRST: tl.constexpr, PAIR: tl.constexpr, PART: tl.constexpr, AT: tl.constexpr, PARTS: tl.constexpr, bits, TEXT: tl.constexpr
+):
+    """`bits` with the two codes of a pair, from their part at bit AT on, as the lowest of its halves."""
     SIZE: tl.constexpr = PARTS[PART]
-    PER: tl.constexpr = 16 // SIZE
-    MASK: tl.constexpr = ((1 << SIZE) - 1) * 0x10001
-    codes = (words[FIRST + PAIR // PER] >> (SIZE * (PAIR % PER))) & MASK
+    SHIFT: tl.constexpr = SIZE * (PAIR % (16 // SIZE)) - AT
+    # Parts before are as many words as they are bits.
+    word = words[FIRST + AT + PAIR // (16 // SIZE)]
+    word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
+    pair = _merge(word, (((1 << SIZE) - 1) << AT) * 0x10001, bits, TEXT)
     if PART + 1 < len(PARTS):
-        codes |= _field(words, FIRST + SIZE, PAIR, PART + 1, PARTS) << SIZE
-    return codes
+        pair = _field(words, FIRST, PAIR, PART + 1, AT + SIZE, PARTS, pair, TEXT)
+    return pair
 
 
 @triton.jit
-def _values(pair, SPEC: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl.constexpr):
-    """Values of two codes as 16-bit floats, each in its half; every one is exact."""
-    ELEMENT: tl.constexpr = SPEC.element
-    BITS: tl.constexpr = ELEMENT.bits
-    if ELEMENT.kind == "float":
-        # The fields as those of a 16-bit float, whose subnormals are the element's once biases are made equal.
-        SIZE: tl.constexpr = ((1 << (BITS - 1)) - 1) * 0x10001
-        SHIFT: tl.constexpr = (7 if BF16 else 10) - ELEMENT.mantissa
-        placed = ((pair & SIZE) << SHIFT) | ((pair << (16 - BITS)) & -0x7FFF8000)
-        values = _line(placed, 0, BF16, LINES, TEXT)
-    elif len(LINES) == 2:
-        high = _line(((pair >> 4) & 0x000F000F) | 0x43004300, 0, BF16, LINES, TEXT)
-        low = _line((pair & 0x000F000F) | 0x43004300, 1, BF16, LINES, TEXT)
-        values = _sum(high, low, BF16, TEXT)
+def _float_bits(
+    words,
+    FIRST: tl.constexpr,
+    PAIR: tl.constexpr,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    BF16: tl.constexpr,
+    TEXT: tl.constexpr,
+):
+    """Fields of floats as those of 16-bit ones, whose subnormals are the element's once biases are made equal."""
+    BITS: tl.constexpr = SPEC.element.bits
+    if len(PARTS) == 1:
+        word = words[FIRST + PAIR * BITS // 16]
+        AT: tl.constexpr = BITS * (PAIR % (16 // BITS))
     else:
-        # In the lowest bits of a bfloat16 from 128 on, or of a float16 from 1024 on.
-        values = _line(pair | (0x43004300 if BF16 else 0x64006400), 0, BF16, LINES, TEXT)
-    return values
+        word = _field(words, FIRST, PAIR, 0, 0, PARTS, 0, TEXT)
+        AT: tl.constexpr = 0
+    TO: tl.constexpr = (7 if BF16 else 10) - SPEC.element.mantissa
+    size = word << (TO - AT) if TO > AT else word >> (AT - TO)
+    size = size & ((((1 << (BITS - 1)) - 1) << TO) * 0x10001)
+    return _merge(word << (16 - BITS - AT), -0x7FFF8000, size, TEXT)
+
+
+@triton.jit
+def _merge(word, MASK: tl.constexpr, bits, TEXT: tl.constexpr):
+    """`word & MASK | bits`, in one instruction."""
+    if TEXT.merge != "":
+        value = tl.inline_asm_elementwise(TEXT.merge, "=r,r,r,r", [word, MASK, bits], tl.int32, True, 1)
+    else:
+        value = word & MASK | bits
+    return value
 
 
 @triton.jit
@@ -302,17 +399,6 @@ def _sum(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
         a, b = _halves(x, BF16)
         c, d = _halves(y, BF16)
         value = _pair(a + c, b + d, BF16)
-    return value
-
-
-@triton.jit
-def _product(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
-    if TEXT.mma != "":
-        value = tl.inline_asm_elementwise(TEXT.mul, "=r,r,r", [x, y], tl.int32, True, 1)
-    else:
-        a, b = _halves(x, BF16)
-        c, d = _halves(y, BF16)
-        value = _pair(a * c, b * d, BF16)
     return value
 
 
@@ -340,20 +426,23 @@ def _pair(low, high, BF16: tl.constexpr):
 
 
 @triton.jit
-def _mma(a, inputs, FIRST: tl.constexpr, c, BF16: tl.constexpr, TEXT: tl.constexpr, WARPS: tl.constexpr):
-    """`mma.m16n8k16` of four registers, two of the inputs' from FIRST on, and four to which the products are added."""
-    b0, b1 = inputs[FIRST], inputs[FIRST + 1]
+def _mma(a, b, c, FIRST: tl.constexpr, BF16: tl.constexpr, TEXT: tl.constexpr, WARPS: tl.constexpr):
+    """`mma.m16n8k16` of four registers, two of inputs, and four to which the products are added unless it is the FIRST."""
     if TEXT.mma != "":
         kinds: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
-        given = [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]]
-        d = tl.inline_asm_elementwise(TEXT.mma, _REGISTERS, given, kinds, True, 1)
+        given = [a[0], a[1], a[2], a[3], b[0], b[1]]
+        if FIRST:
+            d = tl.inline_asm_elementwise(TEXT.first, "=f,=f,=f,=f,r,r,r,r,r,r", given, kinds, True, 1)
+        else:
+            given = given + [c[0], c[1], c[2], c[3]]
+            d = tl.inline_asm_elementwise(TEXT.mma, _REGISTERS, given, kinds, True, 1)
     else:
-        tokens = _matrix(b0, b1, BF16, WARPS)[:, None, :, :]
+        tokens = _matrix(b[0], b[1], BF16, WARPS)[:, None, :, :]
         top = tl.sum(_matrix(a[0], a[2], BF16, WARPS)[:, :, None, :] * tokens, 3)
         bottom = tl.sum(_matrix(a[1], a[3], BF16, WARPS)[:, :, None, :] * tokens, 3)
         d0, d1 = tl.split(tl.reshape(top, (WARPS * 32, 2)))
         d2, d3 = tl.split(tl.reshape(bottom, (WARPS * 32, 2)))
-        d = c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3
+        d = (d0, d1, d2, d3) if FIRST else (c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3)
     return d
 
 
@@ -367,19 +456,20 @@ def _matrix(first, second, BF16: tl.constexpr, WARPS: tl.constexpr):
 
 
 @triton.jit
-def _scale(scale, group, row, n, there, SPEC: tl.constexpr):
-    """Float32 scales of a group of rows."""
-    stored = tl.load(scale + group * n + row, there & (row < n), 0)
-    return scale_value(stored, 1.0, SPEC)
+def _scaled(new, one, two, old):
+    """Products of rows g and g + 8 times their scales, and what there was."""
+    return (
+        tl.fma(new[0], one, old[0]),
+        tl.fma(new[1], one, old[1]),
+        tl.fma(new[2], two, old[2]),
+        tl.fma(new[3], two, old[3]),
+    )
 
 
 @triton.jit
-def _zero(zero, group, row, n, there, SPEC: tl.constexpr):
-    """Float32 zero points of a group of rows."""
-    found = tl.load(zero + group * n + row, there & (row < n), 0).to(tl.int32)
-    if SPEC.signed_zero:
-        found = (found << 24) >> 24
-    return found.to(tl.float32)
+def _shifted(new, one, two, sum_x):
+    """Products of rows g and g + 8 less their zero points times the sums of inputs."""
+    return new[0] - one * sum_x[0], new[1] - one * sum_x[1], new[2] - two * sum_x[2], new[3] - two * sum_x[3]
 
 
 @triton.jit

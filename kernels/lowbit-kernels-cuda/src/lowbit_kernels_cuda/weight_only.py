@@ -17,7 +17,7 @@ from lowbit.packing import unpack as unpack_codes
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.linear import Text, linear_tiles, lines, text
 from lowbit_kernels_cuda.scaling import raw, spec
-from lowbit_kernels_cuda.weights import pack_tiles, parts, unpack_tiles
+from lowbit_kernels_cuda.weights import pack_scales, pack_tiles, parts, unpack_scales, unpack_tiles
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Programs times warps that keep a GPU busy.
@@ -33,9 +33,8 @@ def refuses(call: Call) -> str | None:
     if call.x_dtype not in _DTYPES:
         return f"needs inputs in bfloat16 or float16; these are {call.x_dtype}"
     group = fmt.block[-1]
-    exact = fmt.scale.kind == "float" and fmt.scale.bits == 8 and fmt.element.kind == "float"
-    if group != WHOLE and group % 64 and group != 32 and not (group == 16 and exact):
-        return f"needs scales of 32 columns, of multiples of 64, or of 16 in 8 bits; this is {fmt}"
+    if group != WHOLE and group % 64 and group not in {16, 32}:
+        return f"needs scales of 16 or 32 columns, or of multiples of 64; this is {fmt}"
     if call.k % 8:
         return f"needs columns by the 8; this weight has {call.k}"
     return None
@@ -55,6 +54,10 @@ def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     if element.has_nan and not bool(torch.isfinite(weight.qdata.float()).all()):
         msg = f"the weight has codes of {element.name} that are no numbers; find out where they come from"
         raise FormatError(msg)
+    scale = weight.scale
+    if scale.itemsize == 1 and not bool((torch.isfinite(scale.float()) & (scale.float() >= 0)).all()):
+        msg = "the weight has scales that are no numbers, or negative ones; find out where they come from"
+        raise FormatError(msg)
     if element.kind == "int" and element.signed:
         codes = codes ^ (1 << (element.bits - 1))
     rest = (weight.tensor_scale, weight.pre_scale)
@@ -63,10 +66,15 @@ def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
 
 
 def _across(part: Tensor, n: int, fmt: Format) -> Tensor:
-    """Scales or zero points (N, K / group) of every row, the other way round."""
-    rows = fmt.block_for(2)[0] or n
-    each = raw(part).repeat_interleave(rows, 0)[:n]
-    return each.mT.contiguous().view(part.dtype)
+    """Scales or zero points as the kernel reads them, those of several rows once for each."""
+    rows, group = fmt.block_for(2)
+    return pack_scales(raw(part).repeat_interleave(rows or n, 0)[:n], group).view(part.dtype)
+
+
+def _words(part: Tensor) -> Tensor:
+    """What a lane reads of scales or zero points, in words of at most 32 bits."""
+    size = 2 * part.shape[-1] * part.itemsize
+    return raw(part).view(-1).view(torch.int16 if size == 2 else torch.int32)
 
 
 def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
@@ -79,10 +87,14 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
         codes ^= 1 << (element.bits - 1)
         codes = codes.view(torch.int8) << (8 - element.bits) >> (8 - element.bits)
     data = pack_codes(codes, element) if element.packed else codes.view(element.storage)
-    rows = fmt.block_for(2)[0] or n
+    rows, group = fmt.block_for(2)
     found = {"qdata": data}
     for name, part in zip(description.names[1:], packed[count:], strict=True):
-        found[name] = raw(part).mT[::rows].contiguous().view(part.dtype) if name in {"scale", "zero"} else part
+        if name in {"scale", "zero"}:
+            each = unpack_scales(raw(part), n, -(-k // group) if group else 1)
+            found[name] = each[:: rows or n].contiguous().view(part.dtype)
+        else:
+            found[name] = part
     return found
 
 
@@ -108,9 +120,9 @@ def run(x: Tensor, packed: tuple[Tensor, ...], description: Description, bias: T
     form = replace(spec(fmt, device=x.device if native else None), tensor=False)
     launch: Any = linear_tiles[(triton.cdiv(n, 16 * tall), triton.cdiv(m, 8 * many))]
     launch(
-        *(tokens.view(torch.int32), packed[:count], raw(named["scale"])),
+        *(tokens.view(torch.int32), packed[:count], _words(named["scale"])),
         *(
-            raw(named["zero"]) if "zero" in named else None,
+            _words(named["zero"]) if "zero" in named else None,
             whole,
             0 if whole is None or whole.numel() == 1 else 1,
             None if bias is None else raw(bias),
@@ -121,10 +133,11 @@ def run(x: Tensor, packed: tuple[Tensor, ...], description: Description, bias: T
         ),
         SPEC=form,
         PARTS=parts(fmt.element.bits),
-        GROUP=fmt.block[-1],
+        GROUP=fmt.block_for(2)[-1],
         BF16=bf16,
         LINES=lines(fmt.element, bf16),
         TEXT=text(fmt.element, bf16) if native else Text(),
+        EVEN=k % 64 == 0,
         WARPS=warps,
         TALL=tall,
         TOKENS=many,
