@@ -154,7 +154,7 @@ def operand(
             word = words[FIRST + PRODUCT * 2 + a // 2]
             high = _merge(word >> (8 * (a % 2) + 4), 0x000F000F, 0x43004300, TEXT)
             low = _merge(word >> (8 * (a % 2)), 0x000F000F, 0x43004300, TEXT)
-            value = _sum(_line(high, 0, BF16, LINES, TEXT), _line(low, 1, BF16, LINES, TEXT), BF16, TEXT)
+            value = sum_of(_line(high, 0, BF16, LINES, TEXT), _line(low, 1, BF16, LINES, TEXT), BF16, TEXT)
         else:
             # In the lowest bits of a bfloat16 from 128 on, or of a float16 from 1024 on.
             base = 0x43004300 if BF16 else 0x64006400
@@ -175,7 +175,7 @@ def _line(x, AT: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl
 
 
 @triton.jit
-def _sum(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+def sum_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
     if TEXT.mma != "":
         value = tl.inline_asm_elementwise(TEXT.add, "=r,r,r", [x, y], tl.int32, True, 1)
     else:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels_cuda.codes import from_float32, to_float32
-from lowbit_kernels_cuda.fragments import factors, halves, operand, points, registers
+from lowbit_kernels_cuda.fragments import factors, halves, operand, points, read, registers, sum_of
 
 
 @triton.jit
@@ -83,26 +83,26 @@ def linear_dots(
             there = at < tiles
             b = tl.load(inputs + (step * COLUMNS + column)[:, None], (step * COLUMNS + column < k)[:, None], 0)
         codes = _read_words(words, (tile + step * WIDE) * 32 + lane, there, PARTS, LANES)
-        a = _values(codes, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
+        PER: tl.constexpr = 64 // GROUP if 0 < GROUP and GROUP < 64 else 1
+        less = ()
+        if SPEC.zero and sums is None:
+            less = _less(zero, tile // tiles, tl.minimum(at, tiles - 1), lane % 32 // 4, k, GROUP, PER, BF16, LANES)
+        a = _values(codes, less, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE, PER)
         if GROUP == 0:
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+            acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
         else:
             place = _place(row, high, step, k, GROUP, TALL, WIDE)
             SPANS: tl.constexpr = WIDE * 64 // GROUP if WIDE * 64 > GROUP else 1
-            PER: tl.constexpr = 64 // GROUP if GROUP < 64 else 1
             f = _of_rows(factors(scale, place, SPEC, PER, TALL * SPANS // PER * 8), PER, TALL, SPANS // PER)
-            if SPEC.zero:
-                z = _of_rows(points(zero, place, PER, TALL * SPANS // PER * 8), PER, TALL, SPANS // PER)
-                if sums is None:
-                    a = _per_group(a, z + (128 if BF16 else 1024), 1, ROWS, COLUMNS)
             if EXACT:
                 new = tl.dot(a, b, input_precision="ieee")
                 if sums is not None:
+                    z = _of_rows(points(zero, place, 1, TALL * 8), 1, TALL, 1)
                     s = tl.load(sums + tl.minimum(tokens, m - 1) * tl.cdiv(k, GROUP) + step * COLUMNS // GROUP)
                     new -= (z + SPEC.element.min) * s[None, :]
                 acc += new * f
             else:
-                acc = tl.dot(_per_group(a, f, 0, ROWS, COLUMNS), b, acc, input_precision="ieee")
+                acc = _settled(tl.dot(_times(a, f, ROWS, COLUMNS), b, acc, input_precision="ieee"), TEXT)
     _write(
         *(acc, scale, zero, sums, tensor_scale, tensor_row, bias, out, parts, count, row, tokens, split, m, n, high),
         *(SPEC, GROUP, ROWS, TOKENS, SPLITS),
@@ -121,8 +121,33 @@ def _read_words(words, place, there, PARTS: tl.constexpr, LANES: tl.constexpr):
 
 
 @triton.jit
+def _settled(acc, TEXT: tl.constexpr):
+    """Sums, once they are there.
+
+    Else Triton (3.6) leaves products running while the next step's operand is written to the registers that they read.
+    """
+    if TEXT.mma != "":
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, True, 1)
+    return acc
+
+
+@triton.jit
+def _less(zero, above, at, g, k, GROUP: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr):
+    """Pairs of what codes are above, the offset and a zero point, negative: of rows g, then of g + 8, PER of each."""
+    spans = tl.cdiv(k, GROUP * PER)
+    place = (above * spans + (at if PER > 1 else at * 64 // GROUP)) * 8 + g
+    words = registers(read(zero, place, PER), PER, LANES)
+    found = ()
+    for i in tl.static_range(2 * PER):
+        code = words[i // 2] & 0xFFFF if i % 2 == 0 else (words[i // 2] >> 16) & 0xFFFF
+        found = found + ((code | (code << 16)) | (-0x3CFF3D00 if BF16 else -0x1BFF1C00),)
+    return found
+
+
+@triton.jit
 def _values(
     codes,
+    less,
     SPEC: tl.constexpr,
     PARTS: tl.constexpr,
     BF16: tl.constexpr,
@@ -130,11 +155,15 @@ def _values(
     TEXT: tl.constexpr,
     TALL: tl.constexpr,
     WIDE: tl.constexpr,
+    PER: tl.constexpr,
 ):
-    """16-bit floats (rows, columns) of the codes of tiles; less their offset if they meet a zero point."""
+    """16-bit floats (rows, columns) of the codes of tiles."""
     products = ()
     for s in tl.static_range(4):
         r = operand(codes, 0, s, SPEC, PARTS, BF16, LINES, TEXT)
+        if len(less) > 0:
+            one, two = less[s * PER // 4], less[PER + s * PER // 4]
+            r = sum_of(r[0], one, BF16, TEXT), sum_of(r[1], two, BF16, TEXT), sum_of(r[2], one, BF16, TEXT), sum_of(r[3], two, BF16, TEXT)
         # Halves, rows, and columns beyond 8, from the left.
         top = tl.join(_floats(r[0], BF16, TEXT), _floats(r[1], BF16, TEXT))
         products = products + (tl.join(top, tl.join(_floats(r[2], BF16, TEXT), _floats(r[3], BF16, TEXT))),)
@@ -182,11 +211,9 @@ def _of_rows(found, PER: tl.constexpr, TALL: tl.constexpr, SPANS: tl.constexpr):
 
 
 @triton.jit
-def _per_group(a, by, LESS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Codes (rows, columns) times numbers (rows, groups), or LESS them."""
-    each = tl.reshape(a, (ROWS, by.shape[1], COLUMNS // by.shape[1]))
-    by = by.to(a.dtype)[:, :, None]
-    each = each - by if LESS else each * by
+def _times(a, by, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes (rows, columns) times numbers (rows, groups)."""
+    each = tl.reshape(a, (ROWS, by.shape[1], COLUMNS // by.shape[1])) * by.to(a.dtype)[:, :, None]
     return tl.reshape(each, (ROWS, COLUMNS))
 
 
