@@ -27,6 +27,7 @@ class Text:
     # As `mma`, of sums that are still 0.
     first: str = ""
     add: str = ""
+    mul: str = ""
     # Bits of a number under a mask, among those of another.
     merge: str = ""
     # Fused multiply-adds with the two numbers of each of `lines`.
@@ -64,6 +65,7 @@ def text(element: Element, bf16: bool) -> Text:  # noqa: FBT001 - a constant of 
         mma + "{$10, $11, $12, $13};",
         f"{{ .reg .f32 z; mov.f32 z, 0f00000000; {mma} {{z, z, z, z}}; }}",
         f"add.rn.{kind}x2 $0, $1, $2;",
+        f"mul.rn.{kind}x2 $0, $1, $2;",
         "lop3.b32 $0, $1, $2, $3, 0xEA;",
         tuple(line(*each) for each in lines(element, bf16)),
     )
@@ -186,6 +188,28 @@ def sum_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
 
 
 @triton.jit
+def product_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+    if TEXT.mma != "":
+        value = tl.inline_asm_elementwise(TEXT.mul, "=r,r,r", [x, y], tl.int32, True, 1)
+    else:
+        a, b = halves(x, BF16)
+        c, d = halves(y, BF16)
+        value = _pair(_round(a * c, BF16), _round(b * d, BF16), BF16)
+    return value
+
+
+@triton.jit
+def _round(x, BF16: tl.constexpr):
+    """Float32 of finite `x` rounded to a 16-bit float."""
+    if BF16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit
 def halves(x, BF16: tl.constexpr):
     """Float32 of the two 16-bit floats in an integer."""
     if BF16:
@@ -223,13 +247,13 @@ def factors(scale, place, SPEC: tl.constexpr, PER: tl.constexpr, THREADS: tl.con
             low, high = halves(word, ELEMENT.mantissa == 7)
             value = low if i % 2 == 0 else high
         else:
-            value = _byte_scale(word, i % (2 * PER // WORDS), ELEMENT)
+            value = byte_scale(word, i % (2 * PER // WORDS), ELEMENT)
         found = found + (value,)
     return found
 
 
 @triton.jit
-def _byte_scale(word, BYTE: tl.constexpr, ELEMENT: tl.constexpr):
+def byte_scale(word, BYTE: tl.constexpr, ELEMENT: tl.constexpr):
     """Float32 of an 8-bit scale; negative ones and ones that are no numbers are refused when a weight is packed."""
     FIELD: tl.constexpr = 8 if ELEMENT.powers_of_two else 7
     SHIFT: tl.constexpr = 23 - ELEMENT.mantissa - 8 * BYTE
@@ -258,3 +282,91 @@ def points(zero, place, PER: tl.constexpr, THREADS: tl.constexpr):
 def read(pointer, place, SIZE: tl.constexpr):
     """(threads, SIZE) that follow one another from SIZE times `place` on; read once, so not to be kept."""
     return tl.load(pointer + place[:, None] * SIZE + tl.arange(0, SIZE)[None, :], eviction_policy="evict_first")
+
+
+@triton.jit
+def less_pairs(words, PER: tl.constexpr, BF16: tl.constexpr):
+    """What codes and their offset are above: pairs, negative, PER of rows g, then PER of rows g + 8."""
+    found = ()
+    for i in tl.static_range(2 * PER):
+        code = words[i // 2] & 0xFFFF if i % 2 == 0 else (words[i // 2] >> 16) & 0xFFFF
+        found = found + ((code | (code << 16)) | (-0x3CFF3D00 if BF16 else -0x1BFF1C00),)
+    return found
+
+
+@triton.jit
+def scale_pairs(words, SPEC: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr):
+    """Scales twice in an integer, as numbers of the inputs' type: PER of rows g, then PER of rows g + 8."""
+    ELEMENT: tl.constexpr = SPEC.scale
+    COUNT: tl.constexpr = len(words)
+    found = ()
+    for i in tl.static_range(2 * PER):
+        word = words[i * COUNT // (2 * PER)]
+        if ELEMENT.bits == 16:
+            half = word & 0xFFFF if i % 2 == 0 else (word >> 16) & 0xFFFF
+        elif ELEMENT.powers_of_two:
+            # 2^-127 is a subnormal.
+            half = tl.maximum(((word >> (8 * (i % (2 * PER // COUNT)))) & 0xFF) << 7, 0x40)
+        else:
+            value = byte_scale(word, i % (2 * PER // COUNT), ELEMENT)
+            if BF16:
+                half = (value.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+            else:
+                half = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        found = found + (half | (half << 16),)
+    return found
+
+
+@triton.jit
+def values(
+    codes,
+    less,
+    times,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    BF16: tl.constexpr,
+    LINES: tl.constexpr,
+    TEXT: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """16-bit floats (rows, columns) of the codes of TALL by WIDE tiles, a lane after another.
+
+    `less` is added to codes, and they are multiplied by `times`: pairs as of `less_pairs` and `scale_pairs`, or none.
+    """
+    products = ()
+    for s in tl.static_range(4):
+        r = operand(codes, 0, s, SPEC, PARTS, BF16, LINES, TEXT)
+        if len(less) > 0:
+            r = _of_pairs(r, less, s, 0, BF16, TEXT)
+        if len(times) > 0:
+            r = _of_pairs(r, times, s, 1, BF16, TEXT)
+        # Halves, rows, and columns beyond 8, from the left.
+        top = tl.join(_floats(r[0], BF16, TEXT), _floats(r[1], BF16, TEXT))
+        products = products + (tl.join(top, tl.join(_floats(r[2], BF16, TEXT), _floats(r[3], BF16, TEXT))),)
+    value = tl.join(tl.join(products[0], products[1]), tl.join(products[2], products[3]))
+    value = tl.reshape(value, (TALL, WIDE, 8, 4, 2, 2, 2, 2, 2))
+    value = tl.permute(value, (0, 5, 2, 1, 8, 7, 6, 3, 4))
+    return tl.reshape(value, (TALL * 16, WIDE * 64))
+
+
+@triton.jit
+def _of_pairs(r, by, S: tl.constexpr, TIMES: tl.constexpr, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """The registers of product S plus, or TIMES, those of their rows and columns."""
+    PER: tl.constexpr = len(by) // 2
+    found = ()
+    for a in tl.static_range(4):
+        other = by[a % 2 * PER + S * PER // 4]
+        found = found + (product_of(r[a], other, BF16, TEXT) if TIMES else sum_of(r[a], other, BF16, TEXT),)
+    return found
+
+
+@triton.jit
+def _floats(pair, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """Both numbers of a pair; in float32 for Triton's interpreter."""
+    if TEXT.mma == "":
+        low, high = halves(pair, BF16)
+    else:
+        kind: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+        low, high = pair.to(tl.int16).to(kind, bitcast=True), (pair >> 16).to(tl.int16).to(kind, bitcast=True)
+    return tl.join(low, high)

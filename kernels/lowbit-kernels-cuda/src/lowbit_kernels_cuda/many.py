@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from lowbit_kernels_cuda.codes import from_float32, to_float32
-from lowbit_kernels_cuda.fragments import factors, halves, operand, points, read, registers, sum_of
+from lowbit_kernels_cuda.fragments import factors, less_pairs, points, read, registers, scale_pairs, values
 
 
 @triton.jit
@@ -83,26 +83,27 @@ def linear_dots(
             there = at < tiles
             b = tl.load(inputs + (step * COLUMNS + column)[:, None], (step * COLUMNS + column < k)[:, None], 0)
         codes = _read_words(words, (tile + step * WIDE) * 32 + lane, there, PARTS, LANES)
-        PER: tl.constexpr = 64 // GROUP if 0 < GROUP and GROUP < 64 else 1
-        less = ()
-        if SPEC.zero and sums is None:
-            less = _less(zero, tile // tiles, tl.minimum(at, tiles - 1), lane % 32 // 4, k, GROUP, PER, BF16, LANES)
-        a = _values(codes, less, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE, PER)
-        if GROUP == 0:
-            acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
+        less, times = (), ()
+        if GROUP != 0:
+            PER: tl.constexpr = 64 // GROUP if GROUP < 64 else 1
+            # Scales of the lane's own rows, which are those that it has codes of.
+            span = tl.minimum(at, tiles - 1) if GROUP <= 64 else tl.minimum(at, tiles - 1) * 64 // GROUP
+            place = (tile // tiles * tl.cdiv(k, GROUP * PER) + span) * 8 + lane % 32 // 4
+            if SPEC.zero and sums is None:
+                less = less_pairs(registers(read(zero, place, PER), PER, LANES), PER, BF16)
+            if not EXACT:
+                COUNT: tl.constexpr = 2 * PER * SPEC.scale.bits // scale.dtype.element_ty.primitive_bitwidth
+                times = scale_pairs(registers(read(scale, place, COUNT), COUNT, LANES), SPEC, PER, BF16)
+        a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
+        if EXACT:
+            new = tl.dot(a, b, input_precision="ieee")
+            span = step * COLUMNS // GROUP
+            if sums is not None:
+                s = tl.load(sums + tl.minimum(tokens, m - 1) * tl.cdiv(k, GROUP) + span)
+                new -= (_of_rows(points(zero, _place(row, span, high, tl.cdiv(k, GROUP), TALL), 1, TALL * 8), TALL) + SPEC.element.min) * s[None, :]
+            acc += new * _of_rows(factors(scale, _place(row, span, high, tl.cdiv(k, GROUP), TALL), SPEC, 1, TALL * 8), TALL)
         else:
-            place = _place(row, high, step, k, GROUP, TALL, WIDE)
-            SPANS: tl.constexpr = WIDE * 64 // GROUP if WIDE * 64 > GROUP else 1
-            f = _of_rows(factors(scale, place, SPEC, PER, TALL * SPANS // PER * 8), PER, TALL, SPANS // PER)
-            if EXACT:
-                new = tl.dot(a, b, input_precision="ieee")
-                if sums is not None:
-                    z = _of_rows(points(zero, place, 1, TALL * 8), 1, TALL, 1)
-                    s = tl.load(sums + tl.minimum(tokens, m - 1) * tl.cdiv(k, GROUP) + step * COLUMNS // GROUP)
-                    new -= (z + SPEC.element.min) * s[None, :]
-                acc += new * f
-            else:
-                acc = _settled(tl.dot(_times(a, f, ROWS, COLUMNS), b, acc, input_precision="ieee"), TEXT)
+            acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
     _write(
         *(acc, scale, zero, sums, tensor_scale, tensor_row, bias, out, parts, count, row, tokens, split, m, n, high),
         *(SPEC, GROUP, ROWS, TOKENS, SPLITS),
@@ -132,89 +133,17 @@ def _settled(acc, TEXT: tl.constexpr):
 
 
 @triton.jit
-def _less(zero, above, at, g, k, GROUP: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr, LANES: tl.constexpr):
-    """Pairs of what codes are above, the offset and a zero point, negative: of rows g, then of g + 8, PER of each."""
-    spans = tl.cdiv(k, GROUP * PER)
-    place = (above * spans + (at if PER > 1 else at * 64 // GROUP)) * 8 + g
-    words = registers(read(zero, place, PER), PER, LANES)
-    found = ()
-    for i in tl.static_range(2 * PER):
-        code = words[i // 2] & 0xFFFF if i % 2 == 0 else (words[i // 2] >> 16) & 0xFFFF
-        found = found + ((code | (code << 16)) | (-0x3CFF3D00 if BF16 else -0x1BFF1C00),)
-    return found
+def _place(row, span, high, spans, TALL: tl.constexpr):
+    """Where the scales of a span of a program's rows are."""
+    i = tl.arange(0, TALL * 8)
+    return (tl.minimum(row * TALL + i // 8, high - 1) * spans + span) * 8 + i % 8
 
 
 @triton.jit
-def _values(
-    codes,
-    less,
-    SPEC: tl.constexpr,
-    PARTS: tl.constexpr,
-    BF16: tl.constexpr,
-    LINES: tl.constexpr,
-    TEXT: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-    PER: tl.constexpr,
-):
-    """16-bit floats (rows, columns) of the codes of tiles."""
-    products = ()
-    for s in tl.static_range(4):
-        r = operand(codes, 0, s, SPEC, PARTS, BF16, LINES, TEXT)
-        if len(less) > 0:
-            one, two = less[s * PER // 4], less[PER + s * PER // 4]
-            r = sum_of(r[0], one, BF16, TEXT), sum_of(r[1], two, BF16, TEXT), sum_of(r[2], one, BF16, TEXT), sum_of(r[3], two, BF16, TEXT)
-        # Halves, rows, and columns beyond 8, from the left.
-        top = tl.join(_floats(r[0], BF16, TEXT), _floats(r[1], BF16, TEXT))
-        products = products + (tl.join(top, tl.join(_floats(r[2], BF16, TEXT), _floats(r[3], BF16, TEXT))),)
-    value = tl.join(tl.join(products[0], products[1]), tl.join(products[2], products[3]))
-    value = tl.reshape(value, (TALL, WIDE, 8, 4, 2, 2, 2, 2, 2))
-    value = tl.permute(value, (0, 5, 2, 1, 8, 7, 6, 3, 4))
-    return tl.reshape(value, (TALL * 16, WIDE * 64))
-
-
-@triton.jit
-def _floats(pair, BF16: tl.constexpr, TEXT: tl.constexpr):
-    """Both numbers of a pair; in float32 for Triton's interpreter."""
-    if TEXT.mma == "":
-        low, high = halves(pair, BF16)
-    else:
-        kind: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-        low, high = pair.to(tl.int16).to(kind, bitcast=True), (pair >> 16).to(tl.int16).to(kind, bitcast=True)
-    return tl.join(low, high)
-
-
-@triton.jit
-def _place(row, high, step, k, GROUP: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
-    """Where the scales of a step's rows are."""
-    SPAN: tl.constexpr = GROUP if GROUP > 64 else 64
-    SPANS: tl.constexpr = WIDE * 64 // SPAN if WIDE * 64 > SPAN else 1
-    spans = tl.cdiv(k, SPAN)
-    i = tl.arange(0, TALL * SPANS * 8)
-    above = tl.minimum(row * TALL + i // (SPANS * 8), high - 1)
-    return (above * spans + tl.minimum(step * WIDE * 64 // SPAN + i // 8 % SPANS, spans - 1)) * 8 + i % 8
-
-
-@triton.jit
-def _of_rows(found, PER: tl.constexpr, TALL: tl.constexpr, SPANS: tl.constexpr):
-    """(rows, groups) of PER numbers of row g, and PER of row g + 8, of each lane."""
-    if PER == 1:
-        value = tl.reshape(tl.join(found[0], found[1]), (TALL, SPANS, 8, 2, 1))
-    elif PER == 2:
-        value = tl.join(tl.join(found[0], found[2]), tl.join(found[1], found[3]))
-        value = tl.reshape(value, (TALL, SPANS, 8, 2, 2))
-    else:
-        even = tl.join(tl.join(found[0], found[4]), tl.join(found[2], found[6]))
-        odd = tl.join(tl.join(found[1], found[5]), tl.join(found[3], found[7]))
-        value = tl.reshape(tl.join(even, odd), (TALL, SPANS, 8, 2, 4))
-    return tl.reshape(tl.permute(value, (0, 3, 2, 1, 4)), (TALL * 16, SPANS * PER))
-
-
-@triton.jit
-def _times(a, by, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Codes (rows, columns) times numbers (rows, groups)."""
-    each = tl.reshape(a, (ROWS, by.shape[1], COLUMNS // by.shape[1])) * by.to(a.dtype)[:, :, None]
-    return tl.reshape(each, (ROWS, COLUMNS))
+def _of_rows(found, TALL: tl.constexpr):
+    """(rows, 1) of numbers of rows g, and of rows g + 8."""
+    value = tl.reshape(tl.join(found[0], found[1]), (TALL, 8, 2))
+    return tl.reshape(tl.permute(value, (0, 2, 1)), (TALL * 16, 1))
 
 
 @triton.jit
@@ -257,12 +186,11 @@ def _write(
             acc += tl.load(parts + i * (m.to(tl.int64) * n) + place, there, 0.0, cache_modifier=".cg")
     if GROUP == 0:
         TALL: tl.constexpr = ROWS // 16
-        i = tl.arange(0, TALL * 8)
-        at = tl.minimum(row * TALL + i // 8, high - 1) * 8 + i % 8
+        at = _place(row, 0, high, 1, TALL)
         if SPEC.zero:
-            z = _of_rows(points(zero, at, 1, TALL * 8), 1, TALL, 1) + SPEC.element.min
+            z = _of_rows(points(zero, at, 1, TALL * 8), TALL) + SPEC.element.min
             acc -= z * tl.load(sums + tl.minimum(tokens, m - 1))[None, :]
-        acc *= _of_rows(factors(scale, at, SPEC, 1, TALL * 8), 1, TALL, 1)
+        acc *= _of_rows(factors(scale, at, SPEC, 1, TALL * 8), TALL)
     if tensor_scale is not None:
         acc *= tl.load(tensor_scale + rows * tensor_row, rows < n, 0.0)[:, None]
     if bias is not None:
