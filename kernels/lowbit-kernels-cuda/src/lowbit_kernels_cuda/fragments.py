@@ -23,9 +23,6 @@ from lowbit_kernels_cuda.codes import split_planes
 class Text:
     """PTX of what Triton has no words for, by type of the inputs; all empty for Triton's interpreter."""
 
-    mma: str = ""
-    # As `mma`, of sums that are still 0.
-    first: str = ""
     add: str = ""
     mul: str = ""
     # Bits of a number under a mask, among those of another.
@@ -60,10 +57,7 @@ def text(element: Element, bf16: bool) -> Text:  # noqa: FBT001 - a constant of 
         numbers = f"mov.b32 by, {twice(by)}; mov.b32 plus, {twice(plus)};"
         return f"{{ .reg .b32 by, plus; {numbers} fma.rn.{kind}x2 $0, $1, by, plus; }}"
 
-    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, "
     return Text(
-        mma + "{$10, $11, $12, $13};",
-        f"{{ .reg .f32 z; mov.f32 z, 0f00000000; {mma} {{z, z, z, z}}; }}",
         f"add.rn.{kind}x2 $0, $1, $2;",
         f"mul.rn.{kind}x2 $0, $1, $2;",
         "lop3.b32 $0, $1, $2, $3, 0xEA;",
@@ -168,7 +162,7 @@ def operand(
 @triton.jit
 def _line(x, AT: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl.constexpr):
     """Of two 16-bit floats, what the numbers of a line make of them."""
-    if TEXT.mma != "":
+    if TEXT.add != "":
         value = tl.inline_asm_elementwise(TEXT.line[AT], "=r,r", [x], tl.int32, True, 1)
     else:
         low, high = halves(x, BF16)
@@ -178,7 +172,7 @@ def _line(x, AT: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl
 
 @triton.jit
 def sum_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
-    if TEXT.mma != "":
+    if TEXT.add != "":
         value = tl.inline_asm_elementwise(TEXT.add, "=r,r,r", [x, y], tl.int32, True, 1)
     else:
         a, b = halves(x, BF16)
@@ -189,7 +183,7 @@ def sum_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
 
 @triton.jit
 def product_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
-    if TEXT.mma != "":
+    if TEXT.add != "":
         value = tl.inline_asm_elementwise(TEXT.mul, "=r,r,r", [x, y], tl.int32, True, 1)
     else:
         a, b = halves(x, BF16)
@@ -364,7 +358,7 @@ def _of_pairs(r, by, S: tl.constexpr, TIMES: tl.constexpr, BF16: tl.constexpr, T
 @triton.jit
 def _floats(pair, BF16: tl.constexpr, TEXT: tl.constexpr):
     """Both numbers of a pair; in float32 for Triton's interpreter."""
-    if TEXT.mma == "":
+    if TEXT.add == "":
         low, high = halves(pair, BF16)
     else:
         kind: tl.constexpr = tl.bfloat16 if BF16 else tl.float16

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,10 +19,9 @@ from lowbit.format import Format
 from lowbit.packing import pack as pack_codes
 from lowbit.packing import unpack as unpack_codes
 from lowbit.tensor import QuantizedTensor
-from lowbit_kernels_cuda.few import linear_tiles
+from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.fragments import Text, lines, text
-from lowbit_kernels_cuda.many import linear_dots
-from lowbit_kernels_cuda.scaling import Spec, raw, spec
+from lowbit_kernels_cuda.scaling import raw, spec
 from lowbit_kernels_cuda.weights import pack_scales, pack_tiles, parts, unpack_scales, unpack_tiles
 
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
@@ -112,51 +113,57 @@ def _launch(
     x: Tensor, words: tuple[Tensor, ...], named: dict[str, Tensor], bias: Tensor | None, out: Tensor, fmt: Format
 ) -> None:
     (m, n), k = out.shape, x.shape[1]
-    bf16, native = x.dtype == torch.bfloat16, x.is_cuda
-    group, element = fmt.block_for(2)[-1], fmt.element
-    form = replace(spec(fmt, device=x.device if native else None), tensor=False)
-    zero, whole = named.get("zero"), named.get("tensor_scale")
-    given = (words, _words(named["scale"]), None if zero is None else _words(zero))
+    scale, zero, whole = named["scale"], named.get("zero"), named.get("tensor_scale")
+    how = _constants(fmt, x.dtype, x.device if x.is_cuda else None)
+    plan = schedule(m, n, k, how, x.device)
+    sums = None
+    if zero is not None and how["LINES"]:
+        sums = x.view(m, -1, how["GROUP"] or k).sum(-1, dtype=torch.float32)
+    blocks = triton.cdiv(n, plan.rows) * triton.cdiv(m, plan.tokens)
+    partial = out.new_empty(plan.splits, m, n, dtype=torch.float32) if plan.splits > 1 else None
+    count = _counters(blocks, x.device) if plan.splits > 1 else None
     then = (whole, 0 if whole is None or whole.numel() == 1 else 1, None if bias is None else raw(bias), raw(out))
-    constants: dict[str, Any] = {
-        "SPEC": form,
+    shape = {"ROWS": plan.rows, "TOKENS": plan.tokens, "COLUMNS": plan.columns, "SPLITS": plan.splits, "BAND": 8}
+    kernel: Any
+    if plan.depth:
+        hopper = import_module("lowbit_kernels_cuda.hopper")
+        flat = not how["GROUP"]
+        given = (raw(scale) if flat else _words(scale), zero if zero is None or flat else _words(zero))
+        kernel = hopper.linear_wgmma[(blocks, plan.splits)]
+        kernel(
+            *(hopper.described(x, plan.tokens, plan.columns), words, *given, sums, *then, partial, count, m, n, k),
+            **(how | shape),
+            STAGES=plan.stages,
+            DEPTH=plan.depth,
+            num_warps=plan.warps,
+        )
+        return
+    kernel = linear_dots[(blocks, plan.splits)]
+    kernel(
+        *(x if x.is_cuda else x.float(), words, _words(scale), None if zero is None else _words(zero), sums, *then),
+        *(partial, count, m, n, k),
+        **(how | shape),
+        EVEN=k % plan.columns == 0,
+        EXACT=plan.exact,
+        STAGES=plan.stages,
+        num_warps=plan.warps,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _constants(fmt: Format, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+    """What kernels for a format and inputs are compiled for."""
+    bf16, group, element = dtype == torch.bfloat16, fmt.block_for(2)[-1], fmt.element
+    # Zero points are taken from codes above their offset, unless the difference is no number of the inputs' type.
+    apart = fmt.zero is not None and bool(group) and not (element.bits == 8 and bf16)
+    return {
+        "SPEC": replace(spec(fmt, device=device), tensor=False),
         "PARTS": parts(element.bits),
         "GROUP": group,
         "BF16": bf16,
-        "LINES": lines(element, bf16),
-        "TEXT": text(element, bf16) if native else Text(),
+        "LINES": () if apart else lines(element, bf16),
+        "TEXT": Text() if device is None else text(element, bf16),
     }
-    plan = schedule(m, n, k, form, group, bf16)
-    if isinstance(plan, Few):
-        grid = (triton.cdiv(n, 16 * plan.tall), triton.cdiv(m, 8 * plan.tokens))
-        constants |= {"EVEN": k % 64 == 0, "WARPS": plan.warps, "TALL": plan.tall, "TOKENS": plan.tokens}
-        few: Any = linear_tiles[grid]
-        few(x.view(torch.int32), *given, *then, m, n, k, **constants, AHEAD=plan.ahead, num_warps=plan.warps)
-        return
-    sums = None
-    if zero is not None and (not group or (element.bits == 8 and bf16)):
-        sums = x.view(m, -1, group or k).sum(-1, dtype=torch.float32)
-    elif zero is not None:
-        constants["LINES"] = ()
-    blocks = triton.cdiv(n, plan.rows) * triton.cdiv(m, plan.tokens)
-    partial, count = None, None
-    if plan.splits > 1:
-        partial = out.new_empty(plan.splits, m, n, dtype=torch.float32)
-        count = _counters(blocks, x.device)
-    many: Any = linear_dots[(blocks, plan.splits)]
-    many(
-        *(x if native else x.float(), *given, sums, *then, partial, count, m, n, k),
-        **constants,
-        EVEN=k % plan.columns == 0,
-        ROWS=plan.rows,
-        TOKENS=plan.tokens,
-        COLUMNS=plan.columns,
-        SPLITS=plan.splits,
-        EXACT=plan.exact,
-        STAGES=plan.stages,
-        BAND=plan.band,
-        num_warps=plan.warps,
-    )
 
 
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
@@ -184,49 +191,57 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Few:
-    """How `linear_tiles` runs: warps of a program, tiles of rows and of tokens, and tiles read ahead."""
-
-    warps: int
-    tall: int
-    tokens: int
-    ahead: int
-
-
-@dataclass(frozen=True, slots=True)
-class Many:
-    """How `linear_dots` runs: a program's rows, tokens, columns at a time and warps; parts of K; see there."""
+class Plan:
+    """How a product runs: a program's rows, tokens, columns at a time and warps, and the parts that K is cut into."""
 
     rows: int
     tokens: int
     columns: int
     warps: int
     splits: int
-    exact: bool
     stages: int
-    band: int
+    # Whether scales are of sums of products rather than of codes.
+    exact: bool = False
+    # Steps whose words are read ahead, by the kernel for Hopper; 0: `linear_dots`.
+    depth: int = 0
 
 
-def schedule(m: int, n: int, k: int, form: Spec, group: int, bf16: bool) -> Few | Many:  # noqa: FBT001 - of two types
-    """How a product of m tokens runs."""
+def schedule(m: int, n: int, k: int, how: dict[str, Any], device: torch.device) -> Plan:
+    """The plan for m tokens; from measurements on an H100, in numbers of its multiprocessors (docs/performance.md)."""
+    form, group, bf16 = how["SPEC"], how["GROUP"], how["BF16"]
     scale, element = form.scale, form.element
     # Whether a scale times a code is a number of the inputs' type, and whether the scale is.
     bits = element.mantissa + 1 if element.kind == "float" else element.bits
     product = scale.bits == 8 and bits + scale.mantissa <= (8 if bf16 else 11) and (bf16 or not scale.powers_of_two)
     fits = product or (scale.bits == 16 and (scale.mantissa == 7) == bf16)
-    wide = form.zero and element.bits == 8 and bf16
-    if m <= 8 or (not fits and group in (16, 32)):
-        tokens = min(triton.next_power_of_2(triton.cdiv(m, 8)), 8)
-        return Few(8, 2 if tokens > 2 else 1, tokens, 2 if tokens <= 2 else 1)
-    exact = bool(group) and (not fits or (wide and group > 0) or (m <= 64 and not product)) and group >= 64
-    columns = 128 if not group or group % 128 == 0 or (not exact and group <= 64) else 64
-    tokens = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 or exact else 128
-    rows, warps = (64, 4) if m <= 32 else (128, 8)
-    if m > 64 and not exact:
-        columns = 64 if columns == 128 and group != 128 else columns
-        columns = 64
-    blocks = triton.cdiv(n, rows) * triton.cdiv(m, tokens)
-    splits = min(max(triton.next_power_of_2(264 // max(blocks, 1)), 1), 8) if m <= 64 else 1
-    while splits > 1 and triton.cdiv(k, columns) < 2 * splits:
-        splits //= 2
-    return Many(rows, tokens, columns, warps, splits, exact, 4, 8)
+    apart = bool(form.zero and how["LINES"])
+    exact = bool(group) and (not fits or apart or (m <= 64 and not product and group >= 64))
+    multiprocessors, hopper = _device(device)
+
+    def blocks(rows: int, tokens: int) -> int:
+        return triton.cdiv(n, rows) * triton.cdiv(m, tokens)
+
+    columns = 128 if not exact or group % 128 == 0 else 64
+    if m <= 64:
+        tokens = 16 if m <= 16 else 32 if m <= 32 else 64
+        rows = 128 if tokens == 64 and blocks(128, 64) >= 1.5 * multiprocessors else 64
+        most = 4 if element.bits < 8 and tokens < 64 else 2
+        splits = 1 if blocks(rows, tokens) >= 1.5 * multiprocessors else most * multiprocessors // blocks(rows, tokens)
+        splits = min(1 << max(splits, 1).bit_length() - 1, 4, max(k // (2 * columns), 1))
+        return Plan(rows, tokens, columns, 4 if exact or rows == 64 else 8, splits, 3 if tokens == 64 else 4, exact)
+    if exact or not hopper:
+        return Plan(128, 128, columns if exact else 64, 8, 1, 3, exact)
+    if m <= 128:
+        return Plan(64, 128, 64, 4, 1, 4, depth=2)
+    if blocks(128, 256) < 0.75 * multiprocessors:
+        return Plan(64, 256, 64, 4, 1, 3, depth=2)
+    return Plan(128, 256, 64, 8, 1, 4, depth=2)
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors, and whether it is Hopper."""
+    if device.type != "cuda":
+        return 132, False
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.major == 9

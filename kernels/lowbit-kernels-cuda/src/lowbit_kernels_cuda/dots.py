@@ -1,8 +1,8 @@
-"""A linear layer whose weight alone is in low precision, for many tokens: codes become the first operand in registers.
+"""A linear layer whose weight alone is in low precision: codes become the first operand of products in registers.
 
 `tl.dot` of rows of the weight by tokens; the order of `lowbit_kernels_cuda.weights` is that of the operand, so that Triton
-moves nothing between lanes. Where a scale times a code need not be a 16-bit float, and tokens are few, each group's
-products are summed in float32 before they meet its scale.
+moves nothing between lanes. Where a scale times a code need not be a 16-bit float, each group's products are summed in
+float32 before they meet its scale, unless tokens are many.
 """
 
 # What a constexpr holds is known to Triton alone.
@@ -18,7 +18,7 @@ from lowbit_kernels_cuda.codes import from_float32, to_float32
 from lowbit_kernels_cuda.fragments import factors, less_pairs, points, read, registers, scale_pairs, values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def linear_dots(
     x,
     words,
@@ -96,12 +96,17 @@ def linear_dots(
                 times = scale_pairs(registers(read(scale, place, COUNT), COUNT, LANES), SPEC, PER, BF16)
         a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
         if EXACT:
-            new = tl.dot(a, b, input_precision="ieee")
-            span = step * COLUMNS // GROUP
-            if sums is not None:
-                s = tl.load(sums + tl.minimum(tokens, m - 1) * tl.cdiv(k, GROUP) + span)
-                new -= (_of_rows(points(zero, _place(row, span, high, tl.cdiv(k, GROUP), TALL), 1, TALL * 8), TALL) + SPEC.element.min) * s[None, :]
-            acc += new * _of_rows(factors(scale, _place(row, span, high, tl.cdiv(k, GROUP), TALL), SPEC, 1, TALL * 8), TALL)
+            spans = tl.cdiv(k, GROUP * PER)
+            place = _place(row, step if PER > 1 else step * COLUMNS // GROUP, high, spans, TALL)
+            f = factors(scale, place, SPEC, PER, TALL * 8)
+            for p in tl.static_range(PER):
+                group = a if PER == 1 else tl.where((column // GROUP == p)[None, :], a, 0.0)
+                new = tl.dot(group, b, input_precision="ieee")
+                if sums is not None:
+                    z = _of_rows(points(zero, place, PER, TALL * 8), p, TALL) + SPEC.element.min
+                    s = tl.load(sums + tl.minimum(tokens, m - 1) * (spans * PER) + step * COLUMNS // GROUP + p)
+                    new -= z * s[None, :]
+                acc += new * _of_rows(f, p, TALL)
         else:
             acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
     _write(
@@ -127,7 +132,7 @@ def _settled(acc, TEXT: tl.constexpr):
 
     Else Triton (3.6) leaves products running while the next step's operand is written to the registers that they read.
     """
-    if TEXT.mma != "":
+    if TEXT.add != "":
         acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, True, 1)
     return acc
 
@@ -140,9 +145,9 @@ def _place(row, span, high, spans, TALL: tl.constexpr):
 
 
 @triton.jit
-def _of_rows(found, TALL: tl.constexpr):
-    """(rows, 1) of numbers of rows g, and of rows g + 8."""
-    value = tl.reshape(tl.join(found[0], found[1]), (TALL, 8, 2))
+def _of_rows(found, P: tl.constexpr, TALL: tl.constexpr):
+    """(rows, 1) of the number P of rows g, and of rows g + 8."""
+    value = tl.reshape(tl.join(found[P], found[len(found) // 2 + P]), (TALL, 8, 2))
     return tl.reshape(tl.permute(value, (0, 2, 1)), (TALL * 16, 1))
 
 
@@ -188,9 +193,9 @@ def _write(
         TALL: tl.constexpr = ROWS // 16
         at = _place(row, 0, high, 1, TALL)
         if SPEC.zero:
-            z = _of_rows(points(zero, at, 1, TALL * 8), TALL) + SPEC.element.min
+            z = _of_rows(points(zero, at, 1, TALL * 8), 0, TALL) + SPEC.element.min
             acc -= z * tl.load(sums + tl.minimum(tokens, m - 1))[None, :]
-        acc *= _of_rows(factors(scale, at, SPEC, 1, TALL * 8), TALL)
+        acc *= _of_rows(factors(scale, at, SPEC, 1, TALL * 8), 0, TALL)
     if tensor_scale is not None:
         acc *= tl.load(tensor_scale + rows * tensor_row, rows < n, 0.0)[:, None]
     if bias is not None:
