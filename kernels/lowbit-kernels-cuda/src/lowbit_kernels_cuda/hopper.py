@@ -20,6 +20,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from lowbit_kernels_cuda.codes import from_float32, split_planes, to_float32
 from lowbit_kernels_cuda.fragments import byte_scale, less_pairs, scale_pairs, values
 
+# Later Tritons have other names.
+_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
 
 def described(x: Tensor, tokens: int, columns: int) -> TensorDescriptor:
     """Inputs (M, K) for the tensor memory accelerator, in blocks of (tokens, columns)."""
@@ -118,7 +122,7 @@ def linear_wgmma(
                 acc = warpgroup_mma(odd, b, acc, is_async=True)
                 acc, even = warpgroup_mma_wait(1, deps=[acc, even])
             # All warps are then done with its inputs.
-            gl.thread_barrier()
+            _barrier()
             _fetch(x, inputs, full, token * TOKENS, first, at + STAGES - 1, last, k, COLUMNS, STAGES)
             a = _operand(kept[(u + 1) % DEPTH], SPEC, PARTS, GROUP, BF16, LINES, TEXT, TALL, WIDE, OPERAND)
             if u % 2 == 0:
@@ -148,7 +152,7 @@ def _fetch(x, inputs, full, token, first, at, last, k, COLUMNS: gl.constexpr, ST
     step = first + at
     mbarrier.expect(full.index(at % STAGES), x.block_type.nbytes)
     column = step * COLUMNS if step < last else k
-    tma.async_copy_global_to_shared(x, [token, column], full.index(at % STAGES), inputs.index(at % STAGES))
+    _load(x, [token, column], full.index(at % STAGES), inputs.index(at % STAGES))
 
 
 @gluon.jit
@@ -275,7 +279,7 @@ def _write(
         whole = m.to(gl.int64) * n
         gl.store(parts + split * whole + place, acc, there)
         # Everyone's part is there before one says so.
-        gl.thread_barrier()
+        _barrier()
         ticket = count + gl.program_id(0)
         if gl.atomic_add(ticket, 1, sem="acq_rel") < SPLITS - 1:
             return

@@ -227,7 +227,8 @@ def schedule(m: int, n: int, k: int, how: dict[str, Any], device: torch.device) 
         rows = 128 if tokens == 64 and blocks(128, 64) >= 1.5 * multiprocessors else 64
         most = 4 if element.bits < 8 and tokens < 64 else 2
         splits = 1 if blocks(rows, tokens) >= 1.5 * multiprocessors else most * multiprocessors // blocks(rows, tokens)
-        splits = min(1 << max(splits, 1).bit_length() - 1, 4, max(k // (2 * columns), 1))
+        splits = max(min(splits, 4, k // (2 * columns)), 1)
+        splits = 1 << splits.bit_length() - 1
         return Plan(rows, tokens, columns, 4 if exact or rows == 64 else 8, splits, 3 if tokens == 64 else 4, exact)
     if exact or not hopper:
         return Plan(128, 128, columns if exact else 64, 8, 1, 3, exact)

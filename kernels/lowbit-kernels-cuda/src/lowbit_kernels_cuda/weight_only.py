@@ -46,7 +46,7 @@ def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Te
     """`x @ weight.T + bias`, of any number of tokens."""
     layout = description.layout
     n, k = (description.shape[layout.permutation.index(d)] for d in range(2))
-    call = torch.ops.lowbit_cuda.linear if torch.compiler.is_compiling() else _linear
+    call = torch.ops.lowbit_cuda.linear.default if torch.compiler.is_compiling() else _linear
     return call(x, parts, description.names[1:], layout.format, n, k, bias)
 
 
