@@ -71,17 +71,20 @@ def linear_dots(
     tile = tl.minimum(row * TALL + lanes // (WIDE * 32), high - 1).to(tl.int64) * tiles
     lane = lanes % (WIDE * 32)
     tokens = token * TOKENS + tl.arange(0, TOKENS)
-    inputs = x + tl.minimum(tokens, m - 1).to(tl.int64)[None, :] * k
+    inputs = x + tokens.to(tl.int64)[None, :] * k
+    # One token read for all that are not there would keep them all at the same memory.
+    given = (tokens < m)[None, :]
     column = tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * WIDE + lane // 32
         if EVEN:
             there = None
-            b = tl.load(inputs + (step * COLUMNS + column)[:, None])
+            b = tl.load(inputs + (step * COLUMNS + column)[:, None], given, 0.0)
         else:
             there = at < tiles
-            b = tl.load(inputs + (step * COLUMNS + column)[:, None], (step * COLUMNS + column < k)[:, None], 0)
+            within = given & (step * COLUMNS + column < k)[:, None]
+            b = tl.load(inputs + (step * COLUMNS + column)[:, None], within, 0.0)
         codes = _read_words(words, (tile + step * WIDE) * 32 + lane, there, PARTS, LANES)
         less, times = (), ()
         if GROUP != 0:

@@ -101,7 +101,7 @@ def linear_wgmma(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(STAGES - 1):
-        _fetch(x, inputs, full, token * TOKENS, first, i, last, k, COLUMNS, STAGES)
+        _fetch(x, inputs, full, token * TOKENS, first, i, last, k, COLUMNS, STAGES, DEPTH)
     kept = ()
     for i in gl.static_range(DEPTH):
         kept = kept + (_read(words, scale, zero, row, first + i, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps),)
@@ -123,7 +123,7 @@ def linear_wgmma(
                 acc, even = warpgroup_mma_wait(1, deps=[acc, even])
             # All warps are then done with its inputs.
             _barrier()
-            _fetch(x, inputs, full, token * TOKENS, first, at + STAGES - 1, last, k, COLUMNS, STAGES)
+            _fetch(x, inputs, full, token * TOKENS, first, at + STAGES - 1, last, k, COLUMNS, STAGES, DEPTH)
             a = _operand(kept[(u + 1) % DEPTH], SPEC, PARTS, GROUP, BF16, LINES, TEXT, TALL, WIDE, OPERAND)
             if u % 2 == 0:
                 odd = a
@@ -147,12 +147,15 @@ def _inputs(inputs, full, at, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(x, inputs, full, token, first, at, last, k, COLUMNS: gl.constexpr, STAGES: gl.constexpr):
-    """Inputs of a step `at` from the first; beyond the last, zeros."""
+def _fetch(
+    x, inputs, full, token, first, at, last, k, COLUMNS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr
+):
+    """Inputs of a step `at` from the first; beyond the last, zeros, and none beyond those that are waited for."""
     step = first + at
-    mbarrier.expect(full.index(at % STAGES), x.block_type.nbytes)
+    waited = at < gl.cdiv(last - first, DEPTH) * DEPTH
     column = step * COLUMNS if step < last else k
-    _load(x, [token, column], full.index(at % STAGES), inputs.index(at % STAGES))
+    mbarrier.expect(full.index(at % STAGES), x.block_type.nbytes, pred=waited)
+    _load(x, [token, column], full.index(at % STAGES), inputs.index(at % STAGES), pred=waited)
 
 
 @gluon.jit

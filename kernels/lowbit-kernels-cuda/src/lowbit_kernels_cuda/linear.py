@@ -215,12 +215,14 @@ def schedule(m: int, n: int, k: int, how: dict[str, Any], device: torch.device) 
     product = scale.bits == 8 and bits + scale.mantissa <= (8 if bf16 else 11) and (bf16 or not scale.powers_of_two)
     fits = product or (scale.bits == 16 and (scale.mantissa == 7) == bf16)
     apart = bool(form.zero and how["LINES"])
-    exact = bool(group) and (not fits or apart or (m <= 64 and not product and group >= 64))
     multiprocessors, hopper = _device(device)
 
     def blocks(rows: int, tokens: int) -> int:
         return triton.cdiv(n, rows) * triton.cdiv(m, tokens)
 
+    # Exact where it costs no time: the kernel for Hopper needs programs for every multiprocessor.
+    few = m <= 64 or (m <= 256 and blocks(64, 256) < multiprocessors)
+    exact = bool(group) and (not fits or apart or (few and not product and group >= 64))
     columns = 128 if not exact or group % 128 == 0 else 64
     if m <= 64:
         tokens = 16 if m <= 16 else 32 if m <= 32 else 64
@@ -231,7 +233,8 @@ def schedule(m: int, n: int, k: int, how: dict[str, Any], device: torch.device) 
         splits = 1 << splits.bit_length() - 1
         return Plan(rows, tokens, columns, 4 if exact or rows == 64 else 8, splits, 3 if tokens == 64 else 4, exact)
     if exact or not hopper:
-        return Plan(128, 128, columns if exact else 64, 8, 1, 3, exact)
+        rows = 64 if few else 128
+        return Plan(rows, 128, columns if exact else 64, rows // 16, 1, 3, exact)
     if m <= 128:
         return Plan(64, 128, 64, 4, 1, 4, depth=2)
     if blocks(128, 256) < 0.75 * multiprocessors:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit.backends import Call, Description
 from lowbit.format import WHOLE
+from lowbit.ops import unwatched
 from lowbit.tensor import QuantizedTensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
@@ -46,7 +47,7 @@ def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Te
     """`x @ weight.T + bias`, of any number of tokens."""
     layout = description.layout
     n, k = (description.shape[layout.permutation.index(d)] for d in range(2))
-    call = torch.ops.lowbit_cuda.linear.default if torch.compiler.is_compiling() else _linear
+    call = _linear if unwatched(x, bias) else torch.ops.lowbit_cuda.linear.default
     return call(x, parts, description.names[1:], layout.format, n, k, bias)
 
 
