@@ -154,13 +154,21 @@ def test_the_interpreted_kernel_passes(spec):
     rows = tuple(replace(row, device="cpu") for row in backend.kernels() if row.op == "linear")
     interpreted = SimpleNamespace(name="cuda", probe=lambda: None, kernels=lambda: rows)
     report = check_backend(
-        interpreted, formats=(Format.parse(spec),), activations=(), dtypes=(torch.bfloat16,), shapes=(), devices=("cpu",)
+        interpreted,
+        formats=(Format.parse(spec),),
+        activations=(),
+        dtypes=(torch.bfloat16,),
+        shapes=(),
+        devices=("cpu",),
     )
     assert all(row.runs > row.calls > 0 for row in report.rows)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("spec", [str(fmt) for fmt in FORMAT_GRID if not refuses(Call("linear", fmt, None, "cuda", torch.bfloat16, 64, 1152))])
+@pytest.mark.parametrize(
+    "spec",
+    [str(fmt) for fmt in FORMAT_GRID if not refuses(Call("linear", fmt, None, "cuda", torch.bfloat16, 64, 1152))],
+)
 def test_the_kernel_passes(spec):
     found = SimpleNamespace(
         name="cuda", probe=lambda: None, kernels=lambda: tuple(r for r in backend.kernels() if r.op == "linear")
@@ -185,7 +193,9 @@ def test_compilers_see_one_operator_whatever_the_tokens():
         ) == 1
         return graph.forward
 
-    compiled = torch.compile(lambda x: run(x, parts_, description, None) + 1, backend=counted, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda x: run(x, parts_, description, None) + 1, backend=counted, fullgraph=True, dynamic=True
+    )
     for m in (7, 8, 9):
         x = torch.randn(m, 256).to(torch.bfloat16)
         assert torch.equal(compiled(x), run(x, parts_, description, None) + 1)
@@ -238,7 +248,9 @@ def test_what_is_not_taken_is_refused_with_the_reason():
 
     assert reason("INT4_G128") is None
     assert reason("MXFP4", dtype=torch.float32) == "needs inputs in bfloat16 or float16; these are torch.float32"
-    assert reason("int4:1x24:bfloat16").startswith("needs scales of 16 or 32 columns, or of multiples of 64; this is int4")
+    assert reason("int4:1x24:bfloat16").startswith(
+        "needs scales of 16 or 32 columns, or of multiples of 64; this is int4"
+    )
     assert reason("INT8_ROW", k=100) == "needs columns by the 8; this weight has 100"
     activation = lowbit.Activation.parse("dynamic:INT8_ROW")
     assert reason("INT8_ROW", activation=activation) == f"needs inputs as they are; these are rounded to {activation}"

@@ -1,8 +1,8 @@
 """A linear layer whose weight alone is in low precision: codes become the first operand of products in registers.
 
-`tl.dot` of rows of the weight by tokens; the order of `lowbit_kernels_cuda.weights` is that of the operand, so that Triton
-moves nothing between lanes. Where a scale times a code need not be a 16-bit float, each group's products are summed in
-float32 before they meet its scale, unless tokens are many.
+`tl.dot` of rows of the weight by tokens; the order of `lowbit_kernels_cuda.weights` is that of the operand, so that
+Triton moves nothing between lanes. Where a scale times a code need not be a 16-bit float, each group's products are
+summed in float32 before they meet its scale, unless tokens are many.
 """
 
 # What a constexpr holds is known to Triton alone.
@@ -71,20 +71,23 @@ def linear_dots(
     tile = tl.minimum(row * TALL + lanes // (WIDE * 32), high - 1).to(tl.int64) * tiles
     lane = lanes % (WIDE * 32)
     tokens = token * TOKENS + tl.arange(0, TOKENS)
-    inputs = x + tokens.to(tl.int64)[None, :] * k
-    # One token read for all that are not there would keep them all at the same memory.
-    given = (tokens < m)[None, :]
+    if TOKENS > 32:
+        inputs = x + tl.minimum(tokens, m - 1).to(tl.int64)[None, :] * k
+        given = None
+    else:
+        # One token read in the place of all that are not there would keep the same memory busy.
+        inputs = x + tokens.to(tl.int64)[None, :] * k
+        given = (tokens < m)[None, :]
     column = tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * WIDE + lane // 32
-        if EVEN:
-            there = None
-            b = tl.load(inputs + (step * COLUMNS + column)[:, None], given, 0.0)
-        else:
-            there = at < tiles
-            within = given & (step * COLUMNS + column < k)[:, None]
-            b = tl.load(inputs + (step * COLUMNS + column)[:, None], within, 0.0)
+        there, wanted = None, given
+        if not EVEN:
+            there, within = at < tiles, (step * COLUMNS + column < k)[:, None]
+            wanted = within if given is None else given & within
+        place = inputs + (step * COLUMNS + column)[:, None]
+        b = tl.load(place) if wanted is None else tl.load(place, wanted, 0.0)
         codes = _read_words(words, (tile + step * WIDE) * 32 + lane, there, PARTS, LANES)
         less, times = (), ()
         if GROUP != 0:

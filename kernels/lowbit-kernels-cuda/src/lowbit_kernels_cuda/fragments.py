@@ -77,7 +77,14 @@ def registers(x, COUNT: tl.constexpr, THREADS: tl.constexpr):
 
 @triton.jit
 def _field(
-    words, FIRST: tl.constexpr, PAIR: tl.constexpr, PART: tl.constexpr, AT: tl.constexpr, PARTS: tl.constexpr, bits, TEXT: tl.constexpr
+    words,
+    FIRST: tl.constexpr,
+    PAIR: tl.constexpr,
+    PART: tl.constexpr,
+    AT: tl.constexpr,
+    PARTS: tl.constexpr,
+    bits,
+    TEXT: tl.constexpr,
 ):
     """`bits` with the two codes of a pair, from their part at bit AT on, as the lowest of its halves."""
     SIZE: tl.constexpr = PARTS[PART]
@@ -86,7 +93,7 @@ def _field(
     word = words[FIRST + AT + PAIR // (16 // SIZE)]
     word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
     pair = _merge(word, (((1 << SIZE) - 1) << AT) * 0x10001, bits, TEXT)
-    if PART + 1 < len(PARTS):
+    if len(PARTS) > PART + 1:
         pair = _field(words, FIRST, PAIR, PART + 1, AT + SIZE, PARTS, pair, TEXT)
     return pair
 
@@ -103,12 +110,9 @@ def _float_bits(
 ):
     """Fields of floats as those of 16-bit ones, whose subnormals are the element's once biases are made equal."""
     BITS: tl.constexpr = SPEC.element.bits
-    if len(PARTS) == 1:
-        word = words[FIRST + PAIR * BITS // 16]
-        AT: tl.constexpr = BITS * (PAIR % (16 // BITS))
-    else:
-        word = _field(words, FIRST, PAIR, 0, 0, PARTS, 0, TEXT)
-        AT: tl.constexpr = 0
+    WHOLE: tl.constexpr = len(PARTS) == 1
+    AT: tl.constexpr = BITS * (PAIR % (16 // BITS)) if WHOLE else 0
+    word = words[FIRST + PAIR * BITS // 16] if WHOLE else _field(words, FIRST, PAIR, 0, 0, PARTS, 0, TEXT)
     TO: tl.constexpr = (7 if BF16 else 10) - SPEC.element.mantissa
     size = word << (TO - AT) if TO > AT else word >> (AT - TO)
     size = size & ((((1 << (BITS - 1)) - 1) << TO) * 0x10001)
@@ -172,6 +176,7 @@ def _line(x, AT: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl
 
 @triton.jit
 def sum_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """Sums of the 16-bit floats in two integers, which are ones themselves."""
     if TEXT.add != "":
         value = tl.inline_asm_elementwise(TEXT.add, "=r,r,r", [x, y], tl.int32, True, 1)
     else:
@@ -183,6 +188,7 @@ def sum_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
 
 @triton.jit
 def product_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """Products of the 16-bit floats in two integers, rounded."""
     if TEXT.add != "":
         value = tl.inline_asm_elementwise(TEXT.mul, "=r,r,r", [x, y], tl.int32, True, 1)
     else:

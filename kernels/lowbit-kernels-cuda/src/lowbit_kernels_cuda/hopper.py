@@ -28,7 +28,9 @@ _barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 def described(x: Tensor, tokens: int, columns: int) -> TensorDescriptor:
     """Inputs (M, K) for the tensor memory accelerator, in blocks of (tokens, columns)."""
     kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(x, [tokens, columns], gl.NVMMASharedLayout.get_default_for([tokens, columns], kind))
+    return TensorDescriptor.from_tensor(
+        x, [tokens, columns], gl.NVMMASharedLayout.get_default_for([tokens, columns], kind)
+    )
 
 
 @gluon.constexpr_function
@@ -81,7 +83,7 @@ def linear_wgmma(
     BAND: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """As `linear_dots`; `x` describes blocks (TOKENS, COLUMNS). Words of DEPTH steps, an even number, are read ahead."""
+    """As `linear_dots`; `x` describes blocks (TOKENS, COLUMNS). Words are read DEPTH steps ahead, an even number."""
     KIND: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
     TALL: gl.constexpr = ROWS // 16
     WIDE: gl.constexpr = COLUMNS // 64
@@ -242,7 +244,7 @@ def _operand(
 ):
     """The first operand of a step, of what `_read` gave."""
     codes, scales, zeros = kept
-    PER: gl.constexpr = 64 // GROUP if 0 < GROUP and GROUP < 64 else 1
+    PER: gl.constexpr = 64 // GROUP if GROUP > 0 and GROUP < 64 else 1
     less = less_pairs(zeros, PER, BF16) if len(zeros) > 0 else ()
     times = scale_pairs(scales, SPEC, PER, BF16) if GROUP != 0 else ()
     a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)

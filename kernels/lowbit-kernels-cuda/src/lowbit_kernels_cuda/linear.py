@@ -24,6 +24,7 @@ from lowbit_kernels_cuda.fragments import Text, lines, text
 from lowbit_kernels_cuda.scaling import raw, spec
 from lowbit_kernels_cuda.weights import pack_scales, pack_tiles, parts, unpack_scales, unpack_tiles
 
+
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     """Words of tiles, scales and zero points as a lane reads them, and what else the weight has.
 
@@ -96,7 +97,7 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
 def linear(
     x: Tensor, packed: Sequence[Tensor], names: Sequence[str], spec_: str, n: int, k: int, bias: Tensor | None
 ) -> Tensor:
-    """`x @ weight.T + bias` of what `pack` made of a weight (N, K) that has the inner tensors `names` beside its codes."""
+    """`x @ weight.T + bias` of what `pack` made of a weight (N, K); it has the inner tensors `names` beside its codes."""
     fmt = Format.parse(spec_)
     count = len(parts(fmt.element.bits))
     named = dict(zip(names, packed[count:], strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 
 import torch
@@ -20,7 +21,8 @@ _LIBRARY.define("linear(Tensor x, Tensor[] parts, str[] names, str format, int n
 def refuses(call: Call) -> str | None:
     """Why a call is not for this kernel, or None."""
     fmt = call.format
-    assert fmt is not None and call.k is not None
+    assert fmt is not None
+    assert call.k is not None
     if call.activation is not None:
         return f"needs inputs as they are; these are rounded to {call.activation}"
     if call.x_dtype not in _DTYPES:
@@ -51,14 +53,16 @@ def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Te
     return call(x, parts, description.names[1:], layout.format, n, k, bias)
 
 
-def _linear(x: Tensor, parts: list[Tensor], names: list[str], fmt: str, n: int, k: int, bias: Tensor | None) -> Tensor:
+def _linear(
+    x: Tensor, parts: Sequence[Tensor], names: Sequence[str], fmt: str, n: int, k: int, bias: Tensor | None
+) -> Tensor:
     # Triton launches on the current device, whatever its arguments are on.
     with torch.cuda.device_of(x):
         return import_module("lowbit_kernels_cuda.linear").linear(x, parts, names, fmt, n, k, bias)
 
 
 def _linear_fake(
-    x: Tensor, parts: list[Tensor], names: list[str], fmt: str, n: int, k: int, bias: Tensor | None
+    x: Tensor, parts: Sequence[Tensor], names: Sequence[str], fmt: str, n: int, k: int, bias: Tensor | None
 ) -> Tensor:
     del parts, names, fmt, k, bias
     return x.new_empty(*x.shape[:-1], n)
