@@ -14,6 +14,7 @@ import torch
 
 from lowbit.backends import Call, Kernel
 from lowbit.format import WHOLE
+from lowbit_kernels_cuda import weight_only
 
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -44,6 +45,10 @@ class Cuda:
             _row("quantize_groups", "quantize_groups", 10, "casts:quantize_groups", _refuses_cast),
             _row("dequantize", "dequantize", 10, "values:dequantize", _refuses_cast),
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
+            Kernel(
+                *("cuda.linear", "linear", "cuda", 10),
+                *(weight_only.run, weight_only.refuses, weight_only.pack, weight_only.unpack),
+            ),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )
 

@@ -1,0 +1,209 @@
+"""A linear layer whose weight alone is in low precision: codes become the first operand of products in registers.
+
+`tl.dot` of rows of the weight by tokens; the order of `lowbit_kernels_cuda.weights` is that of the operand, so that
+Triton moves nothing between lanes. Where a scale times a code need not be a 16-bit float, each group's products are
+summed in float32 before they meet its scale, unless tokens are many.
+"""
+
+# What a constexpr holds is known to Triton alone.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lowbit_kernels_cuda.codes import from_float32, to_float32
+from lowbit_kernels_cuda.fragments import factors, less_pairs, points, read, registers, scale_pairs, values
+
+
+@triton.jit(do_not_specialize=["m"])
+def linear_dots(
+    x,
+    words,
+    scale,
+    zero,
+    sums,
+    tensor_scale,
+    tensor_row,
+    bias,
+    out,
+    parts,
+    count,
+    m,
+    n,
+    k,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BF16: tl.constexpr,
+    LINES: tl.constexpr,
+    TEXT: tl.constexpr,
+    EVEN: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EXACT: tl.constexpr,
+    STAGES: tl.constexpr,
+    BAND: tl.constexpr,
+):
+    """`out` (M, N) of `x` (M, K); ROWS rows of the weight by TOKENS tokens a program, COLUMNS columns at a time.
+
+    `words`, `scale` and `zero` as packed by `lowbit_kernels_cuda.weights`; `sums` of the inputs of a group. Programs of
+    the same rows and tokens take SPLITS parts of K: all write theirs to `parts`, and the last, by `count`, adds them in
+    order. EXACT if scales are of sums rather than of codes. Programs go down BAND blocks of rows, then along tokens.
+    """
+    rows_of, tokens_of = tl.cdiv(n, ROWS), tl.cdiv(m, TOKENS)
+    program, split = tl.program_id(0), tl.program_id(1)
+    band = program // (BAND * tokens_of) * BAND
+    tall = tl.minimum(rows_of - band, BAND)
+    row, token = band + program % (BAND * tokens_of) % tall, program % (BAND * tokens_of) // tall
+    TALL: tl.constexpr = ROWS // 16
+    WIDE: tl.constexpr = COLUMNS // 64
+    LANES: tl.constexpr = TALL * WIDE * 32
+    steps = tl.cdiv(k, COLUMNS)
+    each = tl.cdiv(steps, SPLITS)
+    first, last = split * each, tl.minimum(split * each + each, steps)
+    tiles, high = tl.cdiv(k, 64), tl.cdiv(n, 16)
+    lanes = tl.arange(0, LANES)
+    tile = tl.minimum(row * TALL + lanes // (WIDE * 32), high - 1).to(tl.int64) * tiles
+    lane = lanes % (WIDE * 32)
+    tokens = token * TOKENS + tl.arange(0, TOKENS)
+    if TOKENS > 32:
+        inputs = x + tl.minimum(tokens, m - 1).to(tl.int64)[None, :] * k
+        given = None
+    else:
+        # One token read in the place of all that are not there would keep the same memory busy.
+        inputs = x + tokens.to(tl.int64)[None, :] * k
+        given = (tokens < m)[None, :]
+    column = tl.arange(0, COLUMNS)
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    for step in tl.range(first, last, num_stages=STAGES):
+        at = step * WIDE + lane // 32
+        there, wanted = None, given
+        if not EVEN:
+            there, within = at < tiles, (step * COLUMNS + column < k)[:, None]
+            wanted = within if given is None else given & within
+        place = inputs + (step * COLUMNS + column)[:, None]
+        b = tl.load(place) if wanted is None else tl.load(place, wanted, 0.0)
+        codes = _read_words(words, (tile + step * WIDE) * 32 + lane, there, PARTS, LANES)
+        less, times = (), ()
+        if GROUP != 0:
+            PER: tl.constexpr = 64 // GROUP if GROUP < 64 else 1
+            # Scales of the lane's own rows, which are those that it has codes of.
+            span = tl.minimum(at, tiles - 1) if GROUP <= 64 else tl.minimum(at, tiles - 1) * 64 // GROUP
+            place = (tile // tiles * tl.cdiv(k, GROUP * PER) + span) * 8 + lane % 32 // 4
+            if SPEC.zero and sums is None:
+                less = less_pairs(registers(read(zero, place, PER), PER, LANES), PER, BF16)
+            if not EXACT:
+                COUNT: tl.constexpr = 2 * PER * SPEC.scale.bits // scale.dtype.element_ty.primitive_bitwidth
+                times = scale_pairs(registers(read(scale, place, COUNT), COUNT, LANES), SPEC, PER, BF16)
+        a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
+        if EXACT:
+            spans = tl.cdiv(k, GROUP * PER)
+            place = _place(row, step if PER > 1 else step * COLUMNS // GROUP, high, spans, TALL)
+            f = factors(scale, place, SPEC, PER, TALL * 8)
+            for p in tl.static_range(PER):
+                group = a if PER == 1 else tl.where((column // GROUP == p)[None, :], a, 0.0)
+                new = tl.dot(group, b, input_precision="ieee")
+                if sums is not None:
+                    z = _of_rows(points(zero, place, PER, TALL * 8), p, TALL) + SPEC.element.min
+                    s = tl.load(sums + tl.minimum(tokens, m - 1) * (spans * PER) + step * COLUMNS // GROUP + p)
+                    new -= z * s[None, :]
+                acc += new * _of_rows(f, p, TALL)
+        else:
+            acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
+    _write(
+        *(acc, scale, zero, sums, tensor_scale, tensor_row, bias, out, parts, count, row, tokens, split, m, n, high),
+        *(SPEC, GROUP, ROWS, TOKENS, SPLITS),
+    )
+
+
+@triton.jit
+def _read_words(words, place, there, PARTS: tl.constexpr, LANES: tl.constexpr):
+    """A lane's words of all parts of a tile, one after another."""
+    found = ()
+    for p in tl.static_range(len(PARTS)):
+        pointer = words[p] + place[:, None] * PARTS[p] + tl.arange(0, PARTS[p])[None, :]
+        word = tl.load(pointer) if there is None else tl.load(pointer, there[:, None], 0)
+        found = found + registers(word, PARTS[p], LANES)
+    return found
+
+
+@triton.jit
+def _settled(acc, TEXT: tl.constexpr):
+    """Sums, once they are there.
+
+    Else Triton (3.6) leaves products running while the next step's operand is written to the registers that they read.
+    """
+    if TEXT.add != "":
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=f,f", [acc], tl.float32, True, 1)
+    return acc
+
+
+@triton.jit
+def _place(row, span, high, spans, TALL: tl.constexpr):
+    """Where the scales of a span of a program's rows are."""
+    i = tl.arange(0, TALL * 8)
+    return (tl.minimum(row * TALL + i // 8, high - 1) * spans + span) * 8 + i % 8
+
+
+@triton.jit
+def _of_rows(found, P: tl.constexpr, TALL: tl.constexpr):
+    """(rows, 1) of the number P of rows g, and of rows g + 8."""
+    value = tl.reshape(tl.join(found[P], found[len(found) // 2 + P]), (TALL, 8, 2))
+    return tl.reshape(tl.permute(value, (0, 2, 1)), (TALL * 16, 1))
+
+
+@triton.jit
+def _write(
+    acc,
+    scale,
+    zero,
+    sums,
+    tensor_scale,
+    tensor_row,
+    bias,
+    out,
+    parts,
+    count,
+    row,
+    tokens,
+    split,
+    m,
+    n,
+    high,
+    SPEC: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    rows = row * ROWS + tl.arange(0, ROWS)
+    place = tokens.to(tl.int64)[None, :] * n + rows[:, None]
+    there = (tokens < m)[None, :] & (rows < n)[:, None]
+    if SPLITS > 1:
+        tl.store(parts + split * (m.to(tl.int64) * n) + place, acc, there)
+        # Everyone's part is there before one says so.
+        tl.debug_barrier()
+        ticket = count + tl.program_id(0)
+        if tl.atomic_add(ticket, 1, sem="acq_rel") < SPLITS - 1:
+            return
+        tl.store(ticket, 0)
+        acc = tl.zeros([ROWS, TOKENS], tl.float32)
+        for i in tl.static_range(SPLITS):
+            acc += tl.load(parts + i * (m.to(tl.int64) * n) + place, there, 0.0, cache_modifier=".cg")
+    if GROUP == 0:
+        TALL: tl.constexpr = ROWS // 16
+        at = _place(row, 0, high, 1, TALL)
+        if SPEC.zero:
+            z = _of_rows(points(zero, at, 1, TALL * 8), 0, TALL) + SPEC.element.min
+            acc -= z * tl.load(sums + tl.minimum(tokens, m - 1))[None, :]
+        acc *= _of_rows(factors(scale, at, SPEC, 1, TALL * 8), 0, TALL)
+    if tensor_scale is not None:
+        acc *= tl.load(tensor_scale + rows * tensor_row, rows < n, 0.0)[:, None]
+    if bias is not None:
+        acc += to_float32(tl.load(bias + rows, rows < n, 0))[:, None]
+    tl.store(out + place, from_float32(acc, out.dtype.element_ty, SPEC), there)

@@ -1,0 +1,372 @@
+"""Codes, scales and zero points of a packed weight as tensor cores take them: Triton functions that kernels share.
+
+All work on tensors with one element for each lane that reads a part of a tile of `lowbit_kernels_cuda.weights`.
+"""
+
+# What a constexpr holds is known to Triton alone.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from lowbit.element import Element
+from lowbit_kernels_cuda.codes import split_planes
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """PTX of what Triton has no words for, by type of the inputs; all empty for Triton's interpreter."""
+
+    add: str = ""
+    mul: str = ""
+    # Bits of a number under a mask, among those of another.
+    merge: str = ""
+    # Fused multiply-adds with the two numbers of each of `lines`.
+    line: tuple[str, ...] = ()
+
+
+def lines(element: Element, bf16: bool) -> tuple[tuple[float, float], ...]:  # noqa: FBT001 - a constant of a kernel
+    """What the 16-bit floats that codes are placed in are multiplied by, and what is added then; exact.
+
+    Two for 8-bit integers in bfloat16, which has seven bits for them: of the high four bits and of the low four.
+    """
+    if element.kind == "float":
+        return ((2.0 ** ((127 if bf16 else 15) - element.bias), -0.0),)
+    # Signed codes are packed as if the least were 0.
+    least = element.min if element.signed else 0.0
+    if element.bits == 8 and bf16:
+        return (16.0, least - 16 * 128.0), (1.0, -128.0)
+    return ((1.0, least - (128.0 if bf16 else 1024.0)),)
+
+
+def text(element: Element, bf16: bool) -> Text:  # noqa: FBT001 - a constant of a kernel
+    """The PTX for a GPU."""
+    kind = "bf16" if bf16 else "f16"
+
+    def twice(value: float) -> int:
+        packed = struct.pack("<f", value)[2:] * 2 if bf16 else struct.pack("<2e", value, value)
+        return int.from_bytes(packed, "little")
+
+    def line(by: float, plus: float) -> str:
+        numbers = f"mov.b32 by, {twice(by)}; mov.b32 plus, {twice(plus)};"
+        return f"{{ .reg .b32 by, plus; {numbers} fma.rn.{kind}x2 $0, $1, by, plus; }}"
+
+    return Text(
+        f"add.rn.{kind}x2 $0, $1, $2;",
+        f"mul.rn.{kind}x2 $0, $1, $2;",
+        "lop3.b32 $0, $1, $2, $3, 0xEA;",
+        tuple(line(*each) for each in lines(element, bf16)),
+    )
+
+
+@triton.jit
+def registers(x, COUNT: tl.constexpr, THREADS: tl.constexpr):
+    """Columns of (THREADS, COUNT), each a tensor."""
+    columns = split_planes(x, THREADS, COUNT, COUNT)
+    found = ()
+    for i in tl.static_range(COUNT):
+        found = found + (tl.reshape(columns[i], (THREADS,)),)
+    return found
+
+
+@triton.jit
+def _field(
+    words,
+    FIRST: tl.constexpr,
+    PAIR: tl.constexpr,
+    PART: tl.constexpr,
+    AT: tl.constexpr,
+    PARTS: tl.constexpr,
+    bits,
+    TEXT: tl.constexpr,
+):
+    """`bits` with the two codes of a pair, from their part at bit AT on, as the lowest of its halves."""
+    SIZE: tl.constexpr = PARTS[PART]
+    SHIFT: tl.constexpr = SIZE * (PAIR % (16 // SIZE)) - AT
+    # Parts before are as many words as they are bits.
+    word = words[FIRST + AT + PAIR // (16 // SIZE)]
+    word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
+    pair = _merge(word, (((1 << SIZE) - 1) << AT) * 0x10001, bits, TEXT)
+    if len(PARTS) > PART + 1:
+        pair = _field(words, FIRST, PAIR, PART + 1, AT + SIZE, PARTS, pair, TEXT)
+    return pair
+
+
+@triton.jit
+def _float_bits(
+    words,
+    FIRST: tl.constexpr,
+    PAIR: tl.constexpr,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    BF16: tl.constexpr,
+    TEXT: tl.constexpr,
+):
+    """Fields of floats as those of 16-bit ones, whose subnormals are the element's once biases are made equal."""
+    BITS: tl.constexpr = SPEC.element.bits
+    WHOLE: tl.constexpr = len(PARTS) == 1
+    AT: tl.constexpr = BITS * (PAIR % (16 // BITS)) if WHOLE else 0
+    word = words[FIRST + PAIR * BITS // 16] if WHOLE else _field(words, FIRST, PAIR, 0, 0, PARTS, 0, TEXT)
+    TO: tl.constexpr = (7 if BF16 else 10) - SPEC.element.mantissa
+    size = word << (TO - AT) if TO > AT else word >> (AT - TO)
+    size = size & ((((1 << (BITS - 1)) - 1) << TO) * 0x10001)
+    return _merge(word << (16 - BITS - AT), -0x7FFF8000, size, TEXT)
+
+
+@triton.jit
+def _merge(word, MASK: tl.constexpr, bits, TEXT: tl.constexpr):
+    """`word & MASK | bits`, in one instruction."""
+    if TEXT.merge != "":
+        value = tl.inline_asm_elementwise(TEXT.merge, "=r,r,r,r", [word, MASK, bits], tl.int32, True, 1)
+    else:
+        value = word & MASK | bits
+    return value
+
+
+@triton.jit
+def operand(
+    words,
+    FIRST: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    BF16: tl.constexpr,
+    LINES: tl.constexpr,
+    TEXT: tl.constexpr,
+):
+    """The four registers of the first operand of a product, pairs of 16-bit floats, of a lane's words; all exact.
+
+    Without LINES, integers above their offset.
+    """
+    found = ()
+    for a in tl.static_range(4):
+        if len(LINES) == 0:
+            value = _field(words, FIRST, PRODUCT * 4 + a, 0, 0, PARTS, 0x43004300 if BF16 else 0x64006400, TEXT)
+        elif SPEC.element.kind == "float":
+            value = _line(_float_bits(words, FIRST, PRODUCT * 4 + a, SPEC, PARTS, BF16, TEXT), 0, BF16, LINES, TEXT)
+        elif len(LINES) == 2:
+            word = words[FIRST + PRODUCT * 2 + a // 2]
+            high = _merge(word >> (8 * (a % 2) + 4), 0x000F000F, 0x43004300, TEXT)
+            low = _merge(word >> (8 * (a % 2)), 0x000F000F, 0x43004300, TEXT)
+            value = sum_of(_line(high, 0, BF16, LINES, TEXT), _line(low, 1, BF16, LINES, TEXT), BF16, TEXT)
+        else:
+            # In the lowest bits of a bfloat16 from 128 on, or of a float16 from 1024 on.
+            base = 0x43004300 if BF16 else 0x64006400
+            value = _line(_field(words, FIRST, PRODUCT * 4 + a, 0, 0, PARTS, base, TEXT), 0, BF16, LINES, TEXT)
+        found = found + (value,)
+    return found
+
+
+@triton.jit
+def _line(x, AT: tl.constexpr, BF16: tl.constexpr, LINES: tl.constexpr, TEXT: tl.constexpr):
+    """Of two 16-bit floats, what the numbers of a line make of them."""
+    if TEXT.add != "":
+        value = tl.inline_asm_elementwise(TEXT.line[AT], "=r,r", [x], tl.int32, True, 1)
+    else:
+        low, high = halves(x, BF16)
+        value = _pair(low * LINES[AT][0] + LINES[AT][1], high * LINES[AT][0] + LINES[AT][1], BF16)
+    return value
+
+
+@triton.jit
+def sum_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """Sums of the 16-bit floats in two integers, which are ones themselves."""
+    if TEXT.add != "":
+        value = tl.inline_asm_elementwise(TEXT.add, "=r,r,r", [x, y], tl.int32, True, 1)
+    else:
+        a, b = halves(x, BF16)
+        c, d = halves(y, BF16)
+        value = _pair(a + c, b + d, BF16)
+    return value
+
+
+@triton.jit
+def product_of(x, y, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """Products of the 16-bit floats in two integers, rounded."""
+    if TEXT.add != "":
+        value = tl.inline_asm_elementwise(TEXT.mul, "=r,r,r", [x, y], tl.int32, True, 1)
+    else:
+        a, b = halves(x, BF16)
+        c, d = halves(y, BF16)
+        value = _pair(_round(a * c, BF16), _round(b * d, BF16), BF16)
+    return value
+
+
+@triton.jit
+def _round(x, BF16: tl.constexpr):
+    """Float32 of finite `x` rounded to a 16-bit float."""
+    if BF16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(tl.float16).to(tl.float32)
+    return x
+
+
+@triton.jit
+def halves(x, BF16: tl.constexpr):
+    """Float32 of the two 16-bit floats in an integer."""
+    if BF16:
+        low = (x << 16).to(tl.float32, bitcast=True)
+        high = (x & -0x10000).to(tl.float32, bitcast=True)
+    else:
+        low = x.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high = (x >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return low, high
+
+
+@triton.jit
+def _pair(low, high, BF16: tl.constexpr):
+    """Undo `halves` of what needs no rounding."""
+    if BF16:
+        value = (low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF | high.to(tl.int32, bitcast=True) & -0x10000
+    else:
+        low = low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        value = low | (high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16)
+    return value
+
+
+@triton.jit
+def factors(scale, place, SPEC: tl.constexpr, PER: tl.constexpr, THREADS: tl.constexpr):
+    """Float32 scales: PER of row g, then PER of row g + 8; `scale` points to words of at most 32 bits."""
+    ELEMENT: tl.constexpr = SPEC.scale
+    WORDS: tl.constexpr = 2 * PER * ELEMENT.bits // scale.dtype.element_ty.primitive_bitwidth
+    words = registers(read(scale, place, WORDS), WORDS, THREADS)
+    found = ()
+    for i in tl.static_range(2 * PER):
+        word = words[i * WORDS // (2 * PER)].to(tl.int32)
+        if ELEMENT.bits == 32:
+            value = word.to(tl.float32, bitcast=True)
+        elif ELEMENT.bits == 16:
+            low, high = halves(word, ELEMENT.mantissa == 7)
+            value = low if i % 2 == 0 else high
+        else:
+            value = byte_scale(word, i % (2 * PER // WORDS), ELEMENT)
+        found = found + (value,)
+    return found
+
+
+@triton.jit
+def byte_scale(word, BYTE: tl.constexpr, ELEMENT: tl.constexpr):
+    """Float32 of an 8-bit scale; negative ones and ones that are no numbers are refused when a weight is packed."""
+    FIELD: tl.constexpr = 8 if ELEMENT.powers_of_two else 7
+    SHIFT: tl.constexpr = 23 - ELEMENT.mantissa - 8 * BYTE
+    word = word << SHIFT if SHIFT > 0 else word >> -SHIFT
+    word = word & (((1 << FIELD) - 1) << (23 - ELEMENT.mantissa))
+    if ELEMENT.powers_of_two:
+        # 2^-127 is a subnormal.
+        value = tl.maximum(word, 0x400000).to(tl.float32, bitcast=True)
+    else:
+        value = word.to(tl.float32, bitcast=True) * 2.0 ** (127 - ELEMENT.bias)
+    return value
+
+
+@triton.jit
+def points(zero, place, PER: tl.constexpr, THREADS: tl.constexpr):
+    """Float32 zero points, in codes above the least, as `factors`; `zero` points to words of two."""
+    words = registers(read(zero, place, PER), PER, THREADS)
+    found = ()
+    for i in tl.static_range(2 * PER):
+        code = words[i // 2] & 0xFFFF if i % 2 == 0 else (words[i // 2] >> 16) & 0xFFFF
+        found = found + (code.to(tl.float32),)
+    return found
+
+
+@triton.jit
+def read(pointer, place, SIZE: tl.constexpr):
+    """(threads, SIZE) that follow one another from SIZE times `place` on; read once, so not to be kept."""
+    return tl.load(pointer + place[:, None] * SIZE + tl.arange(0, SIZE)[None, :], eviction_policy="evict_first")
+
+
+@triton.jit
+def less_pairs(words, PER: tl.constexpr, BF16: tl.constexpr):
+    """What codes and their offset are above: pairs, negative, PER of rows g, then PER of rows g + 8."""
+    found = ()
+    for i in tl.static_range(2 * PER):
+        code = words[i // 2] & 0xFFFF if i % 2 == 0 else (words[i // 2] >> 16) & 0xFFFF
+        found = found + ((code | (code << 16)) | (-0x3CFF3D00 if BF16 else -0x1BFF1C00),)
+    return found
+
+
+@triton.jit
+def scale_pairs(words, SPEC: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr):
+    """Scales twice in an integer, as numbers of the inputs' type: PER of rows g, then PER of rows g + 8."""
+    ELEMENT: tl.constexpr = SPEC.scale
+    COUNT: tl.constexpr = len(words)
+    found = ()
+    for i in tl.static_range(2 * PER):
+        word = words[i * COUNT // (2 * PER)]
+        if ELEMENT.bits == 16:
+            half = word & 0xFFFF if i % 2 == 0 else (word >> 16) & 0xFFFF
+        elif ELEMENT.powers_of_two:
+            # 2^-127 is a subnormal.
+            half = tl.maximum(((word >> (8 * (i % (2 * PER // COUNT)))) & 0xFF) << 7, 0x40)
+        else:
+            value = byte_scale(word, i % (2 * PER // COUNT), ELEMENT)
+            if BF16:
+                half = (value.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+            else:
+                half = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        found = found + (half | (half << 16),)
+    return found
+
+
+@triton.jit
+def values(
+    codes,
+    less,
+    times,
+    SPEC: tl.constexpr,
+    PARTS: tl.constexpr,
+    BF16: tl.constexpr,
+    LINES: tl.constexpr,
+    TEXT: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """16-bit floats (rows, columns) of the codes of TALL by WIDE tiles, a lane after another.
+
+    `less` is added to codes, and they are multiplied by `times`: pairs as of `less_pairs` and `scale_pairs`, or none.
+    """
+    products = ()
+    for s in tl.static_range(4):
+        r = operand(codes, 0, s, SPEC, PARTS, BF16, LINES, TEXT)
+        if len(less) > 0:
+            r = _of_pairs(r, less, s, 0, BF16, TEXT)
+        if len(times) > 0:
+            r = _of_pairs(r, times, s, 1, BF16, TEXT)
+        # Halves, rows, and columns beyond 8, from the left.
+        top = tl.join(_floats(r[0], BF16, TEXT), _floats(r[1], BF16, TEXT))
+        products = products + (tl.join(top, tl.join(_floats(r[2], BF16, TEXT), _floats(r[3], BF16, TEXT))),)
+    value = tl.join(tl.join(products[0], products[1]), tl.join(products[2], products[3]))
+    value = tl.reshape(value, (TALL, WIDE, 8, 4, 2, 2, 2, 2, 2))
+    value = tl.permute(value, (0, 5, 2, 1, 8, 7, 6, 3, 4))
+    return tl.reshape(value, (TALL * 16, WIDE * 64))
+
+
+@triton.jit
+def _of_pairs(r, by, S: tl.constexpr, TIMES: tl.constexpr, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """The registers of product S plus, or TIMES, those of their rows and columns."""
+    PER: tl.constexpr = len(by) // 2
+    found = ()
+    for a in tl.static_range(4):
+        other = by[a % 2 * PER + S * PER // 4]
+        found = found + (product_of(r[a], other, BF16, TEXT) if TIMES else sum_of(r[a], other, BF16, TEXT),)
+    return found
+
+
+@triton.jit
+def _floats(pair, BF16: tl.constexpr, TEXT: tl.constexpr):
+    """Both numbers of a pair; in float32 for Triton's interpreter."""
+    if TEXT.add == "":
+        low, high = halves(pair, BF16)
+    else:
+        kind: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
+        low, high = pair.to(tl.int16).to(kind, bitcast=True), (pair >> 16).to(tl.int16).to(kind, bitcast=True)
+    return tl.join(low, high)

@@ -1,0 +1,74 @@
+"""Codes of a weight in the order that tensor cores take them from registers.
+
+A warp's tile is 16 rows by 64 columns, and each of its lanes has 32 codes of it: for each of four products of 16 x 16,
+two codes side by side for each of the four registers of the first operand of `mma.m16n8k16`, which `wgmma` shares.
+
+Codes of 3, 5, 6 and 7 bits are cut into parts of 4, 2 and 1 bits, low bits first. In the words of a part, each of the
+two codes of a pair stands in its own half, at the same place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROWS, COLUMNS, LANES = 16, 64, 32
+_PAIRS = 16
+
+
+def parts(bits: int) -> tuple[int, ...]:
+    """Bits of the parts that codes are cut into, from the low bits on."""
+    return (8,) if bits == 8 else tuple(size for size in (4, 2, 1) if bits & size)
+
+
+def pack_tiles(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+    """Int32 (N / 16, K / 64, 32, p) for each part of p bits, of uint8 codes (N, K); beyond the ends codes are 0."""
+    n, k = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -k % COLUMNS, 0, -n % ROWS))
+    tiles = codes.view(-1, 2, 8, codes.shape[1] // COLUMNS, 4, 2, 4, 2)
+    # Tile, lane, product and register, of its two codes.
+    pairs = tiles.permute(0, 3, 2, 6, 4, 5, 1, 7).reshape(tiles.shape[0], tiles.shape[3], LANES, _PAIRS, 2)
+    found: list[Tensor] = []
+    at = 0
+    for size in parts(bits):
+        field = ((pairs >> at) & ((1 << size) - 1)).view(*pairs.shape[:3], size, _PAIRS // size, 2)
+        words = torch.zeros(field.shape[:4], dtype=torch.int64, device=codes.device)
+        for i in range(_PAIRS // size):
+            for half in range(2):
+                words |= field[..., i, half].to(torch.int64) << (size * i + 16 * half)
+        # As the bits that they are: values of 2^31 and more become negative.
+        found.append(words.to(torch.int32))
+        at += size
+    return tuple(found)
+
+
+def unpack_tiles(words: tuple[Tensor, ...], bits: int, n: int, k: int) -> Tensor:
+    """Undo `pack_tiles`."""
+    tall, wide = words[0].shape[:2]
+    pairs = torch.zeros(tall, wide, LANES, _PAIRS, 2, dtype=torch.uint8, device=words[0].device)
+    at = 0
+    for size, part in zip(parts(bits), words, strict=True):
+        field = pairs.view(tall, wide, LANES, size, _PAIRS // size, 2)
+        for i in range(_PAIRS // size):
+            for half in range(2):
+                field[..., i, half] |= (((part >> (size * i + 16 * half)) & ((1 << size) - 1)) << at).to(torch.uint8)
+        at += size
+    tiles = pairs.view(tall, wide, 8, 4, 4, 2, 2, 2).permute(0, 6, 2, 1, 4, 5, 3, 7)
+    return tiles.reshape(tall * ROWS, wide * COLUMNS)[:n, :k]
+
+
+def pack_scales(scales: Tensor, group: int) -> Tensor:
+    """Scales (N, K / group; 1 of whole rows, for which group is 0) as a lane reads them; beyond the ends they are 0.
+
+    (N / 16, spans, 8, 2, p): of rows g and g + 8 of a tile, the p scales that 64 columns have, or the one of a group of
+    64 or more.
+    """
+    per = COLUMNS // group if 0 < group < COLUMNS else 1
+    scales = torch.nn.functional.pad(scales, (0, -scales.shape[1] % per, 0, -scales.shape[0] % ROWS))
+    tiles = scales.view(-1, 2, 8, scales.shape[1] // per, per)
+    return tiles.permute(0, 3, 2, 1, 4).contiguous()
+
+
+def unpack_scales(packed: Tensor, n: int, count: int) -> Tensor:
+    """Undo `pack_scales` of (n, count)."""
+    return packed.permute(0, 3, 2, 1, 4).reshape(packed.shape[0] * ROWS, -1)[:n, :count]

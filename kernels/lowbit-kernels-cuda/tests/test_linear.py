@@ -1,0 +1,289 @@
+"""Products with weights that alone are in low precision, against float64 and the order of tensor cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import lowbit
+from lowbit.backends import Call, Description
+from lowbit.errors import FormatError
+from lowbit.format import Format
+from lowbit.grid import product_bound
+from lowbit.testing import FORMAT_GRID, check_backend
+from lowbit_kernels_cuda import linear
+from lowbit_kernels_cuda.backend import backend
+from lowbit_kernels_cuda.weight_only import pack, refuses, run, unpack
+from lowbit_kernels_cuda.weights import pack_scales, pack_tiles, parts, unpack_scales, unpack_tiles
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+SPECS = (
+    "INT4_G128",
+    "UINT4_G128",
+    "INT8_ROW_ASYM",
+    "int8:1x64:bfloat16:zero=int8",
+    "FP8_ROW",
+    "FP8_128x128",
+    "MXFP8_E5M2",
+    "MXFP6_E2M3",
+    "MXFP4",
+    "NVFP4",
+    "MXINT8",
+    "int2:1x32:bfloat16",
+    "uint3:1x192:float16:zero=uint3",
+    "int5:1x*:float32",
+    "int7:1x16:float32",
+)
+
+
+def weight(spec, n, k, *, dtype=torch.bfloat16, device="cpu", outliers=False):
+    generator = torch.Generator().manual_seed(n + k)
+    values = torch.randn(n, k, generator=generator)
+    if outliers:
+        values[:, ::97] *= 50
+    return lowbit.quantize((values / k**0.5).to(device, dtype), spec)
+
+
+def packed(q):
+    return pack(q), Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+
+
+def within(y, x, q, bias=None):
+    """Whether `y` is the product in float64, but for sums in float32, weights rounded to x's type, and one rounding."""
+    values, eps = q.dequantize(torch.float32).double(), torch.finfo(x.dtype).eps
+    size = x.double().abs() @ values.abs().T
+    wanted = x.double() @ values.T
+    error = product_bound(x.float(), values) + eps / 2 * size + 4 * 2.0**-24 * size
+    if bias is not None:
+        wanted = wanted + bias.double()
+        error = error + 2.0**-24 * wanted.abs()
+    error = error + eps / 2 * (wanted.abs() + error)
+    return bool(((y.double() - wanted).abs() <= error).all())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_words_are_the_first_operand_of_tensor_cores(bits):
+    """Which lane has what is told by the PTX ISA, matrix fragments for `mma.m16n8k16`; `wgmma` has the same."""
+    n, k = 32, 128
+    codes = torch.randint(0, 1 << bits, (n, k), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    words = pack_tiles(codes, bits)
+    assert [word.shape[-1] for word in words] == list(parts(bits))
+    for lane in range(32):
+        for product in range(4):
+            for register in range(4):
+                for half in range(2):
+                    row = lane // 4 + 8 * (register % 2)
+                    column = 16 * product + lane % 4 * 2 + half + 8 * (register // 2)
+                    found, at = torch.zeros(2, 2, dtype=torch.int64), 0
+                    for size, word in zip(parts(bits), words, strict=True):
+                        pair = product * 4 + register
+                        shift = size * (pair % (16 // size)) + 16 * half
+                        field = word[:, :, lane, pair // (16 // size)].to(torch.int64) >> shift & (1 << size) - 1
+                        found |= field << at
+                        at += size
+                    assert torch.equal(found, codes[row::16, column::64].to(torch.int64))
+    assert torch.equal(unpack_tiles(words, bits, n, k), codes)
+
+
+@pytest.mark.parametrize("group", [0, 16, 32, 64, 128])
+def test_scales_are_beside_those_of_eight_rows_below(group):
+    n, count = 40, 1 if group == 0 else 256 // group
+    scales = torch.arange(n * count).view(n, count)
+    found = pack_scales(scales, group)
+    per = max(64 // group, 1) if group else 1
+    for row in (0, 7, 8, 21, 39):
+        for at in range(count):
+            assert found[row // 16, at // per, row % 8, row // 8 % 2, at % per] == scales[row, at]
+    assert torch.equal(unpack_scales(found, n, count), scales)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_packing_is_undone_and_takes_no_more_room(spec):
+    q = weight(spec, 128, 384)
+    parts_, description = packed(q)
+    back = unpack(parts_, description)
+    for name, part in q.inner_tensors().items():
+        assert back[name].dtype == part.dtype
+        assert torch.equal(back[name].contiguous().view(torch.uint8), part.contiguous().view(torch.uint8))
+    if q.format.block_for(2)[0] == 1:
+        size = [sum(part.numel() * part.itemsize for part in found) for found in (parts_, q.inner_tensors().values())]
+        assert size[0] <= 1.1 * size[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_products_are_those_of_float64(spec, device):
+    generator = torch.Generator().manual_seed(1)
+    group = Format.parse(spec).block_for(2)[-1]
+    # Rows that end within a tile, columns that end within a step, and one group; tokens of every plan.
+    cases = [
+        (torch.bfloat16, 72, 384, (1, 17), False),
+        (torch.float16, 40, 384, (20,), True),
+        (torch.bfloat16, 16, group or 64, (70,), True),
+    ]
+    if device == "cuda":
+        cases += [(torch.bfloat16, 1040, 1152, (1, 16, 32, 64, 130, 300), outliers) for outliers in (False, True)]
+        cases += [(torch.float16, 1040, 1152, (5, 64, 300), False)]
+    for dtype, n, k, ms, outliers in cases:
+        q = weight(spec, n, k, dtype=dtype, device=device, outliers=outliers)
+        parts_, description = packed(q)
+        for m in ms:
+            bias = torch.randn(n, generator=generator).to(device, dtype) if m % 2 else None
+            x = torch.randn(m, k, generator=generator)
+            if outliers:
+                x[:, 5::61] *= 30
+            x = x.to(device, dtype)
+            assert within(run(x[None], parts_, description, bias)[0], x, q, bias), (dtype, n, k, m)
+
+
+def test_no_tokens_give_no_rows():
+    parts_, description = packed(weight("MXFP4", 32, 64))
+    assert run(torch.zeros(2, 0, 64, dtype=torch.bfloat16), parts_, description, None).shape == (2, 0, 32)
+
+
+@pytest.mark.parametrize("spec", ["INT4_G128", "NVFP4"])
+def test_the_interpreted_kernel_passes(spec):
+    rows = tuple(replace(row, device="cpu") for row in backend.kernels() if row.op == "linear")
+    interpreted = SimpleNamespace(name="cuda", probe=lambda: None, kernels=lambda: rows)
+    report = check_backend(
+        interpreted,
+        formats=(Format.parse(spec),),
+        activations=(),
+        dtypes=(torch.bfloat16,),
+        shapes=(),
+        devices=("cpu",),
+    )
+    assert all(row.runs > row.calls > 0 for row in report.rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "spec",
+    [str(fmt) for fmt in FORMAT_GRID if not refuses(Call("linear", fmt, None, "cuda", torch.bfloat16, 64, 1152))],
+)
+def test_the_kernel_passes(spec):
+    found = SimpleNamespace(
+        name="cuda", probe=lambda: None, kernels=lambda: tuple(r for r in backend.kernels() if r.op == "linear")
+    )
+    formats, dtypes = (Format.parse(spec),), (torch.bfloat16, torch.float16)
+    check_backend(found, formats=formats, activations=(), dtypes=dtypes, shapes=((136, 1152),), devices=("cuda",))
+
+
+def test_compilers_see_one_operator_whatever_the_tokens():
+    q = weight("INT4_G128", 80, 256)
+    parts_, description = packed(q)
+    arguments = [list(parts_), description.names[1:], str(q.format), 80, 256]
+    x = torch.randn(7, 256).to(torch.bfloat16)
+    torch.library.opcheck(torch.ops.lowbit_cuda.linear.default, (x, *arguments, None))
+    count = 0
+
+    def counted(graph, _):
+        nonlocal count
+        count += 1
+        assert [node.target for node in graph.graph.nodes if node.op == "call_function"].count(
+            torch.ops.lowbit_cuda.linear.default
+        ) == 1
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda x: run(x, parts_, description, None) + 1, backend=counted, fullgraph=True, dynamic=True
+    )
+    for m in (7, 8, 9):
+        x = torch.randn(m, 256).to(torch.bfloat16)
+        assert torch.equal(compiled(x), run(x, parts_, description, None) + 1)
+    assert count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", ["INT4_G128", "MXFP4"])
+def test_a_bound_layer_compiles_is_captured_and_repeats_itself(spec):
+    layer = nn.Linear(1024, 512, dtype=torch.bfloat16, device="cuda")
+    q = lowbit.quantize(layer.weight.detach(), spec)
+    layer.weight = nn.Parameter(q, requires_grad=False)
+    assert [row.kernel for row in lowbit.bind(layer).rows] == ["cuda.linear"]
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for m in (1, 2, 16, 33, 64, 200):
+            x = torch.randn(m, 1024, dtype=torch.bfloat16, device="cuda")
+            y = layer(x)
+            assert within(y, x, q, layer.bias)
+            assert torch.equal(layer(x), y)
+            assert torch.equal(compiled(x), y)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = layer(x)
+            captured.zero_()
+            graph.replay()
+            graph.replay()
+            assert torch.equal(captured, y)
+
+
+@pytest.mark.gpu
+def test_streams_do_not_disturb_each_other():
+    parts_, description = packed(weight("INT4_G128", 4096, 4096, device="cuda"))
+    x = torch.randn(16, 4096, dtype=torch.bfloat16, device="cuda")
+    wanted = run(x, parts_, description, None)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    found = []
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(run(x, parts_, description, None))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, wanted) for y in found)
+
+
+def test_what_is_not_taken_is_refused_with_the_reason():
+    def reason(spec, k=768, dtype=torch.bfloat16, activation=None):
+        return refuses(Call("linear", Format.parse(spec), activation, "cuda", dtype, 64, k))
+
+    assert reason("INT4_G128") is None
+    assert reason("MXFP4", dtype=torch.float32) == "needs inputs in bfloat16 or float16; these are torch.float32"
+    assert reason("int4:1x24:bfloat16").startswith(
+        "needs scales of 16 or 32 columns, or of multiples of 64; this is int4"
+    )
+    assert reason("INT8_ROW", k=100) == "needs columns by the 8; this weight has 100"
+    activation = lowbit.Activation.parse("dynamic:INT8_ROW")
+    assert reason("INT8_ROW", activation=activation) == f"needs inputs as they are; these are rounded to {activation}"
+
+
+def test_what_is_no_number_is_refused_before_it_is_packed():
+    q = weight("FP8_ROW", 16, 64)
+    broken = q.with_inner(q.inner_tensors() | {"qdata": torch.full((16, 64), float("nan")).to(q.qdata.dtype)})
+    with pytest.raises(FormatError, match="codes of e4m3fn that are no numbers"):
+        pack(broken)
+    q = weight("NVFP4", 16, 64)
+    for value in (float("nan"), -1.0):
+        scale = torch.full(q.scale.shape, value).to(q.scale.dtype)
+        with pytest.raises(FormatError, match="scales that are no numbers, or negative ones"):
+            pack(q.with_inner(q.inner_tensors() | {"scale": scale}))
+
+
+def test_parts_of_k_are_no_more_than_steps():
+    for spec in SPECS:
+        how = linear._constants(Format.parse(spec), torch.bfloat16, None)
+        for m in (1, 16, 64, 65, 4096):
+            for n in (16, 4096, 28672):
+                for k in (64, 384, 8192):
+                    plan = linear.schedule(m, n, k, how, torch.device("cpu"))
+                    assert plan.splits & (plan.splits - 1) == 0
+                    assert plan.splits <= max(k // plan.columns, 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the assembler in Triton's wheels for Linux")
+def test_the_kernel_for_hopper_is_assembled():
+    """Without a GPU it does not run, but what Triton makes of it is known: products that nothing waits for."""
+    script = Path(__file__).with_name("assemble.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["INT4_G128", "MXFP4"], done.stderr[-2000:]
