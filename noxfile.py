@@ -158,12 +158,39 @@ def docs(session: nox.Session) -> None:
     session.run("pytest", "integration_tests/test_docs.py", *session.posargs)
 
 
-@nox.session
-def cuda(session: nox.Session) -> None:
-    """Run the tests that need an NVIDIA GPU."""
+def on_gpu(session: nox.Session, major: str | None) -> None:
+    """Run the tests that need an NVIDIA GPU, on one whose compute capability begins with `major` if it is given."""
     if shutil.which("nvidia-smi") is None:
         session.skip("needs an NVIDIA GPU and its driver; there is no nvidia-smi on this machine")
+    asked = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    found = str(session.run(*asked, external=True, silent=True)).split()
+    if major is not None and not any(capability.split(".")[0] == major for capability in found):
+        session.skip(f"needs a GPU of compute capability {major}.x; this machine has {', '.join(found) or 'none'}")
     sync(session)
     session.run(
         "pytest", "-m", "gpu", "--maxprocesses", "12", *session.posargs, env={"LOWBIT_CELLS": "docs/cells/cuda.json"}
     )
+
+
+@nox.session
+def cuda(session: nox.Session) -> None:
+    """Run the tests that need an NVIDIA GPU, on whichever there is."""
+    on_gpu(session, None)
+
+
+@nox.session(name="cuda-sm80")
+def cuda_sm80(session: nox.Session) -> None:
+    """The same on Ampere and Ada (compute capability 8.x)."""
+    on_gpu(session, "8")
+
+
+@nox.session(name="cuda-sm90")
+def cuda_sm90(session: nox.Session) -> None:
+    """The same on Hopper (9.x)."""
+    on_gpu(session, "9")
+
+
+@nox.session(name="cuda-sm100")
+def cuda_sm100(session: nox.Session) -> None:
+    """The same on Blackwell of data centres (10.x)."""
+    on_gpu(session, "10")

@@ -201,7 +201,7 @@ def check_paths(words):
 
 def check_session(words):
     _, name = words
-    assert f"def {name.partition('(')[0]}(session" in (ROOT / "noxfile.py").read_text(), name
+    assert f"def {name.partition('(')[0].replace('-', '_')}(session" in (ROOT / "noxfile.py").read_text(), name
 
 
 CHECKED = {

@@ -97,7 +97,7 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
 def linear(
     x: Tensor, packed: Sequence[Tensor], names: Sequence[str], spec_: str, n: int, k: int, bias: Tensor | None
 ) -> Tensor:
-    """`x @ weight.T + bias` of what `pack` made of a weight (N, K); it has the inner tensors `names` beside its codes."""
+    """`x @ weight.T + bias` of what `pack` made of a weight (N, K) with the inner tensors `names` beside its codes."""
     fmt = Format.parse(spec_)
     count = len(parts(fmt.element.bits))
     named = dict(zip(names, packed[count:], strict=True))
