@@ -1,46 +1,54 @@
-"""Compile the kernel for Hopper without a GPU, and name the formats whose products the assembler lets overlap."""
+"""Compile products without a GPU: for Hopper, if the assembler lets them overlap, and for what is before and after it.
+
+Prints the architecture and format of each that is as it should be.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import mangle_type
 
 from lowbit.format import Format
 from lowbit_kernels_cuda import hopper
-from lowbit_kernels_cuda.linear import _constants
+from lowbit_kernels_cuda.dots import linear_dots
+from lowbit_kernels_cuda.linear import Plan, _constants
 from lowbit_kernels_cuda.weights import parts
 
-N, K, TOKENS = 1024, 4096, 256
+N, K = 1024, 4096
 
 
-def compiled(spec):
-    """The kernel for a weight of the format (N, K)."""
-    fmt = Format.parse(spec)
-    how = _constants(fmt, torch.bfloat16, torch.device("cuda:0"))
-    x = torch.zeros(TOKENS, K, dtype=torch.bfloat16)
+def compiled(spec, tokens, plan, capability):
+    """The kernel of the plan, for a weight of the format (N, K)."""
+    fmt, kernel = Format.parse(spec), hopper.linear_wgmma if plan.depth else linear_dots
+    torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
+    _constants.cache_clear()
+    x = torch.zeros(tokens, K, dtype=torch.bfloat16)
     given = {
-        "x": hopper.described(x, TOKENS, 64),
+        "x": hopper.described(x, plan.tokens, plan.columns) if plan.depth else x,
         "words": tuple(torch.zeros(1, dtype=torch.int32) for _ in parts(fmt.element.bits)),
         "scale": torch.zeros(1, dtype=torch.int32),
         "tensor_row": 0,
         "out": torch.zeros(1, dtype=torch.int16),
-        "m": TOKENS,
+        "m": tokens,
         "n": N,
         "k": K,
     }
-    constants = how | {"ROWS": 128, "TOKENS": TOKENS, "COLUMNS": 64, "SPLITS": 1, "STAGES": 4, "DEPTH": 2, "BAND": 8}
-    constants["num_warps"] = 8
+    constants = _constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=fmt.scale.powers_of_two)
+    constants = constants | {name.upper(): value for name, value in asdict(plan).items()}
+    constants |= {"BAND": 8, "EVEN": True, "num_warps": plan.warps}
     signature, known, aligned = {}, {}, {}
-    for i, parameter in enumerate(hopper.linear_wgmma.params):
+    for i, parameter in enumerate(kernel.params):
         value = constants.get(parameter.name, given.get(parameter.name))
         if parameter.is_constexpr or value is None:
             signature[parameter.name], known[i,] = "constexpr", value
@@ -51,18 +59,25 @@ def compiled(spec):
             signature[parameter.name] = mangle_type(value)
             if isinstance(value, torch.Tensor) or parameter.name in {"n", "k"}:
                 aligned[i,] = [["tt.divisibility", 16]]
-    source = GluonASTSource(hopper.linear_wgmma, signature, known, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    source = (GluonASTSource if plan.depth else ASTSource)(kernel, signature, known, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": plan.warps})
+
+
+def overlap(kernel):
+    """Whether nothing makes the assembler wait for each product, or put registers into memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "kernel.ptx"
+        text.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", text, "-o", Path(folder) / "kernel.cubin"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return "serialized" not in told and " 0 bytes spill stores" in told
 
 
 if __name__ == "__main__":
-    torch.cuda.get_device_capability = lambda _=None: (9, 0)
-    assembler = get_ptxas(90).path
+    few, many = Plan(64, 16, 128, 4, 1, 4), Plan(128, 256, 64, 8, 1, 4, depth=2)
     for name in ("INT4_G128", "MXFP4"):
-        with tempfile.TemporaryDirectory() as folder:
-            text = Path(folder) / "kernel.ptx"
-            text.write_text(compiled(name).asm["ptx"])
-            command = [assembler, "-v", "--gpu-name=sm_90a", text, "-o", Path(folder) / "kernel.cubin"]
-            told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-        if "serialized" not in told and " 0 bytes spill stores" in told:
-            sys.stdout.write(f"{name}\n")
+        if overlap(compiled(name, 256, many, 90)):
+            sys.stdout.write(f"90 {name}\n")
+    for capability, name in ((80, "INT4_G128"), (80, "INT8_ROW"), (100, "NVFP4")):
+        if compiled(name, 16, few, capability).asm["cubin"]:
+            sys.stdout.write(f"{capability} {name}\n")

@@ -40,6 +40,7 @@ def linear_dots(
     BF16: tl.constexpr,
     LINES: tl.constexpr,
     TEXT: tl.constexpr,
+    LIFT: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -99,12 +100,12 @@ def linear_dots(
                 less = less_pairs(registers(read(zero, place, PER), PER, LANES), PER, BF16)
             if not EXACT:
                 COUNT: tl.constexpr = 2 * PER * SPEC.scale.bits // scale.dtype.element_ty.primitive_bitwidth
-                times = scale_pairs(registers(read(scale, place, COUNT), COUNT, LANES), SPEC, PER, BF16)
+                times = scale_pairs(registers(read(scale, place, COUNT), COUNT, LANES), SPEC, LIFT, PER, BF16)
         a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
         if EXACT:
             spans = tl.cdiv(k, GROUP * PER)
             place = _place(row, step if PER > 1 else step * COLUMNS // GROUP, high, spans, TALL)
-            f = factors(scale, place, SPEC, PER, TALL * 8)
+            f = factors(scale, place, SPEC, LIFT, PER, TALL * 8)
             for p in tl.static_range(PER):
                 group = a if PER == 1 else tl.where((column // GROUP == p)[None, :], a, 0.0)
                 new = tl.dot(group, b, input_precision="ieee")
@@ -117,7 +118,7 @@ def linear_dots(
             acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
     _write(
         *(acc, scale, zero, sums, tensor_scale, tensor_row, bias, out, parts, count, row, tokens, split, m, n, high),
-        *(SPEC, GROUP, ROWS, TOKENS, SPLITS),
+        *(SPEC, LIFT, GROUP, ROWS, TOKENS, SPLITS),
     )
 
 
@@ -176,6 +177,7 @@ def _write(
     n,
     high,
     SPEC: tl.constexpr,
+    LIFT: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -201,7 +203,7 @@ def _write(
         if SPEC.zero:
             z = _of_rows(points(zero, at, 1, TALL * 8), 0, TALL) + SPEC.element.min
             acc -= z * tl.load(sums + tl.minimum(tokens, m - 1))[None, :]
-        acc *= _of_rows(factors(scale, at, SPEC, 1, TALL * 8), 0, TALL)
+        acc *= _of_rows(factors(scale, at, SPEC, LIFT, 1, TALL * 8), 0, TALL)
     if tensor_scale is not None:
         acc *= tl.load(tensor_scale + rows * tensor_row, rows < n, 0.0)[:, None]
     if bias is not None:

@@ -58,8 +58,9 @@ def text(element: Element, bf16: bool) -> Text:  # noqa: FBT001 - a constant of 
         return f"{{ .reg .b32 by, plus; {numbers} fma.rn.{kind}x2 $0, $1, by, plus; }}"
 
     return Text(
-        f"add.rn.{kind}x2 $0, $1, $2;",
-        f"mul.rn.{kind}x2 $0, $1, $2;",
+        # Before compute capability 9.0 bfloat16 has fused multiply-adds alone.
+        f"{{ .reg .b32 one; mov.b32 one, {twice(1.0)}; fma.rn.{kind}x2 $0, $1, one, $2; }}",
+        f"{{ .reg .b32 none; mov.b32 none, {twice(-0.0)}; fma.rn.{kind}x2 $0, $1, $2, none; }}",
         "lop3.b32 $0, $1, $2, $3, 0xEA;",
         tuple(line(*each) for each in lines(element, bf16)),
     )
@@ -142,14 +143,16 @@ def operand(
 ):
     """The four registers of the first operand of a product, pairs of 16-bit floats, of a lane's words; all exact.
 
-    Without LINES, integers above their offset.
+    Without LINES, integers above their offset, or floats that scales make up for.
     """
     found = ()
     for a in tl.static_range(4):
-        if len(LINES) == 0:
+        if SPEC.element.kind == "float":
+            value = _float_bits(words, FIRST, PRODUCT * 4 + a, SPEC, PARTS, BF16, TEXT)
+            if len(LINES) > 0:
+                value = _line(value, 0, BF16, LINES, TEXT)
+        elif len(LINES) == 0:
             value = _field(words, FIRST, PRODUCT * 4 + a, 0, 0, PARTS, 0x43004300 if BF16 else 0x64006400, TEXT)
-        elif SPEC.element.kind == "float":
-            value = _line(_float_bits(words, FIRST, PRODUCT * 4 + a, SPEC, PARTS, BF16, TEXT), 0, BF16, LINES, TEXT)
         elif len(LINES) == 2:
             word = words[FIRST + PRODUCT * 2 + a // 2]
             high = _merge(word >> (8 * (a % 2) + 4), 0x000F000F, 0x43004300, TEXT)
@@ -233,8 +236,11 @@ def _pair(low, high, BF16: tl.constexpr):
 
 
 @triton.jit
-def factors(scale, place, SPEC: tl.constexpr, PER: tl.constexpr, THREADS: tl.constexpr):
-    """Float32 scales: PER of row g, then PER of row g + 8; `scale` points to words of at most 32 bits."""
+def factors(scale, place, SPEC: tl.constexpr, LIFT: tl.constexpr, PER: tl.constexpr, THREADS: tl.constexpr):
+    """Float32 scales: PER of row g, then PER of row g + 8; `scale` points to words of at most 32 bits.
+
+    They are packed LIFT powers of two larger.
+    """
     ELEMENT: tl.constexpr = SPEC.scale
     WORDS: tl.constexpr = 2 * PER * ELEMENT.bits // scale.dtype.element_ty.primitive_bitwidth
     words = registers(read(scale, place, WORDS), WORDS, THREADS)
@@ -247,7 +253,7 @@ def factors(scale, place, SPEC: tl.constexpr, PER: tl.constexpr, THREADS: tl.con
             low, high = halves(word, ELEMENT.mantissa == 7)
             value = low if i % 2 == 0 else high
         else:
-            value = byte_scale(word, i % (2 * PER // WORDS), ELEMENT)
+            value = byte_scale(word, i % (2 * PER // WORDS), ELEMENT) * 2.0**-LIFT
         found = found + (value,)
     return found
 
@@ -295,8 +301,8 @@ def less_pairs(words, PER: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
-def scale_pairs(words, SPEC: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr):
-    """Scales twice in an integer, as numbers of the inputs' type: PER of rows g, then PER of rows g + 8."""
+def scale_pairs(words, SPEC: tl.constexpr, LIFT: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr):
+    """Scales as packed, LIFT powers of two larger, twice in an integer: PER of rows g, then PER of rows g + 8."""
     ELEMENT: tl.constexpr = SPEC.scale
     COUNT: tl.constexpr = len(words)
     found = ()
@@ -305,8 +311,10 @@ def scale_pairs(words, SPEC: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr
         if ELEMENT.bits == 16:
             half = word & 0xFFFF if i % 2 == 0 else (word >> 16) & 0xFFFF
         elif ELEMENT.powers_of_two:
-            # 2^-127 is a subnormal.
-            half = tl.maximum(((word >> (8 * (i % (2 * PER // COUNT)))) & 0xFF) << 7, 0x40)
+            half = ((word >> (8 * (i % (2 * PER // COUNT)))) & 0xFF) << 7
+            if LIFT == 0:
+                # 2^-127 is a subnormal.
+                half = tl.maximum(half, 0x40)
         else:
             value = byte_scale(word, i % (2 * PER // COUNT), ELEMENT)
             if BF16:

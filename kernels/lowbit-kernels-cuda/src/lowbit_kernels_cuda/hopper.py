@@ -74,6 +74,7 @@ def linear_wgmma(
     BF16: gl.constexpr,
     LINES: gl.constexpr,
     TEXT: gl.constexpr,
+    LIFT: gl.constexpr,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -108,7 +109,7 @@ def linear_wgmma(
     for i in gl.static_range(DEPTH):
         kept = kept + (_read(words, scale, zero, row, first + i, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps),)
     acc = gl.zeros([ROWS, TOKENS], gl.float32, MMA)
-    even = _operand(kept[0], SPEC, PARTS, GROUP, BF16, LINES, TEXT, TALL, WIDE, OPERAND)
+    even = _operand(kept[0], SPEC, PARTS, GROUP, BF16, LINES, TEXT, LIFT, TALL, WIDE, OPERAND)
     odd = gl.zeros([ROWS, COLUMNS], KIND, OPERAND)
     more = _read(words, scale, zero, row, first + DEPTH, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps)
     kept = _put(kept, 0, more)
@@ -126,7 +127,7 @@ def linear_wgmma(
             # All warps are then done with its inputs.
             _barrier()
             _fetch(x, inputs, full, token * TOKENS, first, at + STAGES - 1, last, k, COLUMNS, STAGES, DEPTH)
-            a = _operand(kept[(u + 1) % DEPTH], SPEC, PARTS, GROUP, BF16, LINES, TEXT, TALL, WIDE, OPERAND)
+            a = _operand(kept[(u + 1) % DEPTH], SPEC, PARTS, GROUP, BF16, LINES, TEXT, LIFT, TALL, WIDE, OPERAND)
             if u % 2 == 0:
                 odd = a
             else:
@@ -238,6 +239,7 @@ def _operand(
     BF16: gl.constexpr,
     LINES: gl.constexpr,
     TEXT: gl.constexpr,
+    LIFT: gl.constexpr,
     TALL: gl.constexpr,
     WIDE: gl.constexpr,
     OPERAND: gl.constexpr,
@@ -246,7 +248,7 @@ def _operand(
     codes, scales, zeros = kept
     PER: gl.constexpr = 64 // GROUP if GROUP > 0 and GROUP < 64 else 1
     less = less_pairs(zeros, PER, BF16) if len(zeros) > 0 else ()
-    times = scale_pairs(scales, SPEC, PER, BF16) if GROUP != 0 else ()
+    times = scale_pairs(scales, SPEC, LIFT, PER, BF16) if GROUP != 0 else ()
     a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
     return gl.convert_layout(a, OPERAND, assert_trivial=True)
 

@@ -42,10 +42,28 @@ def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     if scale.itemsize == 1 and not bool((torch.isfinite(scale.float()) & (scale.float() >= 0)).all()):
         msg = "the weight has scales that are no numbers, or negative ones; find out where they come from"
         raise FormatError(msg)
+    lift = _lift(fmt)
+    if lift and int(raw(scale).max()) + lift <= _LARGEST:
+        # Bytes say that scales are packed so; they mostly can.
+        scale = raw(scale) + lift
     packed = [*pack_tiles(_above_least(codes, element), element.bits), _across(scale, n, fmt)]
     if weight.zero is not None:
         packed.append(_across(_above_least(weight.zero, element).to(torch.int16), n, fmt))
     return (*packed, *(part for part in (weight.tensor_scale, weight.pre_scale) if part is not None))
+
+
+# The exponent of a bfloat16 that is neither infinite nor no number.
+_LARGEST = 254
+
+
+def _lift(fmt: Format) -> int:
+    """What exponents of scales may make up for, so that codes are bfloat16s by their bits alone; 0: nothing."""
+    element = fmt.element
+    return 127 - element.bias if fmt.scale.powers_of_two and element.kind == "float" and fmt.block_for(2)[-1] else 0
+
+
+def _lifted(scale: Tensor, fmt: Format) -> bool:
+    return scale.dtype != fmt.scale.storage
 
 
 def _above_least(codes: Tensor, element: Element) -> Tensor:
@@ -88,7 +106,9 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
             if name == "zero":
                 assert fmt.zero is not None
                 each = codes_of(each.to(torch.uint8), signed=True).view(fmt.zero.code_dtype)
-            found[name] = each.view(part.dtype) if name == "scale" else each
+            if name == "scale":
+                each = (each - _lift(fmt) if _lifted(part, fmt) else each).view(fmt.scale.storage)
+            found[name] = each
         else:
             found[name] = part
     return found
@@ -115,7 +135,7 @@ def _launch(
 ) -> None:
     (m, n), k = out.shape, x.shape[1]
     scale, zero, whole = named["scale"], named.get("zero"), named.get("tensor_scale")
-    how = _constants(fmt, x.dtype, x.device if x.is_cuda else None)
+    how = _constants(fmt, x.dtype, x.device if x.is_cuda else None, _lifted(scale, fmt))
     plan = schedule(m, n, k, how, x.device)
     sums = None
     if zero is not None and how["LINES"]:
@@ -152,7 +172,7 @@ def _launch(
 
 
 @lru_cache(maxsize=1024)
-def _constants(fmt: Format, dtype: torch.dtype, device: torch.device | None) -> dict[str, Any]:
+def _constants(fmt: Format, dtype: torch.dtype, device: torch.device | None, lifted: bool = False) -> dict[str, Any]:  # noqa: FBT001, FBT002 - of two layouts
     """What kernels for a format and inputs are compiled for."""
     bf16, group, element = dtype == torch.bfloat16, fmt.block_for(2)[-1], fmt.element
     # Zero points are taken from codes above their offset, unless the difference is no number of the inputs' type.
@@ -162,8 +182,9 @@ def _constants(fmt: Format, dtype: torch.dtype, device: torch.device | None) -> 
         "PARTS": parts(element.bits),
         "GROUP": group,
         "BF16": bf16,
-        "LINES": () if apart else lines(element, bf16),
+        "LINES": () if apart or (lifted and bf16) else lines(element, bf16),
         "TEXT": Text() if device is None else text(element, bf16),
+        "LIFT": _lift(fmt) if lifted else 0,
     }
 
 
