@@ -28,7 +28,7 @@ from lowbit_kernels_cuda.weights import parts
 N, K = 1024, 4096
 
 
-def compiled(spec, tokens, plan, capability):
+def compiled(spec, tokens, plan, capability, *, even=True):
     """The kernel of the plan, for a weight of the format (N, K)."""
     fmt, kernel = Format.parse(spec), hopper.linear_wgmma if plan.depth else linear_dots
     torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
@@ -44,9 +44,11 @@ def compiled(spec, tokens, plan, capability):
         "n": N,
         "k": K,
     }
+    if plan.splits > 1:
+        given |= {"parts": torch.zeros(1), "count": torch.zeros(1, dtype=torch.int32)}
     constants = _constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=fmt.scale.powers_of_two)
     constants = constants | {name.upper(): value for name, value in asdict(plan).items()}
-    constants |= {"BAND": 8, "EVEN": True, "num_warps": plan.warps}
+    constants |= {"BAND": 8, "EVEN": even, "num_warps": plan.warps}
     signature, known, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = constants.get(parameter.name, given.get(parameter.name))
@@ -74,10 +76,15 @@ def overlap(kernel):
 
 
 if __name__ == "__main__":
-    few, many = Plan(64, 16, 128, 4, 1, 4), Plan(128, 256, 64, 8, 1, 4, depth=2)
+    many = Plan(128, 256, 64, 8, 1, 4, depth=2)
     for name in ("INT4_G128", "MXFP4"):
         if overlap(compiled(name, 256, many, 90)):
             sys.stdout.write(f"90 {name}\n")
-    for capability, name in ((80, "INT4_G128"), (80, "INT8_ROW"), (100, "NVFP4")):
-        if compiled(name, 16, few, capability).asm["cubin"]:
+    for capability, name, plan, even in (
+        (80, "INT4_G128", Plan(64, 16, 128, 4, 2, 4, exact=True), True),
+        (80, "INT8_ROW", Plan(64, 64, 128, 4, 1, 3), False),
+        (90, "NVFP4", Plan(64, 32, 128, 4, 1, 4), False),
+        (100, "NVFP4", Plan(128, 128, 64, 8, 1, 3), True),
+    ):
+        if compiled(name, plan.tokens, plan, capability, even=even).asm["cubin"]:
             sys.stdout.write(f"{capability} {name}\n")

@@ -72,24 +72,22 @@ def linear_dots(
     tile = tl.minimum(row * TALL + lanes // (WIDE * 32), high - 1).to(tl.int64) * tiles
     lane = lanes % (WIDE * 32)
     tokens = token * TOKENS + tl.arange(0, TOKENS)
-    if TOKENS > 32:
-        inputs = x + tl.minimum(tokens, m - 1).to(tl.int64)[None, :] * k
-        given = None
-    else:
-        # One token read in the place of all that are not there would keep the same memory busy.
-        inputs = x + tokens.to(tl.int64)[None, :] * k
-        given = (tokens < m)[None, :]
+    # One token read in the place of all that are not there is less work, but if tokens are few
+    # it keeps the same memory busy.
+    CLAMPED: tl.constexpr = TOKENS > 32
+    inputs = x + (tl.minimum(tokens, m - 1) if CLAMPED else tokens).to(tl.int64)[None, :] * k
+    given = (tokens < m)[None, :]
     column = tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * WIDE + lane // 32
-        there, wanted = None, given
-        if not EVEN:
-            there, within = at < tiles, (step * COLUMNS + column < k)[:, None]
-            wanted = within if given is None else given & within
         place = inputs + (step * COLUMNS + column)[:, None]
-        b = tl.load(place) if wanted is None else tl.load(place, wanted, 0.0)
-        codes = _read_words(words, (tile + step * WIDE) * 32 + lane, there, PARTS, LANES)
+        if EVEN:
+            b = tl.load(place) if CLAMPED else tl.load(place, given, 0.0)
+        else:
+            within = (step * COLUMNS + column < k)[:, None]
+            b = tl.load(place, within if CLAMPED else given & within, 0.0)
+        codes = _read_words(words, (tile + step * WIDE) * 32 + lane, at < tiles, EVEN, PARTS, LANES)
         less, times = (), ()
         if GROUP != 0:
             PER: tl.constexpr = 64 // GROUP if GROUP < 64 else 1
@@ -123,12 +121,12 @@ def linear_dots(
 
 
 @triton.jit
-def _read_words(words, place, there, PARTS: tl.constexpr, LANES: tl.constexpr):
+def _read_words(words, place, there, EVEN: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr):
     """A lane's words of all parts of a tile, one after another."""
     found = ()
     for p in tl.static_range(len(PARTS)):
         pointer = words[p] + place[:, None] * PARTS[p] + tl.arange(0, PARTS[p])[None, :]
-        word = tl.load(pointer) if there is None else tl.load(pointer, there[:, None], 0)
+        word = tl.load(pointer) if EVEN else tl.load(pointer, there[:, None], 0)
         found = found + registers(word, PARTS[p], LANES)
     return found
 
