@@ -237,31 +237,33 @@ def schedule(m: int, n: int, k: int, how: dict[str, Any], device: torch.device) 
     product = scale.bits == 8 and bits + scale.mantissa <= (8 if bf16 else 11) and (bf16 or not scale.powers_of_two)
     fits = product or (scale.bits == 16 and (scale.mantissa == 7) == bf16)
     apart = bool(form.zero and how["LINES"])
+    # Exact where it costs no time.
+    exact = bool(group) and (not fits or apart or (m <= 64 and not product and group >= 64))
     multiprocessors, hopper = _device(device)
 
     def blocks(rows: int, tokens: int) -> int:
         return triton.cdiv(n, rows) * triton.cdiv(m, tokens)
 
-    # Exact where it costs no time: the kernel for Hopper needs programs for every multiprocessor.
-    few = m <= 64 or (m <= 256 and blocks(64, 256) < multiprocessors)
-    exact = bool(group) and (not fits or apart or (few and not product and group >= 64))
+    def splits(waves: float, programs: int, columns: int) -> int:
+        """The power of two that makes as many waves of programs, of at least two steps, on all multiprocessors."""
+        most = min(int(waves * multiprocessors) // programs, 4, k // (2 * columns))
+        return 1 << max(most, 1).bit_length() - 1
+
     columns = 128 if not exact or group % 128 == 0 else 64
     if m <= 64:
         tokens = 16 if m <= 16 else 32 if m <= 32 else 64
         rows = 128 if tokens == 64 and blocks(128, 64) >= 1.5 * multiprocessors else 64
-        most = 4 if element.bits < 8 and tokens < 64 else 2
-        splits = 1 if blocks(rows, tokens) >= 1.5 * multiprocessors else most * multiprocessors // blocks(rows, tokens)
-        splits = max(min(splits, 4, k // (2 * columns)), 1)
-        splits = 1 << splits.bit_length() - 1
-        return Plan(rows, tokens, columns, 4 if exact or rows == 64 else 8, splits, 3 if tokens == 64 else 4, exact)
+        if tokens == 16 and not exact and element.bits < 8:
+            columns = 256
+        programs, waves = blocks(rows, tokens), 3 if tokens == 64 else 4 if element.bits < 8 else 2
+        parts_ = 1 if programs >= 1.5 * multiprocessors else splits(waves, programs, columns)
+        warps, stages = 4 if exact or rows == 64 else 8, 3 if tokens == 64 or columns == 256 else 4
+        return Plan(rows, tokens, columns, warps, parts_, stages, exact)
     if exact or not hopper:
-        rows = 64 if few else 128
-        return Plan(rows, 128, columns if exact else 64, rows // 16, 1, 3, exact)
-    if m <= 128:
-        return Plan(64, 128, 64, 4, 1, 4, depth=2)
-    if blocks(128, 256) < 0.75 * multiprocessors:
-        return Plan(64, 256, 64, 4, 1, 3, depth=2)
-    return Plan(128, 256, 64, 8, 1, 4, depth=2)
+        return Plan(128, 128, columns if exact else 64, 8, 1, 3, exact)
+    if blocks(128, 256) >= 0.75 * multiprocessors:
+        return Plan(128, 256, 64, 8, 1, 4, depth=2)
+    return Plan(64, 128, 64, 4, splits(2.9 if k >= 8192 else 1.45, blocks(64, 128), 64), 4, depth=4)
 
 
 @cache
