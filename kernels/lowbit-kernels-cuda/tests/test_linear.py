@@ -162,6 +162,20 @@ def test_scales_make_up_for_exponents_of_codes_where_they_can(spec, device):
             assert within(run(x, parts_, description, None), x, q)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_inputs_may_begin_anywhere(device):
+    q = weight("INT4_G128", 32, 128, device=device)
+    parts_, description = packed(q)
+    for m in (3, 70):
+        x = (
+            torch.randn(m * 128 + 3, generator=torch.Generator().manual_seed(0))
+            .to(device, torch.bfloat16)[3:]
+            .view(m, 128)
+        )
+        assert within(run(x, parts_, description, None), x, q)
+        assert within(run(x[:, :64].repeat(1, 2), parts_, description, None), x[:, :64].repeat(1, 2), q)
+
+
 def test_no_tokens_give_no_rows():
     parts_, description = packed(weight("MXFP4", 32, 64))
     assert run(torch.zeros(2, 0, 64, dtype=torch.bfloat16), parts_, description, None).shape == (2, 0, 32)

@@ -90,14 +90,13 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
     n, k = (description.shape[description.layout.permutation.index(d)] for d in range(2))
     element, count = fmt.element, len(parts(fmt.element.bits))
 
-    def codes_of(above: Tensor, signed: bool) -> Tensor:  # noqa: FBT001 - of two kinds of codes
+    def codes_of(above: Tensor) -> Tensor:
         if not (element.kind == "int" and element.signed):
             return above
         shift = 8 - element.bits
-        codes = above ^ (1 << (element.bits - 1))
-        return codes.view(torch.int8) << shift >> shift if signed else codes
+        return (above ^ (1 << (element.bits - 1))).view(torch.int8) << shift >> shift
 
-    codes = codes_of(unpack_tiles(packed[:count], element.bits, n, k), signed=True)
+    codes = codes_of(unpack_tiles(packed[:count], element.bits, n, k))
     found = {"qdata": pack_codes(codes, element) if element.packed else codes.view(element.storage)}
     rows, group = fmt.block_for(2)
     for name, part in zip(description.names[1:], packed[count:], strict=True):
@@ -105,7 +104,7 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
             each = unpack_scales(raw(part), n, -(-k // group) if group else 1)[:: rows or n].contiguous()
             if name == "zero":
                 assert fmt.zero is not None
-                each = codes_of(each.to(torch.uint8), signed=True).view(fmt.zero.code_dtype)
+                each = codes_of(each.to(torch.uint8)).view(fmt.zero.code_dtype)
             if name == "scale":
                 each = (each - _lift(fmt) if _lifted(part, fmt) else each).view(fmt.scale.storage)
             found[name] = each
@@ -124,6 +123,9 @@ def linear(
     if "pre_scale" in named:
         x = x * named["pre_scale"].to(x.dtype)
     tokens = x.reshape(-1, k).contiguous()
+    if tokens.data_ptr() % 16:
+        # Sixteen bytes are copied at a time.
+        tokens = tokens.clone()
     out = x.new_empty(len(tokens), n)
     if out.numel():
         _launch(tokens, tuple(packed[:count]), named, bias, out, fmt)
