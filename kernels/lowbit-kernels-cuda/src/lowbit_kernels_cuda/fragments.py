@@ -79,7 +79,6 @@ def registers(x, COUNT: tl.constexpr, THREADS: tl.constexpr):
 @triton.jit
 def _field(
     words,
-    FIRST: tl.constexpr,
     PAIR: tl.constexpr,
     PART: tl.constexpr,
     AT: tl.constexpr,
@@ -91,18 +90,17 @@ def _field(
     SIZE: tl.constexpr = PARTS[PART]
     SHIFT: tl.constexpr = SIZE * (PAIR % (16 // SIZE)) - AT
     # Parts before are as many words as they are bits.
-    word = words[FIRST + AT + PAIR // (16 // SIZE)]
+    word = words[AT + PAIR // (16 // SIZE)]
     word = word >> SHIFT if SHIFT > 0 else word << -SHIFT
     pair = _merge(word, (((1 << SIZE) - 1) << AT) * 0x10001, bits, TEXT)
     if len(PARTS) > PART + 1:
-        pair = _field(words, FIRST, PAIR, PART + 1, AT + SIZE, PARTS, pair, TEXT)
+        pair = _field(words, PAIR, PART + 1, AT + SIZE, PARTS, pair, TEXT)
     return pair
 
 
 @triton.jit
 def _float_bits(
     words,
-    FIRST: tl.constexpr,
     PAIR: tl.constexpr,
     SPEC: tl.constexpr,
     PARTS: tl.constexpr,
@@ -113,7 +111,7 @@ def _float_bits(
     BITS: tl.constexpr = SPEC.element.bits
     WHOLE: tl.constexpr = len(PARTS) == 1
     AT: tl.constexpr = BITS * (PAIR % (16 // BITS)) if WHOLE else 0
-    word = words[FIRST + PAIR * BITS // 16] if WHOLE else _field(words, FIRST, PAIR, 0, 0, PARTS, 0, TEXT)
+    word = words[PAIR * BITS // 16] if WHOLE else _field(words, PAIR, 0, 0, PARTS, 0, TEXT)
     TO: tl.constexpr = (7 if BF16 else 10) - SPEC.element.mantissa
     size = word << (TO - AT) if TO > AT else word >> (AT - TO)
     size = size & ((((1 << (BITS - 1)) - 1) << TO) * 0x10001)
@@ -133,7 +131,6 @@ def _merge(word, MASK: tl.constexpr, bits, TEXT: tl.constexpr):
 @triton.jit
 def operand(
     words,
-    FIRST: tl.constexpr,
     PRODUCT: tl.constexpr,
     SPEC: tl.constexpr,
     PARTS: tl.constexpr,
@@ -147,21 +144,19 @@ def operand(
     """
     found = ()
     for a in tl.static_range(4):
-        if SPEC.element.kind == "float":
-            value = _float_bits(words, FIRST, PRODUCT * 4 + a, SPEC, PARTS, BF16, TEXT)
-            if len(LINES) > 0:
-                value = _line(value, 0, BF16, LINES, TEXT)
-        elif len(LINES) == 0:
-            value = _field(words, FIRST, PRODUCT * 4 + a, 0, 0, PARTS, 0x43004300 if BF16 else 0x64006400, TEXT)
-        elif len(LINES) == 2:
-            word = words[FIRST + PRODUCT * 2 + a // 2]
+        if len(LINES) == 2:
+            word = words[PRODUCT * 2 + a // 2]
             high = _merge(word >> (8 * (a % 2) + 4), 0x000F000F, 0x43004300, TEXT)
             low = _merge(word >> (8 * (a % 2)), 0x000F000F, 0x43004300, TEXT)
             value = sum_of(_line(high, 0, BF16, LINES, TEXT), _line(low, 1, BF16, LINES, TEXT), BF16, TEXT)
         else:
-            # In the lowest bits of a bfloat16 from 128 on, or of a float16 from 1024 on.
-            base = 0x43004300 if BF16 else 0x64006400
-            value = _line(_field(words, FIRST, PRODUCT * 4 + a, 0, 0, PARTS, base, TEXT), 0, BF16, LINES, TEXT)
+            if SPEC.element.kind == "float":
+                value = _float_bits(words, PRODUCT * 4 + a, SPEC, PARTS, BF16, TEXT)
+            else:
+                # In the lowest bits of a bfloat16 from 128 on, or of a float16 from 1024 on.
+                value = _field(words, PRODUCT * 4 + a, 0, 0, PARTS, 0x43004300 if BF16 else 0x64006400, TEXT)
+            if len(LINES) > 0:
+                value = _line(value, 0, BF16, LINES, TEXT)
         found = found + (value,)
     return found
 
@@ -344,7 +339,7 @@ def values(
     """
     products = ()
     for s in tl.static_range(4):
-        r = operand(codes, 0, s, SPEC, PARTS, BF16, LINES, TEXT)
+        r = operand(codes, s, SPEC, PARTS, BF16, LINES, TEXT)
         if len(less) > 0:
             r = _of_pairs(r, less, s, 0, BF16, TEXT)
         if len(times) > 0:

@@ -194,6 +194,8 @@ _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 # Counters of calls that are captured in graphs, which may run beside anything: what is left for each device.
 _SPARE: dict[torch.device, Tensor] = {}
 _STOCK = 1 << 16
+# Graphs hold on to no memory from outside their own; they may run as long as the process does.
+_KEPT: list[Tensor] = []
 
 
 def _counters(count: int, device: torch.device) -> Tensor:
@@ -208,6 +210,7 @@ def _counters(count: int, device: torch.device) -> Tensor:
         return spare[:count]
     if device not in _SPARE or _SPARE[device].numel() < _STOCK // 2:
         _SPARE[device] = torch.zeros(_STOCK, dtype=torch.int32, device=device)
+        _KEPT.append(_SPARE[device])
     key = device, torch.cuda.current_stream(device).cuda_stream
     if key not in _COUNTERS or _COUNTERS[key].numel() < count:
         _COUNTERS[key] = torch.zeros(count, dtype=torch.int32, device=device)
