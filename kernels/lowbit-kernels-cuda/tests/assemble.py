@@ -22,23 +22,26 @@ from triton.runtime.jit import mangle_type
 from lowbit.format import Format
 from lowbit_kernels_cuda import hopper
 from lowbit_kernels_cuda.dots import linear_dots
-from lowbit_kernels_cuda.linear import Plan, _constants
+from lowbit_kernels_cuda.linear import constants
+from lowbit_kernels_cuda.plans import Kind, Plan
 from lowbit_kernels_cuda.weights import parts
 
 N, K = 1024, 4096
 
 
-def compiled(spec, tokens, plan, capability, *, even=True):
-    """The kernel of the plan, for a weight of the format (N, K)."""
-    fmt, kernel = Format.parse(spec), hopper.linear_wgmma if plan.depth else linear_dots
+def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
+    """The kernel of the plan, for a weight of the format (N, K), or of as many experts."""
+    fmt, kind = Format.parse(spec), plan.kind
+    kernel = hopper.linear_wgmma if kind.depth else linear_dots
     torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
-    _constants.cache_clear()
+    constants.cache_clear()
     x = torch.zeros(tokens, K, dtype=torch.bfloat16)
     given = {
-        "x": hopper.described(x, plan.tokens, plan.columns) if plan.depth else x,
+        "x": hopper.described(x, kind.tokens, kind.columns) if kind.depth else x,
         "words": tuple(torch.zeros(1, dtype=torch.int32) for _ in parts(fmt.element.bits)),
         "scale": torch.zeros(1, dtype=torch.int32),
         "tensor_row": 0,
+        "tensor_expert": 0,
         "out": torch.zeros(1, dtype=torch.int16),
         "m": tokens,
         "n": N,
@@ -46,12 +49,14 @@ def compiled(spec, tokens, plan, capability, *, even=True):
     }
     if plan.splits > 1:
         given |= {"parts": torch.zeros(1), "count": torch.zeros(1, dtype=torch.int32)}
-    constants = _constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=fmt.scale.powers_of_two)
-    constants = constants | {name.upper(): value for name, value in asdict(plan).items()}
-    constants |= {"BAND": 8, "EVEN": even, "num_warps": plan.warps}
+    if experts:
+        given["offs"] = torch.zeros(1, dtype=torch.int32)
+    known_as = constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=fmt.scale.powers_of_two)
+    known_as = known_as | {name.upper(): value for name, value in asdict(kind).items()}
+    known_as |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "EVEN": even, "num_warps": kind.warps}
     signature, known, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
-        value = constants.get(parameter.name, given.get(parameter.name))
+        value = known_as.get(parameter.name, given.get(parameter.name))
         if parameter.is_constexpr or value is None:
             signature[parameter.name], known[i,] = "constexpr", value
         elif isinstance(value, tuple):
@@ -61,8 +66,8 @@ def compiled(spec, tokens, plan, capability, *, even=True):
             signature[parameter.name] = mangle_type(value)
             if isinstance(value, torch.Tensor) or parameter.name in {"n", "k"}:
                 aligned[i,] = [["tt.divisibility", 16]]
-    source = (GluonASTSource if plan.depth else ASTSource)(kernel, signature, known, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": plan.warps})
+    source = (GluonASTSource if kind.depth else ASTSource)(kernel, signature, known, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kind.warps})
 
 
 def overlap(kernel):
@@ -76,15 +81,15 @@ def overlap(kernel):
 
 
 if __name__ == "__main__":
-    many = Plan(128, 256, 64, 8, 1, 4, depth=2)
+    many = Plan(Kind(128, 256, 64, 8, 4, depth=2))
     for name in ("INT4_G128", "MXFP4"):
-        if overlap(compiled(name, 256, many, 90)):
+        if all(overlap(compiled(name, 256, many, 90, experts=experts)) for experts in (0, 6)):
             sys.stdout.write(f"90 {name}\n")
-    for capability, name, plan, even in (
-        (80, "INT4_G128", Plan(64, 16, 128, 4, 2, 4, exact=True), True),
-        (80, "INT8_ROW", Plan(64, 64, 128, 4, 1, 3), False),
-        (90, "NVFP4", Plan(64, 32, 128, 4, 1, 4), False),
-        (100, "NVFP4", Plan(128, 128, 64, 8, 1, 3), True),
+    for capability, name, plan, even, experts in (
+        (80, "INT4_G128", Plan(Kind(64, 16, 128, 4, 4, exact=True), 2), True, 128),
+        (80, "INT8_ROW", Plan(Kind(64, 64, 128, 4, 3)), False, 0),
+        (90, "NVFP4", Plan(Kind(64, 32, 128, 4, 4)), False, 3),
+        (100, "NVFP4", Plan(Kind(128, 128, 64, 8, 3)), True, 0),
     ):
-        if compiled(name, plan.tokens, plan, capability, even=even).asm["cubin"]:
+        if compiled(name, plan.kind.tokens, plan, capability, even=even, experts=experts).asm["cubin"]:
             sys.stdout.write(f"{capability} {name}\n")

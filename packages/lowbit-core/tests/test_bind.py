@@ -15,7 +15,17 @@ from to_bind import ASYM, IDS, Model, bind_and_tell, parameter
 from torch import nn
 from torch.nn import functional
 
-from lowbit import NoKernelError, NotPortableError, QuantizedTensor, backends, bind, quantize, unbind
+from lowbit import (
+    FormatError,
+    NoKernelError,
+    NotPortableError,
+    QuantizedTensor,
+    UnsupportedOpError,
+    backends,
+    bind,
+    quantize,
+    unbind,
+)
 from lowbit.backends import Kernel
 from lowbit.packed import PackedTensor
 from lowbit.testing import FORMAT_GRID, Loopback, installed_backends, sample, shapes
@@ -205,21 +215,64 @@ class Experts(nn.Module):
         self.gate_up_proj = parameter("MXFP4", shape=(3, 6, 32))
 
 
-def test_experts_stay_canonical():
-    model, x = Experts(), sample((4, 32))
-    offs = torch.tensor([1, 3, 4], dtype=torch.int32)
+@pytest.mark.parametrize("packs", [True, False])
+def test_experts_are_packed_and_used_either_way_round(packs):
+    """As (E, N, K), which users transpose, and as (E, K, N)."""
+    x, offs = sample((4, 32)), torch.tensor([1, 3, 4], dtype=torch.int32)
+    for turned in (False, True):
+        model = Experts()
+        if turned:
+            model.gate_up_proj = nn.Parameter(model.gate_up_proj.mT, requires_grad=False)
 
-    class Packs(Loopback):
-        def kernels(self):
-            return tuple(replace(k, pack=lambda _: (), unpack=lambda *_: {}) for k in super().kernels())
+        def run(x, offs, *, model=model, turned=turned):
+            weight = model.gate_up_proj
+            return functional.grouped_mm(x, weight if turned else weight.transpose(-2, -1), offs=offs)
 
-    wanted = functional.grouped_mm(x, model.gate_up_proj.mT, offs=offs)
-    with installed_backends(Packs("packs", priority=20), Loopback("modest", priority=1), Loopback("loud", priority=9)):
-        row = bind(model).rows[0]
-        assert (row.name, row.op, row.kernel, row.packed) == ("gate_up_proj", "grouped_mm", "loud.grouped_mm", False)
-        with pytest.raises(NoKernelError, match="'gate_up_proj' cannot carry modest.grouped_mm"):
-            bind(model, prefer=("modest",))
-        assert torch.equal(functional.grouped_mm(x, model.gate_up_proj.mT, offs=offs), wanted)
+        wanted = run(x, offs)
+        state = model.state_dict()
+        with installed_backends(backend := Loopback("other", packs=packs, priority=-1)):
+            row = bind(model, prefer=("other",)).rows[0]
+            assert (row.name, row.op, row.kernel) == ("gate_up_proj", "grouped_mm", "other.grouped_mm")
+            assert row.packed == packs
+            assert isinstance(model.gate_up_proj, PackedTensor)
+            calls = backend.calls["grouped_mm"]
+            assert torch.equal(run(x, offs), wanted)
+            # Traced, the reference multiplies all tokens by each expert, which may sum in another order.
+            compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(x, offs), wanted)
+            with torch.inference_mode():
+                assert torch.equal(run(x, offs), wanted)
+                weight = model.gate_up_proj if turned else model.gate_up_proj.mT
+                assert torch.equal(functional.grouped_mm(x, weight, offs=offs), wanted)
+            assert backend.calls["grouped_mm"] >= calls + 3
+            weight = model.gate_up_proj if turned else model.gate_up_proj.mT
+            assert tuple(weight.shape) == (3, 32, 6)
+            assert torch.equal(torch._grouped_mm(x, weight, offs=offs), wanted)
+            with pytest.raises(NotPortableError, match="no way to use"):
+                functional.grouped_mm(x, weight.mT, offs=offs)
+            with pytest.raises(FormatError, match="the tokens have 31 columns"):
+                functional.grouped_mm(x[:, :31], weight, offs=offs)
+            with pytest.raises(UnsupportedOpError, match="takes 2-D tokens and offs"):
+                functional.grouped_mm(x, weight)
+            with pytest.raises(NotPortableError, match="no meaning for a weight packed"):
+                weight.transpose(0, 1)
+            check_same(
+                {"w": model.state_dict()["gate_up_proj"].inner_tensors()}, {"w": state["gate_up_proj"].inner_tensors()}
+            )
+
+
+def test_gradients_flow_through_bound_experts():
+    x, offs = sample((4, 32)).requires_grad_(), torch.tensor([1, 3, 4], dtype=torch.int32)
+    found, model = [], Experts()
+    with installed_backends(Loopback("other", packs=True)):
+        for bound in (False, True):
+            if bound:
+                bind(model)
+            functional.grouped_mm(x, model.gate_up_proj.mT, offs=offs).square().sum().backward()
+            found.append(x.grad.clone())
+            x.grad = None
+    assert torch.equal(*found)
+    assert found[0].abs().max() > 0
 
 
 def test_a_bound_model_learns_through_frozen_weights():

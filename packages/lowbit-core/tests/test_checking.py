@@ -276,7 +276,7 @@ def test_one_that_checks_nothing_does_not_pass():
         check(Twisted("linear", refuses=lambda row: lambda call: "needs a moon"))
     with pytest.raises(NoKernelError, match="needs a cuda tensor; this one is on cpu"):
         check(Twisted("linear", device=lambda row: "cuda"))
-    with pytest.raises(NoKernelError, match="bind packs for linear and embedding alone"):
+    with pytest.raises(NoKernelError, match="bind packs for linear, embedding and grouped_mm alone"):
         check(Twisted("dequantize", pack=lambda row: lambda weight: ()))
     with pytest.raises(NoKernelError, match="it has no kernels"):
         check(SimpleNamespace(name="empty", probe=lambda: None, kernels=lambda: ()))

@@ -47,7 +47,16 @@ class Cuda:
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
             Kernel(
                 *("cuda.linear", "linear", "cuda", 10),
-                *(weight_only.run, weight_only.refuses, weight_only.pack, weight_only.unpack),
+                *(weight_only.run, weight_only.refuses, weight_only.pack, weight_only.unpack, weight_only.slower),
+            ),
+            Kernel(
+                *("cuda.linear_or_plain", "linear", "cuda", 11, weight_only.run_values, weight_only.refuses_values),
+                *(weight_only.pack_values, weight_only.unpack_values),
+                keeps=True,
+            ),
+            Kernel(
+                *("cuda.grouped_mm", "grouped_mm", "cuda", 10),
+                *(weight_only.run_grouped, weight_only.refuses, weight_only.pack, weight_only.unpack),
             ),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from lowbit_kernels_cuda.codes import from_float32, to_float32
 from lowbit_kernels_cuda.fragments import factors, less_pairs, points, read, registers, scale_pairs, values
+from lowbit_kernels_cuda.programs import program_of
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -27,10 +28,12 @@ def linear_dots(
     sums,
     tensor_scale,
     tensor_row,
+    tensor_expert,
     bias,
     out,
     parts,
     count,
+    offs,
     m,
     n,
     k,
@@ -41,6 +44,7 @@ def linear_dots(
     LINES: tl.constexpr,
     TEXT: tl.constexpr,
     LIFT: tl.constexpr,
+    EXPERTS: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -54,39 +58,44 @@ def linear_dots(
 
     `words`, `scale` and `zero` as packed by `lowbit_kernels_cuda.weights`; `sums` of the inputs of a group. Programs of
     the same rows and tokens take SPLITS parts of K: all write theirs to `parts`, and the last, by `count`, adds them in
-    order. EXACT if scales are of sums rather than of codes. Programs go down BAND blocks of rows, then along tokens.
+    order. EXACT if scales are of sums rather than of codes. With EXPERTS, the weight is (EXPERTS, N, K), and `offs`
+    ends the tokens of each; those beyond the last become zeros. Who does what: `program_of`.
     """
-    rows_of, tokens_of = tl.cdiv(n, ROWS), tl.cdiv(m, TOKENS)
-    program, split = tl.program_id(0), tl.program_id(1)
-    band = program // (BAND * tokens_of) * BAND
-    tall = tl.minimum(rows_of - band, BAND)
-    row, token = band + program % (BAND * tokens_of) % tall, program % (BAND * tokens_of) // tall
+    index = tl.arange(0, triton.next_power_of_2(EXPERTS + 1))
+    row, expert, begin, routed, end = program_of(index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
+    # Python's `and` of what is known and what is not is no constant.
+    if EXPERTS != 0:  # noqa: SIM102
+        if begin >= end:
+            return
+    split = tl.program_id(1)
     TALL: tl.constexpr = ROWS // 16
     WIDE: tl.constexpr = COLUMNS // 64
     LANES: tl.constexpr = TALL * WIDE * 32
     steps = tl.cdiv(k, COLUMNS)
     each = tl.cdiv(steps, SPLITS)
     first, last = split * each, tl.minimum(split * each + each, steps)
+    if EXPERTS != 0:
+        last = tl.where(begin < routed, last, first)
     tiles, high = tl.cdiv(k, 64), tl.cdiv(n, 16)
     lanes = tl.arange(0, LANES)
-    tile = tl.minimum(row * TALL + lanes // (WIDE * 32), high - 1).to(tl.int64) * tiles
+    tile = (expert * high + tl.minimum(row * TALL + lanes // (WIDE * 32), high - 1)).to(tl.int64) * tiles
     lane = lanes % (WIDE * 32)
-    tokens = token * TOKENS + tl.arange(0, TOKENS)
-    # One token read in the place of all that are not there is less work, but if tokens are few
-    # it keeps the same memory busy.
-    CLAMPED: tl.constexpr = TOKENS > 32
-    inputs = x + (tl.minimum(tokens, m - 1) if CLAMPED else tokens).to(tl.int64)[None, :] * k
-    given = (tokens < m)[None, :]
+    tokens = begin + tl.arange(0, TOKENS)
+    # In the place of tokens that are not there others are read, each once or twice (one for all keeps the same memory
+    # busy), but none if tokens are few.
+    WRAPPED: tl.constexpr = TOKENS > 32
+    inputs = x + (tokens % m if WRAPPED else tokens).to(tl.int64)[None, :] * k
+    given = (tokens < end)[None, :]
     column = tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * WIDE + lane // 32
         place = inputs + (step * COLUMNS + column)[:, None]
         if EVEN:
-            b = tl.load(place) if CLAMPED else tl.load(place, given, 0.0)
+            b = tl.load(place) if WRAPPED else tl.load(place, given, 0.0)
         else:
             within = (step * COLUMNS + column < k)[:, None]
-            b = tl.load(place, within if CLAMPED else given & within, 0.0)
+            b = tl.load(place, within if WRAPPED else given & within, 0.0)
         codes = _read_words(words, (tile + step * WIDE) * 32 + lane, at < tiles, EVEN, PARTS, LANES)
         less, times = (), ()
         if GROUP != 0:
@@ -102,7 +111,7 @@ def linear_dots(
         a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
         if EXACT:
             spans = tl.cdiv(k, GROUP * PER)
-            place = _place(row, step if PER > 1 else step * COLUMNS // GROUP, high, spans, TALL)
+            place = _place(row, expert, step if PER > 1 else step * COLUMNS // GROUP, high, spans, TALL)
             f = factors(scale, place, SPEC, LIFT, PER, TALL * 8)
             for p in tl.static_range(PER):
                 group = a if PER == 1 else tl.where((column // GROUP == p)[None, :], a, 0.0)
@@ -115,8 +124,8 @@ def linear_dots(
         else:
             acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
     _write(
-        *(acc, scale, zero, sums, tensor_scale, tensor_row, bias, out, parts, count, row, tokens, split, m, n, high),
-        *(SPEC, LIFT, GROUP, ROWS, TOKENS, SPLITS),
+        *(acc, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count, row, expert),
+        *(tokens, routed, end, split, m, n, high, SPEC, LIFT, GROUP, ROWS, TOKENS, SPLITS),
     )
 
 
@@ -143,10 +152,10 @@ def _settled(acc, TEXT: tl.constexpr):
 
 
 @triton.jit
-def _place(row, span, high, spans, TALL: tl.constexpr):
+def _place(row, expert, span, high, spans, TALL: tl.constexpr):
     """Where the scales of a span of a program's rows are."""
     i = tl.arange(0, TALL * 8)
-    return (tl.minimum(row * TALL + i // 8, high - 1) * spans + span) * 8 + i % 8
+    return ((expert * high + tl.minimum(row * TALL + i // 8, high - 1)) * spans + span) * 8 + i % 8
 
 
 @triton.jit
@@ -164,12 +173,16 @@ def _write(
     sums,
     tensor_scale,
     tensor_row,
+    tensor_expert,
     bias,
     out,
     parts,
     count,
     row,
+    expert,
     tokens,
+    routed,
+    end,
     split,
     m,
     n,
@@ -183,7 +196,7 @@ def _write(
 ):
     rows = row * ROWS + tl.arange(0, ROWS)
     place = tokens.to(tl.int64)[None, :] * n + rows[:, None]
-    there = (tokens < m)[None, :] & (rows < n)[:, None]
+    there = (tokens < end)[None, :] & (rows < n)[:, None]
     if SPLITS > 1:
         tl.store(parts + split * (m.to(tl.int64) * n) + place, acc, there)
         # Everyone's part is there before one says so.
@@ -197,13 +210,13 @@ def _write(
             acc += tl.load(parts + i * (m.to(tl.int64) * n) + place, there, 0.0, cache_modifier=".cg")
     if GROUP == 0:
         TALL: tl.constexpr = ROWS // 16
-        at = _place(row, 0, high, 1, TALL)
+        at = _place(row, expert, 0, high, 1, TALL)
         if SPEC.zero:
             z = _of_rows(points(zero, at, 1, TALL * 8), 0, TALL) + SPEC.element.min
-            acc -= z * tl.load(sums + tl.minimum(tokens, m - 1))[None, :]
+            acc -= z * tl.load(sums + tokens, tokens < routed, 0.0)[None, :]
         acc *= _of_rows(factors(scale, at, SPEC, LIFT, 1, TALL * 8), 0, TALL)
     if tensor_scale is not None:
-        acc *= tl.load(tensor_scale + rows * tensor_row, rows < n, 0.0)[:, None]
+        acc *= tl.load(tensor_scale + expert * tensor_expert + rows * tensor_row, rows < n, 0.0)[:, None]
     if bias is not None:
         acc += to_float32(tl.load(bias + rows, rows < n, 0))[:, None]
     tl.store(out + place, from_float32(acc, out.dtype.element_ty, SPEC), there)

@@ -11,6 +11,7 @@ Gluon a lane keeps the words of DEPTH steps, two operands take turns, and inputs
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,6 +20,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lowbit_kernels_cuda.codes import from_float32, split_planes, to_float32
 from lowbit_kernels_cuda.fragments import byte_scale, less_pairs, scale_pairs, values
+from lowbit_kernels_cuda.programs import program_of
 
 # Later Tritons have other names.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -61,10 +63,12 @@ def linear_wgmma(
     sums,
     tensor_scale,
     tensor_row,
+    tensor_expert,
     bias,
     out,
     parts,
     count,
+    offs,
     m,
     n,
     k,
@@ -75,6 +79,7 @@ def linear_wgmma(
     LINES: gl.constexpr,
     TEXT: gl.constexpr,
     LIFT: gl.constexpr,
+    EXPERTS: gl.constexpr,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
     COLUMNS: gl.constexpr,
@@ -90,28 +95,35 @@ def linear_wgmma(
     WIDE: gl.constexpr = COLUMNS // 64
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    rows_of, tokens_of = gl.cdiv(n, ROWS), gl.cdiv(m, TOKENS)
-    program, split = gl.program_id(0), gl.program_id(1)
-    band = program // (BAND * tokens_of) * BAND
-    tall = gl.minimum(rows_of - band, BAND)
-    row, token = band + program % (BAND * tokens_of) % tall, program % (BAND * tokens_of) // tall
+    COUNT: gl.constexpr = triton.next_power_of_2(EXPERTS + 1)
+    index = gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [num_warps], [0]))
+    row, expert, begin, routed, end = program_of(index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
+    # Python's `and` of what is known and what is not is no constant.
+    if EXPERTS != 0:  # noqa: SIM102
+        if begin >= end:
+            return
+    split = gl.program_id(1)
     steps = gl.cdiv(k, COLUMNS)
     each = gl.cdiv(steps, SPLITS)
     first, last = split * each, gl.minimum(split * each + each, steps)
+    if EXPERTS != 0:
+        last = gl.where(begin < routed, last, first)
 
     inputs = gl.allocate_shared_memory(KIND, [STAGES, TOKENS, COLUMNS], x.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(STAGES - 1):
-        _fetch(x, inputs, full, token * TOKENS, first, i, last, k, COLUMNS, STAGES, DEPTH)
+        _fetch(x, inputs, full, begin, first, i, last, k, COLUMNS, STAGES, DEPTH)
     kept = ()
     for i in gl.static_range(DEPTH):
-        kept = kept + (_read(words, scale, zero, row, first + i, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps),)
+        kept = kept + (
+            _read(words, scale, zero, row, expert, first + i, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps),
+        )
     acc = gl.zeros([ROWS, TOKENS], gl.float32, MMA)
     even = _operand(kept[0], SPEC, PARTS, GROUP, BF16, LINES, TEXT, LIFT, TALL, WIDE, OPERAND)
     odd = gl.zeros([ROWS, COLUMNS], KIND, OPERAND)
-    more = _read(words, scale, zero, row, first + DEPTH, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps)
+    more = _read(words, scale, zero, row, expert, first + DEPTH, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps)
     kept = _put(kept, 0, more)
     for base in range(0, last - first, DEPTH):
         for u in gl.static_range(DEPTH):
@@ -126,19 +138,19 @@ def linear_wgmma(
                 acc, even = warpgroup_mma_wait(1, deps=[acc, even])
             # All warps are then done with its inputs.
             _barrier()
-            _fetch(x, inputs, full, token * TOKENS, first, at + STAGES - 1, last, k, COLUMNS, STAGES, DEPTH)
+            _fetch(x, inputs, full, begin, first, at + STAGES - 1, last, k, COLUMNS, STAGES, DEPTH)
             a = _operand(kept[(u + 1) % DEPTH], SPEC, PARTS, GROUP, BF16, LINES, TEXT, LIFT, TALL, WIDE, OPERAND)
             if u % 2 == 0:
                 odd = a
             else:
                 even = a
             ahead = first + at + 1 + DEPTH
-            more = _read(words, scale, zero, row, ahead, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps)
+            more = _read(words, scale, zero, row, expert, ahead, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps)
             kept = _put(kept, (u + 1) % DEPTH, more)
     acc, odd = warpgroup_mma_wait(0, deps=[acc, odd])
     _write(
-        *(acc, scale, zero, sums, tensor_scale, tensor_row, bias, out, parts, count, row, token, split, m, n),
-        *(SPEC, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
+        *(acc, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count),
+        *(row, expert, begin, routed, end, split, m, n, SPEC, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
     )
 
 
@@ -175,6 +187,7 @@ def _read(
     scale,
     zero,
     row,
+    expert,
     step,
     n,
     k,
@@ -189,14 +202,14 @@ def _read(
     high, tiles = gl.cdiv(n, 16), gl.cdiv(k, 64)
     codes, scales, zeros = (), (), ()
     for p in gl.static_range(len(PARTS)):
-        codes = codes + _lanes(words[p], row, step, high, tiles, tiles, 32, PARTS[p], 64, TALL, WIDE, WARPS)
+        codes = codes + _lanes(words[p], row, expert, step, high, tiles, tiles, 32, PARTS[p], 64, TALL, WIDE, WARPS)
     if GROUP != 0:
         PER: gl.constexpr = 64 // GROUP if GROUP < 64 else 1
         COUNT: gl.constexpr = 2 * PER * SPEC.scale.bits // scale.dtype.element_ty.primitive_bitwidth
         spans = gl.cdiv(k, GROUP * PER)
-        scales = _lanes(scale, row, step, high, tiles, spans, 8, COUNT, GROUP * PER, TALL, WIDE, WARPS)
+        scales = _lanes(scale, row, expert, step, high, tiles, spans, 8, COUNT, GROUP * PER, TALL, WIDE, WARPS)
         if zero is not None:
-            zeros = _lanes(zero, row, step, high, tiles, spans, 8, PER, GROUP * PER, TALL, WIDE, WARPS)
+            zeros = _lanes(zero, row, expert, step, high, tiles, spans, 8, PER, GROUP * PER, TALL, WIDE, WARPS)
     return codes, scales, zeros
 
 
@@ -204,6 +217,7 @@ def _read(
 def _lanes(
     pointer,
     row,
+    expert,
     step,
     high,
     tiles,
@@ -218,7 +232,7 @@ def _lanes(
     """SIZE words of each lane, of (tiles of rows, spans of SPAN columns, READERS) with SIZE words each."""
     LAYOUT: gl.constexpr = words_of(TALL, WIDE, WARPS, SIZE)
     i = gl.arange(0, TALL * WIDE * 32, gl.SliceLayout(1, LAYOUT))
-    tile = gl.minimum(row * TALL + i // (WIDE * 32), high - 1).to(gl.int64) * spans
+    tile = (expert * high + gl.minimum(row * TALL + i // (WIDE * 32), high - 1)).to(gl.int64) * spans
     span = gl.minimum(step * WIDE + i // 32 % WIDE, tiles - 1) * 64 // SPAN
     place = (tile + span) * READERS + i % 32 // (32 // READERS)
     word = gl.load(pointer + place[:, None] * SIZE + gl.arange(0, SIZE, gl.SliceLayout(0, LAYOUT))[None, :])
@@ -261,12 +275,16 @@ def _write(
     sums,
     tensor_scale,
     tensor_row,
+    tensor_expert,
     bias,
     out,
     parts,
     count,
     row,
-    token,
+    expert,
+    begin,
+    routed,
+    end,
     split,
     m,
     n,
@@ -279,9 +297,9 @@ def _write(
     num_warps: gl.constexpr,
 ):
     rows = row * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
-    tokens = token * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, MMA))
+    tokens = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, MMA))
     place = tokens.to(gl.int64)[None, :] * n + rows[:, None]
-    there = (tokens < m)[None, :] & (rows < n)[:, None]
+    there = (tokens < end)[None, :] & (rows < n)[:, None]
     if SPLITS > 1:
         whole = m.to(gl.int64) * n
         gl.store(parts + split * whole + place, acc, there)
@@ -295,20 +313,21 @@ def _write(
         for i in gl.static_range(SPLITS):
             acc += gl.load(parts + i * whole + place, there, 0.0, cache_modifier=".cg")
     if GROUP == 0:
-        at = gl.minimum(rows // 16, gl.cdiv(n, 16) - 1) * 16 + rows % 8 * 2 + rows // 8 % 2
+        high = gl.cdiv(n, 16)
+        at = (expert * high + gl.minimum(rows // 16, high - 1)) * 16 + rows % 8 * 2 + rows // 8 % 2
         if SPEC.zero:
             z = gl.load(zero + at).to(gl.float32) + SPEC.element.min
-            acc -= z[:, None] * gl.load(sums + gl.minimum(tokens, m - 1))[None, :]
+            acc -= z[:, None] * gl.load(sums + tokens, tokens < routed, 0.0)[None, :]
         stored = gl.load(scale + at)
         acc *= (byte_scale(stored.to(gl.int32), 0, SPEC.scale) if SPEC.scale.bits == 8 else to_float32(stored))[:, None]
     if tensor_scale is not None:
-        acc *= gl.load(tensor_scale + rows * tensor_row, rows < n, 0.0)[:, None]
+        acc *= gl.load(tensor_scale + expert * tensor_expert + rows * tensor_row, rows < n, 0.0)[:, None]
     if bias is not None:
         acc += to_float32(gl.load(bias + rows, rows < n, 0))[:, None]
     value = from_float32(acc, out.dtype.element_ty, SPEC)
     # Rows of the weight side by side, as they are in the result.
     FLAT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, num_warps], [0, 1])
     rows = row * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, FLAT))
-    tokens = token * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, FLAT))
+    tokens = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, FLAT))
     place = tokens.to(gl.int64)[None, :] * n + rows[:, None]
-    gl.store(out + place, gl.convert_layout(value, FLAT), (tokens < m)[None, :] & (rows < n)[:, None])
+    gl.store(out + place, gl.convert_layout(value, FLAT), (tokens < end)[None, :] & (rows < n)[:, None])

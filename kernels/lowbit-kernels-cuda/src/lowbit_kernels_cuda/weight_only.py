@@ -1,4 +1,4 @@
-"""The operator that torch.compile sees in the place of `linear` with a packed weight; needs no Triton."""
+"""The operator that torch.compile sees in the place of products with a packed weight; needs no Triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from lowbit.tensor import QuantizedTensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
 _LIBRARY = torch.library.Library("lowbit_cuda", "FRAGMENT")
-_LIBRARY.define("linear(Tensor x, Tensor[] parts, str[] names, str format, int n, int k, Tensor? bias) -> Tensor")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] parts, str[] names, str format, int[] shape, Tensor? bias, Tensor? offs, "
+    "Tensor? values) -> Tensor"
+)
 
 
 def refuses(call: Call) -> str | None:
@@ -35,6 +38,31 @@ def refuses(call: Call) -> str | None:
     return None
 
 
+def slower(call: Call) -> str | None:
+    """At how many tokens the kernel is slower than a plain weight, in words, or None."""
+    if refuses(call) is not None or call.device != "cuda":
+        return None
+    return import_module("lowbit_kernels_cuda.linear").slower(call)
+
+
+def refuses_values(call: Call) -> str | None:
+    """Why a call is not for codes with their plain values beside them, or None."""
+    if (reason := refuses(call)) is not None:
+        return reason
+    return None if slower(call) else "needs a weight that is slower than a plain one at some number of tokens"
+
+
+def pack_values(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    """As `pack`, and last the plain values in the weight's type."""
+    values = torch.ops.lowbit.dequantize(*weight.stored, str(weight.format), weight.canonical_shape[-1], weight.dtype)
+    return *pack(weight), values
+
+
+def unpack_values(packed: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
+    """Undo `pack_values`."""
+    return unpack(packed[:-1], description)
+
+
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     """See `lowbit_kernels_cuda.linear.pack`."""
     return import_module("lowbit_kernels_cuda.linear").pack(weight)
@@ -47,25 +75,65 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
 
 def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None) -> Tensor:
     """`x @ weight.T + bias`, of any number of tokens."""
-    layout = description.layout
-    n, k = (description.shape[layout.permutation.index(d)] for d in range(2))
-    call = _linear if unwatched(x, bias) else torch.ops.lowbit_cuda.linear.default
-    return call(x, parts, description.names[1:], layout.format, n, k, bias)
+    return _called(x, parts, description, bias, None, None)
+
+
+def run_values(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None) -> Tensor:
+    """As `run`, by whichever of codes and values is faster for as many tokens."""
+    return _called(x, parts[:-1], description, bias, None, parts[-1])
+
+
+def run_grouped(x: Tensor, parts: tuple[Tensor, ...], description: Description, offs: Tensor) -> Tensor:
+    """Each token by its expert's `weight.T`; `offs` (E,) ends each expert's, and those beyond the last become zeros."""
+    return _called(x, parts, description, None, offs, None)
+
+
+def _called(
+    x: Tensor,
+    parts: tuple[Tensor, ...],
+    description: Description,
+    bias: Tensor | None,
+    offs: Tensor | None,
+    values: Tensor | None,
+) -> Tensor:
+    call = _linear if unwatched(x, bias if offs is None else offs) else torch.ops.lowbit_cuda.linear.default
+    names, layout = description.names[1:], description.layout
+    return call(x, parts, names, layout.format, canonical(description), bias, offs, values)
+
+
+def canonical(description: Description) -> tuple[int, ...]:
+    """The shape of a packed weight, (N, K) or (E, N, K)."""
+    permutation = description.layout.permutation
+    return tuple(description.shape[permutation.index(d)] for d in range(len(permutation)))
 
 
 def _linear(
-    x: Tensor, parts: Sequence[Tensor], names: Sequence[str], fmt: str, n: int, k: int, bias: Tensor | None
+    x: Tensor,
+    parts: Sequence[Tensor],
+    names: Sequence[str],
+    fmt: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    offs: Tensor | None,
+    values: Tensor | None,
 ) -> Tensor:
     # Triton launches on the current device, whatever its arguments are on.
     with torch.cuda.device_of(x):
-        return import_module("lowbit_kernels_cuda.linear").linear(x, parts, names, fmt, n, k, bias)
+        return import_module("lowbit_kernels_cuda.linear").product(x, parts, names, fmt, shape, bias, offs, values)
 
 
 def _linear_fake(
-    x: Tensor, parts: Sequence[Tensor], names: Sequence[str], fmt: str, n: int, k: int, bias: Tensor | None
+    x: Tensor,
+    parts: Sequence[Tensor],
+    names: Sequence[str],
+    fmt: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    offs: Tensor | None,
+    values: Tensor | None,
 ) -> Tensor:
-    del parts, names, fmt, k, bias
-    return x.new_empty(*x.shape[:-1], n)
+    del parts, names, fmt, bias, offs, values
+    return x.new_empty(*x.shape[:-1], shape[-2])
 
 
 _LIBRARY.impl("linear", _linear, "CPU")

@@ -97,13 +97,18 @@ class Kernel:
     device: str
     # Higher wins; the reference is 0.
     priority: int
-    # Without `pack`: the op's own arguments. With it: (x, parts, description, bias), parts being what `pack` returned.
+    # Without `pack`: the op's own arguments. With it: (x, parts, description, bias), parts being what `pack` returned;
+    # grouped_mm has offs in the place of the bias.
     run: Callable[..., Any]
     # None where the call is taken, otherwise the reason, as "needs ...; this is ...".
     refuses: Callable[[Call], str | None]
     # Lays a weight out for this kernel; `unpack` restores its inner tensors bit for bit. Only `bind` uses these.
     pack: Callable[[QuantizedTensor], tuple[Tensor, ...]] | None = None
     unpack: Callable[[tuple[Tensor, ...], Description], dict[str, Tensor]] | None = None
+    # At how many tokens it is slower than the same op with a plain weight, as "100 to 400 tokens"; None: at none.
+    slower: Callable[[Call], str | None] | None = None
+    # Whether `pack` keeps the plain values, too, for where codes are slower; only bind(policy="fastest") takes such.
+    keeps: bool = False
 
 
 @runtime_checkable
@@ -170,12 +175,12 @@ class _Registry:
         self.installed()
         return self._kernels.get(name)
 
-    def choose(self, call: Call, prefer: tuple[str, ...], *, bound: bool) -> Selection:
-        key = (call, prefer, bound)
+    def choose(self, call: Call, prefer: tuple[str, ...], *, bound: bool, keeps: bool) -> Selection:
+        key = (call, prefer, bound, keeps)
         choice = self._choices.get(key)
         if choice is None:
             installed = self.installed()
-            choice = self._choices[key] = _choose(installed, call, prefer, self._listed, bound=bound)
+            choice = self._choices[key] = _choose(installed, call, prefer, self._listed, bound=bound, keeps=keeps)
         return choice
 
     def forget(self) -> None:
@@ -249,16 +254,17 @@ def forget() -> None:
     kernel_for.cache_clear()
 
 
-def select(call: Call, *, prefer: Sequence[str] = (), bound: bool = True) -> Selection:
+def select(call: Call, *, prefer: Sequence[str] = (), bound: bool = True, keeps: bool = False) -> Selection:
     """The kernel that runs `call`, of highest priority among those that take it; cached.
 
-    `prefer` names the only backends that will do. `bound=False` leaves out kernels that need their weight packed first.
+    `prefer` names the only backends that will do. `bound=False` leaves out kernels that need their weight packed first,
+    `keeps=False` those that keep its plain values.
 
     Raises:
         NoKernelError: none takes it; the message lists every refusal.
         BackendError: `prefer` or LOWBIT_BACKENDS names a backend that is not installed, or names clash.
     """
-    return _REGISTRY.choose(call, tuple(prefer), bound=bound)
+    return _REGISTRY.choose(call, tuple(prefer), bound=bound, keeps=keeps)
 
 
 def explain(call: Call, *, prefer: Sequence[str] = ()) -> str:
@@ -268,7 +274,14 @@ def explain(call: Call, *, prefer: Sequence[str] = ()) -> str:
     except NoKernelError as error:
         return str(error)
     lines = [f"{call}", f"  runs on {choice.kernel.name} (priority {choice.kernel.priority})"]
+    if (slower := slower_at(choice)) is not None:
+        lines.append(f"  slower than a plain weight at {slower}")
     return "\n".join(lines + [f"  refused by {refusal}" for refusal in choice.refusals])
+
+
+def slower_at(choice: Selection) -> str | None:
+    """At how many tokens the chosen kernel is slower than the same op with a plain weight, in words; None: at none."""
+    return None if choice.kernel.slower is None else choice.kernel.slower(choice.call)
 
 
 def _discover() -> list[EntryPoint]:
@@ -328,7 +341,9 @@ def _allowed(loaded: dict[str, Loaded], prefer: tuple[str, ...], variable: str) 
     return names, bool(listed)
 
 
-def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], variable: str, *, bound: bool) -> Selection:
+def _choose(
+    loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], variable: str, *, bound: bool, keeps: bool
+) -> Selection:
     names, ordered = _allowed(loaded, prefer, variable)
     refusals = [
         Refusal(name, f"{VARIABLE}={variable} leaves it out")
@@ -342,7 +357,7 @@ def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], vari
             refusals.append(Refusal(name, entry.problem))
             continue
         for kernel in (k for k in entry.kernels if k.op == call.op):
-            reason = _refusal(kernel, call, bound=bound)
+            reason = _refusal(kernel, call, bound=bound, keeps=keeps)
             if reason is None:
                 willing.append(((-position if ordered else 0, kernel.priority), kernel))
             else:
@@ -366,9 +381,11 @@ def _choose(loaded: dict[str, Loaded], call: Call, prefer: tuple[str, ...], vari
     return Selection(call, chosen, (*refusals, *passed))
 
 
-def _refusal(kernel: Kernel, call: Call, *, bound: bool) -> str | None:
+def _refusal(kernel: Kernel, call: Call, *, bound: bool, keeps: bool) -> str | None:
     if kernel.device not in {"any", call.device}:
         return f"needs a {kernel.device} tensor; this one is on {call.device}"
     if kernel.pack is not None and not bound:
         return "needs its weight packed; call lowbit.bind(model)"
+    if kernel.keeps and not keeps:
+        return 'keeps plain values beside the codes; lowbit.bind(model, policy="fastest") asks for that'
     return kernel.refuses(call)

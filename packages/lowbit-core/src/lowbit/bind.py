@@ -7,19 +7,21 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowbit.backends import Call, Selection, select
-from lowbit.errors import NoKernelError
+from lowbit.backends import Call, Refusal, Selection, select, slower_at
+from lowbit.errors import LowbitError, NoKernelError
 from lowbit.packed import PackedTensor
 from lowbit.table import align
 from lowbit.tensor import QuantizedTensor
+
+_POLICY = Literal["smallest", "fastest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,8 @@ class Binding:
     packed: bool
     # Why each other kernel was not chosen.
     refusals: tuple[str, ...]
+    # At how many tokens it is slower than a plain weight; None: at none, as far as is known.
+    slower: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Bindings:
 
     def __str__(self) -> str:
         """The table as aligned text."""
+        slow = any(row.slower for row in self.rows)
         return "\n".join(
             align(
                 [
@@ -57,6 +62,7 @@ class Bindings:
                         "format": row.format,
                         "kernel": row.kernel + (" (packed)" if row.packed else ""),
                     }
+                    | ({"slower than plain at": row.slower or ""} if slow else {})
                     for row in self.rows
                 ]
             )
@@ -92,9 +98,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_STATE.renew)
 
 
-def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
+def bind(model: nn.Module, *, prefer: Sequence[str] = (), policy: _POLICY = "smallest") -> Bindings:
     """Choose a kernel for every quantized parameter of `model` on the device it is on, and pack the weight for it.
 
+    With the policy "fastest", weights that are slower than plain ones at some numbers of tokens keep their plain values
+    beside the codes, for these, as long as a tenth of the GPU's memory stays free.
     Convolutions are PyTorch's own, so that there is nothing to choose for them: they stay as they are.
     A parameter used by modules of different kinds (a tied table) is packed only if one kernel serves all its uses.
     Call it last: after loading, moving and sharding. Tensor-parallel shards are packed on each rank; what FSDP gathers
@@ -103,7 +111,10 @@ def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
 
     Raises:
         NoKernelError: `prefer` names backends none of which takes a call; nothing is bound then.
+        LowbitError: there is no such policy.
     """
+    if policy not in get_args(_POLICY):
+        raise LowbitError(f"policy {policy!r} is unknown; use one of {', '.join(get_args(_POLICY))}")
     with _STATE.lock:
         unbind(model)
         uses: dict[int, list[_Use]] = {}
@@ -116,7 +127,8 @@ def bind(model: nn.Module, *, prefer: Sequence[str] = ()) -> Bindings:
                     use = _Use(full, module, name, _call(module, weight), id(parameter) in gathered)
                     uses.setdefault(id(parameter), []).append(use)
         # Every choice is made before the first weight is packed: one that cannot be made leaves the model alone.
-        chosen = [(group, *_choose(group, prefer)) for group in uses.values()]
+        room = _Room(keeps=policy == "fastest")
+        chosen = [(group, *_choose(group, prefer, room)) for group in uses.values()]
         for group, selections, carried in chosen:
             if carried:
                 _bind_parameter(group, selections[0].kernel.name)
@@ -199,23 +211,42 @@ def _call(module: nn.Module, weight: Tensor) -> Call:
     return Call(op, local.format, activation, local.device.type, local.dtype, n, k)
 
 
-def _choose(uses: Sequence[_Use], prefer: Sequence[str]) -> tuple[list[Selection], bool]:
+class _Room:
+    """What there is of each GPU's memory for plain values; `keeps` says whether any are to be kept."""
+
+    def __init__(self, *, keeps: bool) -> None:
+        self.keeps = keeps
+        self.left: dict[torch.device, int] = {}
+
+    def refuses(self, weight: Tensor) -> str | None:
+        """Why there is no room for the values of a weight, or None; they count as kept then."""
+        needed = weight.numel() * weight.dtype.itemsize
+        if weight.is_cuda and weight.device not in self.left:
+            free, total = torch.cuda.mem_get_info(weight.device)
+            self.left[weight.device] = free - total // 10
+        left = self.left.get(weight.device, needed)
+        if needed > left:
+            return f"needs {needed >> 20} MiB for plain values; {max(left, 0) >> 20} MiB of the GPU's memory are left"
+        self.left[weight.device] = left - needed
+        return None
+
+
+def _choose(uses: Sequence[_Use], prefer: Sequence[str], room: _Room) -> tuple[list[Selection], bool]:
     """A kernel for each use of one parameter, and whether the parameter carries it; the op finds it otherwise."""
-    selections = [select(use.call, prefer=prefer) for use in uses]
+    selections = [select(use.call, prefer=prefer, keeps=room.keeps) for use in uses]
     kernel = selections[0].kernel
-    # Packed experts have no use yet: grouped_mm takes canonical ones.
-    if (
-        not uses[0].gathered
-        and kernel.op != "grouped_mm"
-        and all(selection.kernel is kernel for selection in selections)
-    ):
+    if kernel.keeps and (reason := room.refuses(_local(getattr(uses[0].module, uses[0].name)))) is not None:
+        selections = [select(use.call, prefer=prefer) for use in uses]
+        selections = [replace(s, refusals=(Refusal(kernel.name, reason), *s.refusals)) for s in selections]
+        kernel = selections[0].kernel
+    if not uses[0].gathered and all(selection.kernel is kernel for selection in selections):
         return selections, kernel.pack is not None or select(uses[0].call, bound=False).kernel is not kernel
     selections = [select(use.call, prefer=prefer, bound=False) for use in uses]
     for use, selection in zip(uses, selections, strict=True):
         if select(use.call, bound=False).kernel is not selection.kernel:
             raise NoKernelError(
-                f"{use.full!r} cannot carry {selection.kernel.name}: experts, parameters that FSDP gathers, and those "
-                "tied between ops with a kernel each, cannot; put that backend first for all models by LOWBIT_BACKENDS"
+                f"{use.full!r} cannot carry {selection.kernel.name}: parameters that FSDP gathers, and those tied "
+                "between ops with a kernel each, cannot; put that backend first for all models by LOWBIT_BACKENDS"
             )
     return selections, False
 
@@ -237,4 +268,5 @@ def _row(full: str, selection: Selection) -> Binding:
     call, row = selection.call, selection.kernel
     activation = None if call.activation is None else str(call.activation)
     refusals = tuple(str(refusal) for refusal in selection.refusals)
-    return Binding(full, call.op, str(call.format), activation, row.name, row.pack is not None, refusals)
+    slower = slower_at(selection)
+    return Binding(full, call.op, str(call.format), activation, row.name, row.pack is not None, refusals, slower)

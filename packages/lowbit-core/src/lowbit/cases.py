@@ -322,7 +322,7 @@ class _Use:
         inner = (getattr(weight, name) for name in INNER)
         arguments = (x, torch.tensor(ends, dtype=torch.int32), *inner, str(weight.format), self.spec)
         words = f"x {_shown(x)}, offs {ends}, weight {_shown(weight)}, {told}"
-        return Case(words, arguments, (Wanted(value, self.dtype, bound),))
+        return Case(words, arguments, (Wanted(value, self.dtype, bound),), weight)
 
     def scaled_mm(self) -> Iterator[Case]:
         plain, *others = _variants(self.weight.canonical)

@@ -44,7 +44,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((128, 384),)
 _OPS = tuple(kernel.op for kernel in reference.kernels() if kernel.pack is None)
 # Those whose weights bind packs.
-_PACKED = ("linear", "embedding")
+_PACKED = ("linear", "embedding", "grouped_mm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +182,7 @@ def _refusal(kernel: Kernel, call: Call) -> str | None:
     if kernel.device not in {"any", call.device}:
         return f"needs a {kernel.device} tensor; this one is on {call.device}"
     if kernel.pack is not None and kernel.op not in _PACKED:
-        return f"needs its weight packed; bind packs for {' and '.join(_PACKED)} alone"
+        return f"needs its weight packed; bind packs for {', '.join(_PACKED[:-1])} and {_PACKED[-1]} alone"
     reason: Any = kernel.refuses(call)
     if reason is not None and not (isinstance(reason, str) and reason):
         raise _FaultError(f"gives {reason!r}, which is neither None nor a reason")
@@ -216,7 +216,8 @@ def _check(kernel: Kernel, call: Call, case: Case) -> None:
         weight = case.weight.with_inner(inner)
         parts = kernel.pack(weight)
         description = Description(weight.storage_layout, tuple(inner), tuple(weight.shape))
-        arguments = (arguments[0], parts, description, _to(case.bias, call.device))
+        third = arguments[1] if call.op == "grouped_mm" else _to(case.bias, call.device)
+        arguments = (arguments[0], parts, description, third)
     given = [tensor for tensor in (*arguments, *parts) if isinstance(tensor, Tensor)]
     before = [tensor.clone() for tensor in given]
     result: Any = kernel.run(*arguments)

@@ -233,13 +233,13 @@ class _Graphs:
                         given[scale] = typed(given[scale], given[fmt])
                 return kernel.run(*given.values())
         else:
-            (x, *_), bias = arguments.values(), arguments.get("bias")
+            (x, *_), other = arguments.values(), arguments.get("offs", arguments.get("bias"))
             parts, description = self._pack(node, kernel)
-            nodes = [x, *parts, *([] if bias is None else [bias])]
+            nodes = [x, *parts, *([] if other is None else [other])]
 
             def run(*tensors: Tensor) -> Any:
                 x, *rest = tensors
-                return kernel.run(x, tuple(rest[: len(parts)]), description, None if bias is None else rest[-1])
+                return kernel.run(x, tuple(rest[: len(parts)]), description, None if other is None else rest[-1])
 
         try:
             with self.fake, torch.no_grad():

@@ -11,7 +11,8 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from lowbit.backends import Description, generation, kernel, under_autocast, without_autocast
-from lowbit.errors import FormatError, NotPortableError
+from lowbit.errors import FormatError, NotPortableError, UnsupportedOpError
+from lowbit.experts import by_expert
 from lowbit.ops import unwatched
 from lowbit.tensor import INNER, QuantizedTensor, in_backward
 
@@ -29,9 +30,9 @@ class PackedTensor(torch.Tensor):
     parts: tuple[Tensor, ...]
     kernel_name: str
     description: Description
-    # Whether it reads as the transpose, which is only good for `x @ w.t()`.
+    # Whether it reads as the transpose, which is only good for `x @ w.t()`; of experts, each matrix does.
     transposed: bool
-    # How the kernel ran last: the op, the generation of backends, and the kernel as a function of (x, bias).
+    # How the kernel ran last: the op, the generation of backends, and the kernel as a function of (x, bias or offs).
     way: tuple[str, int, Callable[..., Tensor]] | None
 
     def __new__(
@@ -44,7 +45,7 @@ class PackedTensor(torch.Tensor):
         """Wrap what the kernel's `pack` returned."""
         self = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - torch's documented constructor for subclasses
             cls,
-            description.shape[::-1] if transposed else description.shape,
+            (*description.shape[:-2], *description.shape[:-3:-1]) if transposed else description.shape,
             dtype=description.layout.dtype,
             device=parts[0].device,
         )
@@ -102,7 +103,7 @@ class PackedTensor(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the kernel for linear and embedding; anything else goes on, mostly to a refusal."""
+        """Run the kernel for what uses it; anything else goes on, mostly to a refusal."""
         if func in _USES:
             return _USES[func](*args, **(kwargs or {}))
         if func in _STORAGE:
@@ -122,16 +123,26 @@ class PackedTensor(torch.Tensor):
         keywords = dict(kwargs or {})
         if func in _ALIASES and _is_alias(func, *args):
             tensor: PackedTensor = args[0]
-            return return_and_correct_aliasing(
-                func, args, keywords, tensor.seen(transposed=tensor.transposed != (func is aten.t.default))
-            )
+            turned = func in {aten.t.default, aten.transpose.int}
+            # A view of a normal tensor is one too, in inference mode as well: they share a version counter.
+            with torch.inference_mode(mode=tensor.is_inference()):
+                view = tensor.seen(transposed=tensor.transposed != turned)
+            return return_and_correct_aliasing(func, args, keywords, view)
         if func in {aten.mm.default, aten.addmm.default} and not keywords:
             return _mm(*args)
         if func is aten.linear.default:
             return _linear(*args, **keywords)
+        if func is aten._grouped_mm.default:  # noqa: SLF001 - what F.grouped_mm is in graphs
+            return _grouped_mm(
+                *args[:2], **dict(zip(("offs", "bias", "out_dtype"), args[2:], strict=False)), **keywords
+            )
         if func is aten.embedding.default:
             return _embedding(args[1], args[0])
-        raise NotPortableError(_refusal(func))
+        # Inference mode hands over composite operators (mT, matmul) whole.
+        result = func.decompose(*args, **keywords)
+        if result is NotImplemented:
+            raise NotPortableError(_refusal(func))
+        return result
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled.
@@ -159,6 +170,25 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         raise FormatError(msg)
     arguments = under_autocast(input), packed, None if bias is None else under_autocast(bias)
     return _Linear.apply(*arguments) if torch.is_grad_enabled() and input.requires_grad else _run(*arguments)
+
+
+def _grouped_mm(
+    mat_a: Tensor, mat_b: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """F.grouped_mm of tokens (M, K) with packed experts that read as (E, K, N)."""
+    if offs is None or bias is not None or out_dtype not in (None, mat_a.dtype):
+        msg = "grouped_mm with packed experts takes 2-D tokens and offs, no bias and no other out_dtype"
+        raise UnsupportedOpError(msg)
+    if (way := _way("grouped_mm", mat_a, mat_b, offs)) is not None:
+        return way(mat_a, offs)
+    packed = _operand(mat_b, "grouped_mm")
+    if mat_a.shape[-1] != packed.shape[-2]:
+        msg = f"the tokens have {mat_a.shape[-1]} columns, but {packed!r} contracts {packed.shape[-2]}"
+        raise FormatError(msg)
+    mat_a = under_autocast(mat_a)
+    if torch.is_grad_enabled() and mat_a.requires_grad:
+        return _GroupedMM.apply(mat_a, packed, offs)
+    return _run(mat_a, packed, offs)
 
 
 def _mm(*operands: Tensor) -> Tensor:
@@ -195,6 +225,26 @@ class _Linear(torch.autograd.Function):
         return _decoded(grad, ctx.weight), None, grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.bias else None
 
 
+class _GroupedMM(torch.autograd.Function):
+    """As `_Linear`, expert by expert."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedTensor, offs: Tensor) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(offs)
+        return _run(x, weight, offs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares *any
+        canonical = ctx.weight.unpack()
+        weight = torch.ops.lowbit.dequantize(
+            *canonical.stored, canonical.storage_layout.format, canonical.canonical_shape[-1], grad.dtype
+        )
+        (offs,) = ctx.saved_tensors
+        to_x = by_expert(grad, offs, weight.shape[-1], lambda e, rows: rows @ weight[e])
+        return to_x if canonical.pre_scale is None else to_x * canonical.pre_scale.to(to_x.dtype), None, None
+
+
 def _decoded(grad: Tensor, weight: PackedTensor) -> Tensor:
     """`grad @ w` with the values of the canonical weight, smoothed as the forward pass smooths its input."""
     canonical = weight.unpack()
@@ -203,10 +253,10 @@ def _decoded(grad: Tensor, weight: PackedTensor) -> Tensor:
 
 
 def _way(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor] | None:
-    """The kernel as a function of (x, bias), where nothing but it takes part; see `lowbit.uses`."""
-    if is_compiling() or type(weight) is not PackedTensor or weight.transposed or not unwatched(x, bias):
+    """The kernel as a function of (x, bias or offs), where nothing but it takes part; see `lowbit.uses`."""
+    if is_compiling() or type(weight) is not PackedTensor or not _reads(weight, op) or not unwatched(x, bias):
         return None
-    if op == "linear" and x.shape[-1] != weight.description.shape[-1]:
+    if op != "embedding" and x.shape[-1] != weight.shape[_CONTRACTED[op]]:
         return None
     if weight.way is None or weight.way[:2] != (op, generation()):
         if kernel(weight.kernel_name).op != op:
@@ -223,6 +273,8 @@ def _bound(weight: PackedTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     parts = tuple(named.get(name) for name in INNER)
     if row.op == "embedding":
         return lambda x, _: row.run(x, *parts[:4], layout.format, description.shape[-1], layout.dtype)
+    if row.op == "grouped_mm":
+        return lambda x, offs: row.run(x, offs, *parts, layout.format, layout.activation or "")
     return lambda x, bias: row.run(x, *parts, bias, layout.format, layout.activation or "")
 
 
@@ -236,19 +288,33 @@ def _named(weight: PackedTensor) -> dict[str, Tensor]:
 
 
 def _operand(weight: Tensor, op: str) -> PackedTensor:
-    if isinstance(weight, PackedTensor) and kernel(weight.kernel_name).op == op and not weight.transposed:
+    if isinstance(weight, PackedTensor) and kernel(weight.kernel_name).op == op and _reads(weight, op):
         return weight
     msg = f"{op} has no way to use {weight!r} beside a packed tensor; call lowbit.unbind(model) first"
     raise NotPortableError(msg)
+
+
+def _reads(weight: PackedTensor, op: str) -> bool:
+    """Whether a weight lies as the op takes it: experts as (E, K, N), others as they are stored."""
+    return weight.transposed == (op == "grouped_mm" and weight.description.layout.permutation == (0, 1, 2))
 
 
 def _refusal(func: Any) -> str:
     return f"{func} has no meaning for a weight packed for one kernel; call lowbit.unbind(model) or .unpack() first"
 
 
-def _is_alias(func: Any, tensor: Tensor, *shape: Any) -> bool:
-    return func is not aten.view.default or tuple(*shape) == tuple(tensor.shape)
+def _is_alias(func: Any, tensor: Tensor, *rest: Any) -> bool:
+    if func is aten.transpose.int:
+        return {dim % tensor.dim() for dim in rest} == {tensor.dim() - 2, tensor.dim() - 1}
+    return func is not aten.view.default or tuple(*rest) == tuple(tensor.shape)
 
 
-_ALIASES = {aten.detach.default, aten.alias.default, aten.t.default, aten.view.default}
-_USES = {torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding}
+_ALIASES = {aten.detach.default, aten.alias.default, aten.t.default, aten.transpose.int, aten.view.default}
+_USES = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.embedding: _embedding,
+    torch.nn.functional.grouped_mm: _grouped_mm,
+    vars(torch)["_grouped_mm"]: _grouped_mm,
+}
+# Which dim of the weight, as the op takes it, is the input's last.
+_CONTRACTED = {"linear": -1, "grouped_mm": -2}

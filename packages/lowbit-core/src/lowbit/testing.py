@@ -34,7 +34,7 @@ __all__ = [
 class Loopback:
     """A backend whose kernels hand on to the reference's, and that counts their calls by op.
 
-    With `packs`, its linear and embedding kernels take packed weights. `reason` is what `probe` answers.
+    With `packs`, its linear, embedding and grouped_mm kernels take packed weights. `reason` is what `probe` answers.
     """
 
     def __init__(
@@ -53,15 +53,17 @@ class Loopback:
 
     def _kernel(self, row: Kernel) -> Kernel:
         name = f"{self.name}.{row.op}"
-        if not self.packs or row.op not in {"linear", "embedding"}:
+        if not self.packs or row.op not in {"linear", "embedding", "grouped_mm"}:
             return Kernel(name, row.op, "any", self.priority, self._counted(row.op, row.run), _takes_all)
 
-        def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None) -> Tensor:
+        def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, other: Tensor | None) -> Tensor:
             inner, layout = _unpack(parts, description), description.layout
             named = [inner.get(part) for part in INNER]
             if row.op == "embedding":
                 return row.run(x, *named[:4], layout.format, description.shape[-1], layout.dtype)
-            return row.run(x, *named, bias, layout.format, layout.activation or "")
+            if row.op == "grouped_mm":
+                return row.run(x, other, *named, layout.format, layout.activation or "")
+            return row.run(x, *named, other, layout.format, layout.activation or "")
 
         return Kernel(name, row.op, "any", self.priority, self._counted(row.op, run), _takes_all, _pack, _unpack)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from itertools import product
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import lowbit
@@ -37,8 +38,12 @@ def _case(given: Given, shape: Shape, use: Use) -> Case:
     def prepare(x: Tensor, weight: Tensor) -> Make:
         return copies(lowbit.quantize(weight, use.format, activation=use.activation), x)
 
-    def by_lowbit(q: QuantizedTensor, x: Tensor) -> Tensor:
-        return functional.grouped_mm(x, q.mT, offs=offs)
+    def prepare_bound(x: Tensor, weight: Tensor) -> Make:
+        q = lowbit.quantize(weight, use.format, activation=use.activation)
+        return lambda i: (_bound(deepcopy(q) if i else q), x.clone())
+
+    def by_lowbit(experts: nn.Module, x: Tensor) -> Tensor:
+        return functional.grouped_mm(x, experts.get_parameter("weight").mT, offs=offs)
 
     def by_torch(x: Tensor, weight: Tensor) -> Tensor:
         return functional.grouped_mm(x, weight.mT, offs=offs)
@@ -48,9 +53,9 @@ def _case(given: Given, shape: Shape, use: Use) -> Case:
 
     candidate, reference = lowbits(
         Call("grouped_mm", use.format, use.activation, device.type, dtype, n, k),
-        Contender("lowbit", prepare, by_lowbit, moved, plain),
+        Contender("lowbit", prepare_bound, by_lowbit, moved, plain),
         Contender("reference", prepare, by_reference, moved, plain),
-        bound=False,
+        bound=True,
     )
     return Case(
         {"format": use.spec, "m": m, "n": n, "k": k, "experts": experts},
@@ -71,6 +76,14 @@ def _case(given: Given, shape: Shape, use: Use) -> Case:
         reference,
         grouped(use, offs, moved, device) if given.peers else (),
     )
+
+
+def _bound(weight: QuantizedTensor) -> nn.Module:
+    """Experts whose weights are packed for the kernel that lowbit chooses."""
+    experts = nn.Module()
+    experts.weight = nn.Parameter(weight, requires_grad=False)
+    lowbit.bind(experts)
+    return experts
 
 
 def _exact(offs: Tensor, x: Tensor, weight: Tensor) -> Tensor:
