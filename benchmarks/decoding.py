@@ -72,7 +72,7 @@ def main() -> None:
             lines.append(line)
     sys.stdout.write("\n".join(align(lines)) + "\n")
     if options.json:
-        told = {name: getattr(options, name) for name in ("layers", "tiny", "context", "position", "runs")}
+        told = {name: getattr(options, name) for name in ("layers", "tiny", "context", "position", "attention", "runs")}
         result = {"benchmark": "decoding", "machine": machine(options.device), **told, "models": models}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -83,8 +83,9 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--scheme", action="append", help="may be given several times; default: W4A16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--context", type=int, default=1024, help="tokens that the cache has room for")
+    parser.add_argument("--context", type=int, default=512, help="tokens that the cache has room for")
     parser.add_argument("--position", type=int, default=256, help="tokens that are in it before each group of steps")
+    parser.add_argument("--attention", default="sdpa", help="transformers' attention, in all models alike: sdpa, eager")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true")
@@ -151,6 +152,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     before = memory(options.device)["resident_bytes"]
     start = time.perf_counter()
     model: Any = load(folder, device=options.device)
+    model.set_attn_implementation(options.attention)
     loaded = time.perf_counter()
     bindings = lowbit.bind(model)
     told: dict[str, Any] = {"load_s": loaded - start, "bind_s": time.perf_counter() - loaded}

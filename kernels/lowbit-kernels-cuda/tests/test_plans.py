@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from itertools import product
 
 import pytest
@@ -13,6 +15,7 @@ from lowbit.backends import Call, explain, kernel
 from lowbit.format import Format
 from lowbit.packed import PackedTensor
 from lowbit_kernels_cuda import linear, plans, weight_only
+from lowbit_kernels_cuda.compiling import told
 
 SPECS = ("INT4_G128", "UINT4_G128", "INT8_ROW_ASYM", "FP8_ROW", "FP8_128x128", "MXFP6_E2M3", "MXFP4", "NVFP4", "MXINT8")
 SPECS += ("int8:1x64:bfloat16:zero=int8", "int2:1x32:bfloat16", "uint3:1x192:float16:zero=uint3")
@@ -150,3 +153,15 @@ def test_bind_keeps_values_if_asked_and_there_is_room(monkeypatch):
     assert short.kernel == "cuda.linear"
     assert short.refusals[0].startswith("cuda.linear_or_plain: needs 8 MiB for plain values; 0 MiB")
     assert kernel("cuda.linear_or_plain").keeps
+
+
+def test_compiling_is_shown_on_a_terminal_and_logged(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with caplog.at_level("INFO"), told("a kernel"):
+        assert capsys.readouterr().err == "lowbit: compiling a kernel ..."
+    assert capsys.readouterr().err == "\r\x1b[K"
+    assert re.fullmatch(r"compiled a kernel, or read it from Triton's cache, in 0\.0 s", caplog.messages[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    with told("another"):
+        pass
+    assert capsys.readouterr().err == ""

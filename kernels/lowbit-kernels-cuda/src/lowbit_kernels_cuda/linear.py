@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, lru_cache
 from importlib import import_module
@@ -19,6 +20,7 @@ from lowbit.format import Format
 from lowbit.packing import pack as pack_codes
 from lowbit.packing import unpack as unpack_codes
 from lowbit.tensor import QuantizedTensor
+from lowbit_kernels_cuda.compiling import told
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.fragments import Text, lines, text
 from lowbit_kernels_cuda.plans import Plan, choose, is_slower, ratios, slower_tokens
@@ -187,31 +189,29 @@ def _launch(
     partial = out.new_empty(plan.splits, m, n, dtype=torch.float32) if plan.splits > 1 else None
     count = _counters(blocks, x.device) if plan.splits > 1 else None
     then = (whole, *_strides(whole), None if bias is None else raw(bias), raw(out), partial, count, offs, m, n, k)
-    shape = {"ROWS": kind.rows, "TOKENS": kind.tokens, "COLUMNS": kind.columns, "SPLITS": plan.splits, "BAND": 8}
-    shape["EXPERTS"] = experts
+    constant = how | {"ROWS": kind.rows, "TOKENS": kind.tokens, "COLUMNS": kind.columns, "STAGES": kind.stages}
+    constant |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "num_warps": kind.warps}
     kernel: Any
     if kind.depth:
         hopper = import_module("lowbit_kernels_cuda.hopper")
-        flat = not how["GROUP"]
+        kernel, flat = hopper.linear_wgmma, not how["GROUP"]
         given = (raw(scale) if flat else _words(scale), zero if zero is None or flat else _words(zero))
-        kernel = hopper.linear_wgmma[(blocks, plan.splits)]
-        kernel(
-            *(hopper.described(x, kind.tokens, kind.columns), words, *given, sums, *then),
-            **(how | shape),
-            STAGES=kind.stages,
-            DEPTH=kind.depth,
-            num_warps=kind.warps,
-        )
-        return
-    kernel = linear_dots[(blocks, plan.splits)]
-    kernel(
-        *(x if x.is_cuda else x.float(), words, _words(scale), None if zero is None else _words(zero), sums, *then),
-        **(how | shape),
-        EVEN=k % kind.columns == 0,
-        EXACT=kind.exact,
-        STAGES=kind.stages,
-        num_warps=kind.warps,
-    )
+        inputs = hopper.described(x, kind.tokens, kind.columns)
+        constant["DEPTH"] = kind.depth
+    else:
+        kernel, given = linear_dots, (_words(scale), None if zero is None else _words(zero))
+        inputs = x if x.is_cuda else x.float()
+        constant |= {"EVEN": k % kind.columns == 0, "EXACT": kind.exact}
+    # What is kept in caches by those who made it, so that identities are its own.
+    key = id(how), id(plan), experts, bias is None
+    first = key not in _RUN
+    with told(f"{fmt} x {x.dtype} for blocks of {kind.tokens} tokens") if first and x.is_cuda else nullcontext():
+        kernel[(blocks, plan.splits)](inputs, words, *given, sums, *then, **constant)
+    _RUN.add(key)
+
+
+# Kernels that ran before.
+_RUN: set[tuple[int, int, int, bool]] = set()
 
 
 def _strides(tensor_scale: Tensor | None) -> tuple[int, int]:
