@@ -22,6 +22,7 @@ from triton.runtime.jit import mangle_type
 from lowbit.format import Format
 from lowbit_kernels_cuda import hopper
 from lowbit_kernels_cuda.dots import linear_dots
+from lowbit_kernels_cuda.lifts import lift
 from lowbit_kernels_cuda.linear import constants
 from lowbit_kernels_cuda.plans import Kind, Plan
 from lowbit_kernels_cuda.weights import parts
@@ -51,7 +52,7 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
         given |= {"parts": torch.zeros(1), "count": torch.zeros(1, dtype=torch.int32)}
     if experts:
         given["offs"] = torch.zeros(1, dtype=torch.int32)
-    known_as = constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=fmt.scale.powers_of_two)
+    known_as = constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=bool(lift(fmt)))
     known_as = known_as | {name.upper(): value for name, value in asdict(kind).items()}
     known_as |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "EVEN": even, "num_warps": kind.warps}
     signature, known, aligned = {}, {}, {}

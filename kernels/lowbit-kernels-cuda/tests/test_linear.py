@@ -15,6 +15,7 @@ from torch import nn
 
 import lowbit
 from lowbit.backends import Call, Description
+from lowbit.element import element
 from lowbit.errors import FormatError
 from lowbit.format import Format
 from lowbit.grid import product_bound
@@ -73,9 +74,9 @@ def within(y, x, q, bias=None):
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_words_are_the_first_operand_of_tensor_cores(bits):
     """Which lane has what is told by the PTX ISA, matrix fragments for `mma.m16n8k16`; `wgmma` has the same."""
-    n, k = 32, 128
+    n, k, kind = 32, 128, element(f"uint{bits}")
     codes = torch.randint(0, 1 << bits, (n, k), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
-    words = pack_tiles(codes, bits)
+    words = pack_tiles(codes, kind)
     assert [word.shape[-1] for word in words] == list(parts(bits))
     for lane in range(32):
         for step in range(4):
@@ -91,7 +92,27 @@ def test_words_are_the_first_operand_of_tensor_cores(bits):
                         found |= field << at
                         at += size
                     assert torch.equal(found, codes[row::16, column::64].to(torch.int64))
-    assert torch.equal(unpack_tiles(words, bits, n, k), codes)
+    assert torch.equal(unpack_tiles(words, kind, n, k), codes)
+
+
+@pytest.mark.parametrize("name", ["e2m1", "e4m3fn"])
+def test_bits_of_floats_are_few_shifts_from_those_of_bfloat16(name):
+    kind = element(name)
+    codes = torch.arange(1 << kind.bits, dtype=torch.uint8).repeat(16 * 64 >> kind.bits).view(16, 64)
+    plain, found = (pack_tiles(codes, element(each))[0].to(torch.int64) for each in (f"uint{kind.bits}", name))
+    assert torch.equal(unpack_tiles((found.to(torch.int32),), kind, 16, 64), codes)
+    sign, size, to = 1 << kind.bits - 1, (1 << kind.bits - 1) - 1, 7 - kind.mantissa
+    for half in (0, 16):
+        for code in range(16 // kind.bits):
+            wanted = plain >> (half + kind.bits * code)
+            word = found >> half & 0xFFFF
+            if name == "e4m3fn":
+                bits = word & 0x87F0 if code == 0 else (word << 4 & 0x80F0) | (word >> 4 & 0x700)
+            elif code < 3:
+                bits = word << 3 * code & 0x81C0
+            else:
+                bits = (word << 1 & 0x8000) | (word >> 4 & 0xC0) | (word >> 5 & 0x100)
+            assert torch.equal(bits, (wanted & sign) << 16 - kind.bits | (wanted & size) << to)
 
 
 @pytest.mark.parametrize("group", [0, 16, 32, 64, 128])
@@ -161,6 +182,36 @@ def test_scales_make_up_for_exponents_of_codes_where_they_can(spec, device):
             assert torch.equal(back.view(torch.uint8), q.scale.view(torch.uint8))
             x = (torch.randn(20, 128, generator=generator) / by).to(device, dtype)
             assert within(run(x, parts_, description, None), x, q)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("spec", ["NVFP4", "e2m3:1x16:e4m3fn"])
+def test_e4m3_scales_are_packed_without_subnormals(spec, device):
+    """All of them, subnormal ones and 0 too; but not where codes under 0 would become numbers."""
+    generator = torch.Generator().manual_seed(3)
+    n, k = 16, 128 * 16
+    q = lowbit.quantize(torch.randn(n, k, generator=generator).to(device, torch.bfloat16), spec)
+    every = torch.arange(127, dtype=torch.uint8, device=device).repeat(18)[: n * k // 16].view(n, -1)
+    scale = every.view(torch.float8_e4m3fn)
+    count = len(parts(q.format.element.bits))
+    for zeros in (True, False):
+        inner = q.inner_tensors() | {"scale": scale}
+        if zeros:
+            plain = q.with_inner(inner).dequantize(torch.float32)
+            codes = lowbit.quantize(plain, spec, scale, tensor_scale=q.tensor_scale).qdata
+            inner["qdata"] = torch.where(
+                scale.float().repeat_interleave(8 * q.format.element.bits // 4, 1) > 0, codes, 0
+            )
+        changed = q.with_inner(inner)
+        parts_, description = packed(changed)
+        assert (parts_[count].dtype == torch.uint8) == zeros
+        back = unpack(parts_, description)
+        for name, part in changed.inner_tensors().items():
+            assert torch.equal(back[name].view(torch.uint8), part.contiguous().view(torch.uint8))
+        for dtype in (torch.bfloat16, torch.float16):
+            # Small enough for float16.
+            x = (torch.randn(20, k, generator=generator) / 512).to(device, dtype)
+            assert within(run(x, parts_, description, None), x, changed)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -44,6 +44,7 @@ def linear_dots(
     LINES: tl.constexpr,
     TEXT: tl.constexpr,
     LIFT: tl.constexpr,
+    AFTER: tl.constexpr,
     EXPERTS: tl.constexpr,
     EVEN: tl.constexpr,
     ROWS: tl.constexpr,
@@ -125,7 +126,7 @@ def linear_dots(
             acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
     _write(
         *(acc, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count, row, expert),
-        *(tokens, routed, end, split, m, n, high, SPEC, LIFT, GROUP, ROWS, TOKENS, SPLITS),
+        *(tokens, routed, end, split, m, n, high, SPEC, LIFT, AFTER, GROUP, ROWS, TOKENS, SPLITS),
     )
 
 
@@ -189,6 +190,7 @@ def _write(
     high,
     SPEC: tl.constexpr,
     LIFT: tl.constexpr,
+    AFTER: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -215,6 +217,8 @@ def _write(
             z = _of_rows(points(zero, at, 1, TALL * 8), 0, TALL) + SPEC.element.min
             acc -= z * tl.load(sums + tokens, tokens < routed, 0.0)[None, :]
         acc *= _of_rows(factors(scale, at, SPEC, LIFT, 1, TALL * 8), 0, TALL)
+    if AFTER != 1:
+        acc *= AFTER
     if tensor_scale is not None:
         acc *= tl.load(tensor_scale + expert * tensor_expert + rows * tensor_row, rows < n, 0.0)[:, None]
     if bias is not None:

@@ -25,8 +25,9 @@ class Text:
 
     add: str = ""
     mul: str = ""
-    # Bits of a number under a mask, among those of another.
+    # Bits of a number under a mask, among those of another; and flipped by those of another.
     merge: str = ""
+    flip: str = ""
     # Fused multiply-adds with the two numbers of each of `lines`.
     line: tuple[str, ...] = ()
 
@@ -62,6 +63,7 @@ def text(element: Element, bf16: bool) -> Text:  # noqa: FBT001 - a constant of 
         f"{{ .reg .b32 one; mov.b32 one, {twice(1.0)}; fma.rn.{kind}x2 $0, $1, one, $2; }}",
         f"{{ .reg .b32 none; mov.b32 none, {twice(-0.0)}; fma.rn.{kind}x2 $0, $1, $2, none; }}",
         "lop3.b32 $0, $1, $2, $3, 0xEA;",
+        "lop3.b32 $0, $1, $2, $3, 0x6A;",
         tuple(line(*each) for each in lines(element, bf16)),
     )
 
@@ -109,13 +111,53 @@ def _float_bits(
 ):
     """Fields of floats as those of 16-bit ones, whose subnormals are the element's once biases are made equal."""
     BITS: tl.constexpr = SPEC.element.bits
-    WHOLE: tl.constexpr = len(PARTS) == 1
-    AT: tl.constexpr = BITS * (PAIR % (16 // BITS)) if WHOLE else 0
-    word = words[PAIR * BITS // 16] if WHOLE else _field(words, PAIR, 0, 0, PARTS, 0, TEXT)
     TO: tl.constexpr = (7 if BF16 else 10) - SPEC.element.mantissa
-    size = word << (TO - AT) if TO > AT else word >> (AT - TO)
-    size = size & ((((1 << (BITS - 1)) - 1) << TO) * 0x10001)
-    return _merge(word << (16 - BITS - AT), -0x7FFF8000, size, TEXT)
+    if BITS == 4 and SPEC.element.exponent == 2:
+        bits = _arranged_e2m1(words[PAIR // 4], PAIR % 4, TO, TEXT)
+    elif BITS == 8 and SPEC.element.exponent == 4:
+        bits = _arranged_e4m3(words[PAIR // 2], PAIR % 2, TO, TEXT)
+    else:
+        WHOLE: tl.constexpr = len(PARTS) == 1
+        AT: tl.constexpr = BITS * (PAIR % (16 // BITS)) if WHOLE else 0
+        word = words[PAIR * BITS // 16] if WHOLE else _field(words, PAIR, 0, 0, PARTS, 0, TEXT)
+        size = word << (TO - AT) if TO > AT else word >> (AT - TO)
+        size = size & ((((1 << (BITS - 1)) - 1) << TO) * 0x10001)
+        bits = _merge(word << (16 - BITS - AT), -0x7FFF8000, size, TEXT)
+    return bits
+
+
+@triton.jit
+def _arranged_e2m1(word, CODE: tl.constexpr, TO: tl.constexpr, TEXT: tl.constexpr):
+    """As `_float_bits`, of one of the four codes of a word whose bits are where `weights` has them."""
+    if CODE < 3:
+        if TO == 6:
+            # A bfloat16's places, 0x81C0.
+            bits = (word << (3 * CODE)) & -0x7E3F7E40
+        else:
+            size = (word << (3 * CODE + TO - 6)) & (0x70007 << TO)
+            bits = _merge(word << (3 * CODE), -0x7FFF8000, size, TEXT)
+    else:
+        size = _merge(word >> (10 - TO), 0x30003 << TO, (word >> (11 - TO)) & (0x40004 << TO), TEXT)
+        bits = _merge(word << 1, -0x7FFF8000, size, TEXT)
+    return bits
+
+
+@triton.jit
+def _arranged_e4m3(word, CODE: tl.constexpr, TO: tl.constexpr, TEXT: tl.constexpr):
+    """The same, of one of two codes."""
+    if CODE == 0:
+        if TO == 4:
+            # A bfloat16's places, 0x87F0.
+            bits = word & -0x780F7810
+        else:
+            bits = _merge(word, -0x7FFF8000, (word << (TO - 4)) & (0x7F007F << TO), TEXT)
+    else:
+        high = (word >> (8 - TO)) & (0x700070 << TO)
+        if TO == 4:
+            bits = _merge(word << 4, -0x7F0F7F10, high, TEXT)
+        else:
+            bits = _merge(word << 4, -0x7FFF8000, _merge(word << TO, 0xF000F << TO, high, TEXT), TEXT)
+    return bits
 
 
 @triton.jit
@@ -125,6 +167,16 @@ def _merge(word, MASK: tl.constexpr, bits, TEXT: tl.constexpr):
         value = tl.inline_asm_elementwise(TEXT.merge, "=r,r,r,r", [word, MASK, bits], tl.int32, True, 1)
     else:
         value = word & MASK | bits
+    return value
+
+
+@triton.jit
+def _flip(word, MASK: tl.constexpr, BITS: tl.constexpr, TEXT: tl.constexpr):
+    """`word & MASK ^ BITS`, in one instruction, which has room for one number that is known."""
+    if TEXT.flip != "":
+        value = tl.inline_asm_elementwise(TEXT.flip, "=r,r,r,r", [word, MASK, BITS], tl.int32, True, 1)
+    else:
+        value = (word & MASK) ^ BITS
     return value
 
 
@@ -144,7 +196,12 @@ def operand(
     """
     found = ()
     for a in tl.static_range(4):
-        if len(LINES) == 2:
+        if len(LINES) == 2 and SPEC.element.min < 0:
+            # Seven bits above 128, less 128 or, without the eighth, 256: what their sum is for codes above the least.
+            word = words[PRODUCT * 2 + a // 2] >> (8 * (a % 2))
+            less = _flip(word, 0x800080, -0x3C7F3C80, TEXT)
+            value = sum_of(_merge(word, 0x7F007F, 0x43004300, TEXT), less, BF16, TEXT)
+        elif len(LINES) == 2:
             word = words[PRODUCT * 2 + a // 2]
             high = _merge(word >> (8 * (a % 2) + 4), 0x000F000F, 0x43004300, TEXT)
             low = _merge(word >> (8 * (a % 2)), 0x000F000F, 0x43004300, TEXT)
@@ -297,26 +354,34 @@ def less_pairs(words, PER: tl.constexpr, BF16: tl.constexpr):
 
 @triton.jit
 def scale_pairs(words, SPEC: tl.constexpr, LIFT: tl.constexpr, PER: tl.constexpr, BF16: tl.constexpr):
-    """Scales as packed, LIFT powers of two larger, twice in an integer: PER of rows g, then PER of rows g + 8."""
+    """Scales as packed, and `lifts` has them, twice in an integer: PER of rows g, then PER of rows g + 8."""
     ELEMENT: tl.constexpr = SPEC.scale
     COUNT: tl.constexpr = len(words)
     found = ()
     for i in tl.static_range(2 * PER):
         word = words[i * COUNT // (2 * PER)]
+        byte = (word >> (8 * (i % (2 * PER // COUNT)))) & 0xFF if ELEMENT.bits == 8 else word
         if ELEMENT.bits == 16:
-            half = word & 0xFFFF if i % 2 == 0 else (word >> 16) & 0xFFFF
+            pair = (word & 0xFFFF if i % 2 == 0 else (word >> 16) & 0xFFFF) * 0x10001
         elif ELEMENT.powers_of_two:
-            half = ((word >> (8 * (i % (2 * PER // COUNT)))) & 0xFF) << 7
             if LIFT == 0:
                 # 2^-127 is a subnormal.
-                half = tl.maximum(half, 0x40)
+                pair = tl.maximum(byte << 7, 0x40) * 0x10001
+            else:
+                pair = byte * 0x800080
+        elif LIFT != 0 and BF16:
+            pair = byte * 0x100010 + 0x70007000
         else:
-            value = byte_scale(word, i % (2 * PER // COUNT), ELEMENT)
+            if LIFT != 0:
+                value = ((byte << 20) + ((127 - 10) << 23)).to(tl.float32, bitcast=True)
+            else:
+                value = byte_scale(word, i % (2 * PER // COUNT), ELEMENT)
             if BF16:
                 half = (value.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
             else:
                 half = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        found = found + (half | (half << 16),)
+            pair = half * 0x10001
+        found = found + (pair,)
     return found
 
 

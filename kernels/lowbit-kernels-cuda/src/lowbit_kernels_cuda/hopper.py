@@ -79,6 +79,7 @@ def linear_wgmma(
     LINES: gl.constexpr,
     TEXT: gl.constexpr,
     LIFT: gl.constexpr,
+    AFTER: gl.constexpr,
     EXPERTS: gl.constexpr,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -150,7 +151,7 @@ def linear_wgmma(
     acc, odd = warpgroup_mma_wait(0, deps=[acc, odd])
     _write(
         *(acc, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count),
-        *(row, expert, begin, routed, end, split, m, n, SPEC, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
+        *(row, expert, begin, routed, end, split, m, n, SPEC, AFTER, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
     )
 
 
@@ -289,6 +290,7 @@ def _write(
     m,
     n,
     SPEC: gl.constexpr,
+    AFTER: gl.constexpr,
     GROUP: gl.constexpr,
     ROWS: gl.constexpr,
     TOKENS: gl.constexpr,
@@ -320,6 +322,8 @@ def _write(
             acc -= z[:, None] * gl.load(sums + tokens, tokens < routed, 0.0)[None, :]
         stored = gl.load(scale + at)
         acc *= (byte_scale(stored.to(gl.int32), 0, SPEC.scale) if SPEC.scale.bits == 8 else to_float32(stored))[:, None]
+    if AFTER != 1:
+        acc *= AFTER
     if tensor_scale is not None:
         acc *= gl.load(tensor_scale + expert * tensor_expert + rows * tensor_row, rows < n, 0.0)[:, None]
     if bias is not None:

@@ -23,6 +23,7 @@ from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.compiling import told
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.fragments import Text, lines, text
+from lowbit_kernels_cuda.lifts import is_lifted, lift, lifted, lowered
 from lowbit_kernels_cuda.plans import Plan, choose, is_slower, ratios, slower_tokens
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
@@ -46,28 +47,10 @@ def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     if scale.itemsize == 1 and not bool((torch.isfinite(scale.float()) & (scale.float() >= 0)).all()):
         msg = "the weight has scales that are no numbers, or negative ones; find out where they come from"
         raise FormatError(msg)
-    lifted = lift(fmt)
-    if lifted and int(raw(scale).max()) + lifted <= _LARGEST:
-        # Bytes say that scales are packed so; they mostly can.
-        scale = raw(scale) + lifted
-    packed = [*pack_tiles(_tall(_above_least(codes, element)), element.bits), _across(scale, weight)]
+    packed = [*pack_tiles(_tall(_above_least(codes, element)), element), _across(lifted(scale, codes, fmt), weight)]
     if weight.zero is not None:
         packed.append(_across(_above_least(weight.zero, element).to(torch.int16), weight))
     return (*packed, *(part for part in (weight.tensor_scale, weight.pre_scale) if part is not None))
-
-
-# The exponent of a bfloat16 that is neither infinite nor no number.
-_LARGEST = 254
-
-
-def lift(fmt: Format) -> int:
-    """What exponents of scales may make up for, so that codes are bfloat16s by their bits alone; 0: nothing."""
-    element = fmt.element
-    return 127 - element.bias if fmt.scale.powers_of_two and element.kind == "float" and fmt.block_for(2)[-1] else 0
-
-
-def _lifted(scale: Tensor, fmt: Format) -> bool:
-    return scale.dtype != fmt.scale.storage
 
 
 def _above_least(codes: Tensor, element: Element) -> Tensor:
@@ -113,7 +96,7 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
         return (above ^ (1 << (element.bits - 1))).view(torch.int8) << shift >> shift
 
     rows = high * (experts[0] if experts else 1)
-    codes = codes_of(each_of(unpack_tiles(packed[:count], element.bits, rows, k)))
+    codes = codes_of(each_of(unpack_tiles(packed[:count], element, rows, k)))
     found = {"qdata": pack_codes(codes, element) if element.packed else codes.view(element.storage)}
     *blocks, group = fmt.block_for(len(description.shape))
     firsts = tuple(slice(None, None, block or size) for block, size in zip(blocks, (*experts, n), strict=True))
@@ -124,7 +107,7 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
                 assert fmt.zero is not None
                 each = codes_of(each.to(torch.uint8)).view(fmt.zero.code_dtype)
             if name == "scale":
-                each = (each - lift(fmt) if _lifted(part, fmt) else each).view(fmt.scale.storage)
+                each = (lowered(each, fmt) if is_lifted(part, fmt) else each).view(fmt.scale.storage)
             found[name] = each
         else:
             found[name] = part
@@ -178,9 +161,9 @@ def _launch(
 ) -> None:
     (m, n), k, experts = out.shape, x.shape[1], 0 if offs is None else len(offs)
     scale, zero, whole = named["scale"], named.get("zero"), named.get("tensor_scale")
-    lifted = _lifted(scale, fmt)
-    how = constants(fmt, x.dtype, x.device if x.is_cuda else None, lifted=lifted)
-    plan = plan or schedule(fmt, x.dtype, m, n, k, x.device, lifted=lifted, experts=experts)
+    large = is_lifted(scale, fmt)
+    how = constants(fmt, x.dtype, x.device if x.is_cuda else None, lifted=large)
+    plan = plan or schedule(fmt, x.dtype, m, n, k, x.device, lifted=large, experts=experts)
     kind = plan.kind
     sums = None
     if zero is not None and how["LINES"]:
@@ -236,6 +219,8 @@ def constants(fmt: Format, dtype: torch.dtype, device: torch.device | None, *, l
         "LINES": () if apart or (lifted and bf16) else lines(element, bf16),
         "TEXT": Text() if device is None else text(element, bf16),
         "LIFT": lift(fmt) if lifted else 0,
+        # What sums are multiplied by in the end.
+        "AFTER": 2.0 ** lift(fmt) if lifted and bf16 and not fmt.scale.powers_of_two else 1.0,
     }
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.element import Element
+
 ROWS, COLUMNS, LANES = 16, 64, 32
 _PAIRS = 16
 
@@ -21,9 +23,18 @@ def parts(bits: int) -> tuple[int, ...]:
     return (8,) if bits == 8 else tuple(size for size in (4, 2, 1) if bits & size)
 
 
-def pack_tiles(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+# Where bits of floats are in half a word, the lowest first, for each of its codes: of those in a bfloat16's places one
+# instruction takes what it needs. A shift brings the next two of 4 bits there, and two bring the second of 8.
+_ARRANGED = {
+    "e2m1": ((6, 7, 8, 15), (3, 4, 5, 12), (0, 1, 2, 9), (10, 11, 13, 14)),
+    "e4m3fn": ((4, 5, 6, 7, 8, 9, 10, 15), (0, 1, 2, 3, 12, 13, 14, 11)),
+}
+
+
+def pack_tiles(codes: Tensor, element: Element) -> tuple[Tensor, ...]:
     """Int32 (N / 16, K / 64, 32, p) for each part of p bits, of uint8 codes (N, K); beyond the ends codes are 0."""
     n, k = codes.shape
+    bits = element.bits
     codes = torch.nn.functional.pad(codes, (0, -k % COLUMNS, 0, -n % ROWS))
     tiles = codes.view(-1, 2, 8, codes.shape[1] // COLUMNS, 4, 2, 4, 2)
     # Tile, lane, product and register, of its two codes.
@@ -39,11 +50,24 @@ def pack_tiles(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
         # As the bits that they are: values of 2^31 and more become negative.
         found.append(words.to(torch.int32))
         at += size
-    return tuple(found)
+    return (_moved(found[0], element, back=False), *found[1:])
 
 
-def unpack_tiles(words: tuple[Tensor, ...], bits: int, n: int, k: int) -> Tensor:
+def _moved(words: Tensor, element: Element, *, back: bool) -> Tensor:
+    """Bits of codes that follow one another in each half of words, to where `_ARRANGED` has them, or back."""
+    if element.name not in _ARRANGED:
+        return words
+    moved = torch.zeros_like(words)
+    for i, place in enumerate(place for code in _ARRANGED[element.name] for place in code):
+        source, to = (place, i) if back else (i, place)
+        moved |= ((words >> source) & 0x10001) << to
+    return moved
+
+
+def unpack_tiles(words: tuple[Tensor, ...], element: Element, n: int, k: int) -> Tensor:
     """Undo `pack_tiles`."""
+    bits = element.bits
+    words = (_moved(words[0], element, back=True), *words[1:])
     tall, wide = words[0].shape[:2]
     pairs = torch.zeros(tall, wide, LANES, _PAIRS, 2, dtype=torch.uint8, device=words[0].device)
     at = 0
