@@ -67,7 +67,8 @@ def within(y, x, q, bias=None):
     if bias is not None:
         wanted = wanted + bias.double()
         error = error + 2.0**-24 * wanted.abs()
-    error = error + eps / 2 * (wanted.abs() + error)
+    # Below the smallest normal number steps are no finer.
+    error = error + eps / 2 * (wanted.abs() + error).clamp_min(torch.finfo(x.dtype).smallest_normal)
     return bool(((y.double() - wanted).abs() <= error).all())
 
 
@@ -189,9 +190,9 @@ def test_scales_make_up_for_exponents_of_codes_where_they_can(spec, device):
 def test_e4m3_scales_are_packed_without_subnormals(spec, device):
     """All of them, subnormal ones and 0 too; but not where codes under 0 would become numbers."""
     generator = torch.Generator().manual_seed(3)
-    n, k = 16, 128 * 16
+    n, k = 16, 128
     q = lowbit.quantize(torch.randn(n, k, generator=generator).to(device, torch.bfloat16), spec)
-    every = torch.arange(127, dtype=torch.uint8, device=device).repeat(18)[: n * k // 16].view(n, -1)
+    every = torch.arange(127, dtype=torch.uint8, device=device).repeat(2)[: n * k // 16].view(n, -1)
     scale = every.view(torch.float8_e4m3fn)
     count = len(parts(q.format.element.bits))
     for zeros in (True, False):

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lowbit import (
     FormatError,
+    LowbitError,
     NoKernelError,
     NotPortableError,
     QuantizedTensor,
@@ -259,6 +260,34 @@ def test_experts_are_packed_and_used_either_way_round(packs):
             check_same(
                 {"w": model.state_dict()["gate_up_proj"].inner_tensors()}, {"w": state["gate_up_proj"].inner_tensors()}
             )
+
+
+def test_a_policy_that_does_not_exist_is_refused_before_anything_is_bound():
+    model = Model()
+    bind(model)
+    with pytest.raises(LowbitError, match="policy 'quickest' is unknown; use one of smallest, fastest"):
+        bind(model, policy="quickest")
+    assert isinstance(model.up.weight, PackedTensor)
+
+
+def test_kernels_that_keep_plain_values_are_for_those_who_ask():
+    class Keeps(Loopback):
+        def kernels(self):
+            rows = super().kernels()
+            return tuple(replace(k, keeps=k.op == "linear", slower=lambda _: "9 tokens") for k in rows)
+
+    with installed_backends(Keeps("kept", priority=30, packs=True)):
+        rows = {row.name: row for row in bind(Model()).rows}
+        assert rows["up.weight"].kernel.startswith("reference")
+        assert any("policy=" in refusal for refusal in rows["up.weight"].refusals)
+        table = bind(model := Model(), policy="fastest")
+        assert {row.name: row.kernel for row in table.rows}["up.weight"] == "kept.linear"
+        lines = str(table).splitlines()
+        assert lines[0].endswith("slower than plain at")
+        assert all(line.endswith("9 tokens") for line in lines if "kept.linear" in line)
+        assert "slower than a plain weight at 9 tokens" in backends.explain(
+            backends.Call("embedding", model.table.weight.format, None, "cpu", torch.float32, 50, 32)
+        )
 
 
 def test_gradients_flow_through_bound_experts():

@@ -103,8 +103,10 @@ def test_the_command(command, worded, quantize, tmp_path):
     convert(folder, tmp_path / "awq", WRITERS["awq"])
     code, said, _ = command("verify", tmp_path / "awq", "--text", text, "--json")
     told = json.loads(said)
-    assert (code, told["failed"], told["ours"]["kl"]) == (0, False, 0.0)
-    assert told["ours"]["perplexity"] == told["theirs"]["perplexity"]
+    assert (code, told["failed"]) == (0, False)
+    # But for what float32 leaves of it, which depends on the machine.
+    assert told["ours"]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert told["ours"]["perplexity"] == pytest.approx(told["theirs"]["perplexity"], rel=1e-6)
     assert [reading["refused"] is None for reading in told["readings"]] == [True, False]
     # Where nobody else reads it, nothing is shown.
     code, said, _ = command("verify", tmp_path / "awq", "--with", "transformers")
