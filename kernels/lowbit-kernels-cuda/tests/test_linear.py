@@ -215,6 +215,14 @@ def test_e4m3_scales_are_packed_without_subnormals(spec, device):
             assert within(run(x, parts_, description, None), x, changed)
 
 
+def test_a_scale_of_minus_zero_is_packed_as_it_is():
+    q = lowbit.quantize(torch.zeros(16, 64, dtype=torch.bfloat16), "NVFP4")
+    scale = q.scale.view(torch.uint8).fill_(0x80).view(q.scale.dtype)
+    parts_, description = packed(q.with_inner(q.inner_tensors() | {"scale": scale}))
+    assert torch.equal(unpack(parts_, description)["scale"].view(torch.uint8), scale.view(torch.uint8))
+    assert bool((run(torch.ones(1, 64, dtype=torch.bfloat16), parts_, description, None) == 0).all())
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_inputs_may_begin_anywhere(device):
     q = weight("INT4_G128", 32, 128, device=device)

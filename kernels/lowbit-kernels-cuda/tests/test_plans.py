@@ -47,6 +47,14 @@ def test_parts_of_k_are_no_more_than_steps():
         assert plan.splits <= max(k // plan.kind.columns // 2, 1)
 
 
+def test_equal_plans_are_one_so_that_compiling_is_told_once():
+    found = [
+        linear.schedule(Format.parse("MXFP4"), torch.bfloat16, m, 64, 256, torch.device("cpu"), lifted=True)
+        for m in (1, 2)
+    ]
+    assert found[0] is found[1]
+
+
 def test_terms_are_what_programs_do():
     """A hundred programs on ten multiprocessors, four at a time: two rounds of four, and two at the end."""
     kind = plans.Kind(64, 16, 128, 4, 3)

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from lowbit.format import Format
 from lowbit_kernels_cuda.scaling import raw
+from lowbit_kernels_cuda.weights import repeated
 
 # The exponent of a bfloat16 that is neither infinite nor no number.
 _LARGEST = 254
+_LARGEST_E4M3 = 126
 
 
 def lift(fmt: Format) -> int:
@@ -57,18 +59,18 @@ def lowered(scale: Tensor, fmt: Format) -> Tensor:
 
 
 def _none_is_lost(scale: Tensor, codes: Tensor, fmt: Format) -> bool:
-    """Whether codes under scales of 0, which five bits of exponent do not have, are 0 themselves."""
-    *blocks, group = fmt.block_for(codes.dim())
-    each = scale.float() == 0
-    if not bool(each.any()):
+    """Whether codes under scales of 0, which five bits of exponent do not have, are 0, and no such scale has a sign."""
+    zero = scale.float() == 0
+    if not bool(zero.any()):
         return True
-    for dim, block in enumerate((*blocks, group)):
-        each = each.repeat_interleave(block or codes.shape[dim], dim).narrow(dim, 0, codes.shape[dim])
-    return not bool((each & (codes.view(torch.uint8) << (9 - fmt.element.bits) != 0)).any())
+    each = repeated(zero, fmt.block_for(codes.dim()), codes.shape)
+    return int(raw(scale).max()) <= _LARGEST_E4M3 and not bool(
+        (each & (codes.view(torch.uint8) << (9 - fmt.element.bits) != 0)).any()
+    )
 
 
 @cache
 def _five_bits(device: torch.device) -> Tensor:
     """For each e4m3 from 0 to the largest, the byte of 5 bits of exponent, with a bias of 10, and 3 of mantissa."""
-    bits = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float().view(torch.int32)
+    bits = torch.arange(_LARGEST_E4M3 + 1, dtype=torch.uint8).view(torch.float8_e4m3fn).float().view(torch.int32)
     return ((bits >> 20) - ((127 - 10) << 3)).clamp_min(0).to(torch.uint8).to(device)

@@ -125,7 +125,7 @@ def choose(
 
     found = [
         timed(kind, cost, splits)
-        for kind, cost in _usable(fmt, needs_exactness(how), exact, blocks, hopper)
+        for kind, cost in _usable(fmt, blocks, needed=needs_exactness(how), exact=exact, hopper=hopper)
         for splits in splits_for(kind, k)
     ]
     return min(found, key=lambda each: each[0])
@@ -141,11 +141,7 @@ def splits_for(kind: Kind, k: int) -> list[int]:
 
 @cache
 def _usable(
-    fmt: Format,
-    needed: bool,  # noqa: FBT001 - of a cache
-    exact: bool,  # noqa: FBT001
-    blocks: tuple[int, ...],
-    hopper: bool,  # noqa: FBT001
+    fmt: Format, blocks: tuple[int, ...], *, needed: bool, exact: bool, hopper: bool
 ) -> list[tuple[Kind, Cost]]:
     """Kinds of programs with so many tokens, and their costs: those of the most similar format that has some."""
 

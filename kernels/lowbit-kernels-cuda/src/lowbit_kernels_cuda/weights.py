@@ -9,6 +9,8 @@ two codes of a pair stands in its own half, at the same place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -79,6 +81,13 @@ def unpack_tiles(words: tuple[Tensor, ...], element: Element, n: int, k: int) ->
         at += size
     tiles = pairs.view(tall, wide, 8, 4, 4, 2, 2, 2).permute(0, 6, 2, 1, 4, 5, 3, 7)
     return tiles.reshape(tall * ROWS, wide * COLUMNS)[:n, :k]
+
+
+def repeated(part: Tensor, blocks: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """What blocks have, once for each row, or column, or whatever `blocks` are lengths of; 0: as long as `shape`."""
+    for dim, block in enumerate(blocks):
+        part = part.repeat_interleave(block or shape[dim], dim).narrow(dim, 0, shape[dim])
+    return part
 
 
 def pack_scales(scales: Tensor, group: int) -> Tensor:

@@ -176,7 +176,8 @@ def _grouped_mm(
     mat_a: Tensor, mat_b: Tensor, *, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
 ) -> Tensor:
     """F.grouped_mm of tokens (M, K) with packed experts that read as (E, K, N)."""
-    if bias is None and out_dtype is None and (way := _way("grouped_mm", mat_a, mat_b, offs)) is not None:
+    plain = offs is not None and bias is None and out_dtype is None
+    if plain and (way := _way("grouped_mm", mat_a, mat_b, offs)) is not None:
         return way(mat_a, offs)
     packed, mat_a = _operand(mat_b, "grouped_mm"), under_autocast(mat_a)
     if offs is None or bias is not None or out_dtype not in (None, mat_a.dtype):
@@ -254,8 +255,6 @@ def _decoded(grad: Tensor, weight: PackedTensor) -> Tensor:
 def _way(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[..., Tensor] | None:
     """The kernel as a function of (x, bias or offs), where nothing but it takes part; see `lowbit.uses`."""
     if is_compiling() or type(weight) is not PackedTensor or not _reads(weight, op) or not unwatched(x, bias):
-        return None
-    if op == "grouped_mm" and bias is None:
         return None
     if op != "embedding" and x.shape[-1] != weight.shape[_CONTRACTED[op]]:
         return None
