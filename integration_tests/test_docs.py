@@ -15,6 +15,7 @@ import tomllib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import get_args
@@ -152,10 +153,12 @@ def run_command(line):
 def run_lowbit(arguments):
     """Run what the `lowbit` script runs, in this process: to import transformers takes longer than most of the work.
 
-    The README's main job is cut to fewer tokens than the 300 kB of text it evaluates.
+    What evaluates models is cut to fewer tokens than the 300 kB of text that come with lowbit, what calibrates to fewer
+    samples.
     """
-    if arguments[0] == "compare" and "--tokens" not in arguments:
+    if arguments[0] in {"compare", "eval", "verify"} and not {"--tokens", "--help"} & set(arguments):
         arguments = [*arguments, "--tokens", "1024"]
+    arguments = ["4" if before == "--samples" else each for before, each in pairwise(["", *arguments])]
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(output), redirect_stderr(output):
         patch.setattr(sys, "argv", ["lowbit", *arguments])

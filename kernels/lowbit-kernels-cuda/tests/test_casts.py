@@ -31,6 +31,8 @@ FORMATS = (
     *("int4:1x*:float32:zero=int4", "int5:1x*:float16", "int3:1x256:float16", "e3m2:1x16:e4m3fn"),
 )
 PLAIN = (None, None, None)
+# The interpreter is slow: formats of every kind of scale, and on a GPU all.
+QUICK = {"MXFP8", "MXFP6_E3M2", "NVFP4", "FP8_TENSOR", "FP8_128x128", "INT4_G32", "UINT4_G128", "e3m2:1x16:e4m3fn"}
 
 
 def hard(shape, dtype, seed=0):
@@ -76,8 +78,11 @@ def on(device, arguments):
     return [part.to(device) if isinstance(part, torch.Tensor) else part for part in arguments]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spec", FORMATS)
+@pytest.mark.parametrize(
+    ("spec", "device"),
+    [pytest.param(spec, "cpu", marks=() if spec in QUICK else pytest.mark.slow) for spec in FORMATS]
+    + [pytest.param(spec, "cuda", marks=pytest.mark.gpu) for spec in FORMATS],
+)
 def test_every_format_has_the_references_bits_in_every_order_of_memory(spec, device):
     fmt = Format.parse(spec)
     k = 3 * max(fmt.block[-1], 32) if fmt.block[0] == 1 and fmt.block[-1] else 300
@@ -224,6 +229,7 @@ def test_mx_codes_are_those_of_ml_dtypes(spec, dtype, top, device):
     assert np.array_equal(found.cpu().numpy(), values)
 
 
+@pytest.mark.slow
 def test_the_interpreted_backend_passes():
     interpreted = SimpleNamespace(
         name="cuda",

@@ -44,6 +44,8 @@ SPECS = (
     "int5:1x*:float32",
     "int7:1x16:float32",
 )
+# The interpreter is slow: every way to read codes and scales, and on a GPU all.
+QUICK = {"UINT4_G128", "INT8_ROW_ASYM", "FP8_ROW", "FP8_128x128", "MXFP8_E5M2", "MXFP4", "NVFP4", "int7:1x16:float32"}
 
 
 def weight(spec, n, k, *, dtype=torch.bfloat16, device="cpu", outliers=False):
@@ -141,8 +143,11 @@ def test_packing_is_undone_and_takes_no_more_room(spec):
         assert size[0] <= 1.1 * size[1]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(
+    ("spec", "device"),
+    [pytest.param(spec, "cpu", marks=() if spec in QUICK else pytest.mark.slow) for spec in SPECS]
+    + [pytest.param(spec, "cuda", marks=pytest.mark.gpu) for spec in SPECS],
+)
 def test_products_are_those_of_float64(spec, device):
     generator = torch.Generator().manual_seed(1)
     group = Format.parse(spec).block_for(2)[-1]

@@ -106,7 +106,7 @@ def test_the_command(command, worded, quantize, tmp_path):
     assert (code, told["failed"]) == (0, False)
     # But for what float32 leaves of it, which depends on the machine.
     assert told["ours"]["kl"] == pytest.approx(0.0, abs=1e-6)
-    assert told["ours"]["perplexity"] == pytest.approx(told["theirs"]["perplexity"], rel=1e-6)
+    assert told["ours"]["perplexity"] == pytest.approx(told["theirs"]["perplexity"], rel=1e-5)
     assert [reading["refused"] is None for reading in told["readings"]] == [True, False]
     # Where nobody else reads it, nothing is shown.
     code, said, _ = command("verify", tmp_path / "awq", "--with", "transformers")

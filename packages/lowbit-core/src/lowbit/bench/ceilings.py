@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured beside the rest: a copy, and a product in bfloat16."""
+"""What the machine can do at best, measured beside the rest: a copy, and a product of matrices."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ class Ceilings:
     # Bytes read and written a second, by a copy of `copied` bytes.
     bytes_per_s: float
     copied: int
-    # Floating-point operations a second, of a product of `side` x `side` bfloat16 matrices.
+    # Floating-point operations a second, of a product of `side` x `side` matrices of `dtype`.
     flops_per_s: float
     side: int
+    dtype: str
     copy: Timing
     product: Timing
 
@@ -41,11 +42,18 @@ def measure_ceilings(device: torch.device, *, budget: float) -> Ceilings:
         source = normal(size // 2, kind="normal", seed=i, device=device)
         return partial(torch.empty_like(source).copy_, source)
 
-    def multiplying(i: int) -> Run:
-        a, b = (normal(side, side, kind="normal", seed=2 * i + j, device=device) for j in range(2))
+    def multiplying(side: int, dtype: torch.dtype, i: int) -> Run:
+        a, b = (normal(side, side, kind="normal", seed=2 * i + j, device=device, dtype=dtype) for j in range(2))
         return partial(torch.mm, a, b)
+
+    dtype = torch.bfloat16
+    if device.type == "cpu":
+        # Without instructions for bfloat16, a processor takes a hundred times as long as in float32.
+        once = partial(time_calls, footprint=1 << 30, device=device, budget=0)
+        dtype = min((dtype, torch.float32), key=lambda each: once(partial(multiplying, 256, each)).median)
 
     copies = [(size, time_calls(partial(copying, size), 2 * size, device, budget=budget)) for size in sizes]
     size, copy = min(copies, key=lambda each: each[1].median / each[0])
-    product = time_calls(multiplying, 4 * side**2, device, budget=budget)
-    return Ceilings(2 * size / copy.median, size, 2 * side**3 / product.median, side, copy, product)
+    product = time_calls(partial(multiplying, side, dtype), 2 * dtype.itemsize * side**2, device, budget=budget)
+    told = str(dtype).removeprefix("torch.")
+    return Ceilings(2 * size / copy.median, size, 2 * side**3 / product.median, side, told, copy, product)

@@ -41,7 +41,8 @@ def headlines(results: dict[str, Any]) -> list[str]:
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     clocks = ", ".join(f"{name} {value}" for name, value in told["clocks"].items())
     copy = f"copy of {size(most['copied'])} {_rate(most['bytes_per_s'], 'B/s')}"
-    product = f"bfloat16 product of side {most['side']} {_rate(most['flops_per_s'], 'FLOP/s')}"
+    dtype = most.get("dtype", "bfloat16")  # older results do not tell
+    product = f"{dtype} product of side {most['side']} {_rate(most['flops_per_s'], 'FLOP/s')}"
     return [f"{told['device']}, {told['date']}{clocks and f' ({clocks})'}", versions, f"ceilings: {copy}, {product}"]
 
 
