@@ -117,7 +117,7 @@ def test_torchao_is_named_where_it_is_missing(monkeypatch):
 def test_a_row_of_results_has_both_errors_and_the_speed_over_the_inverse(monkeypatch):
     monkeypatch.setattr("lowbit.bench.timing._ROTATED", 1)
     timing = Timing(1, 1, 1, 3, 1, 1, "rotated")
-    ceilings = Ceilings(1e9, 1, 1e9, 1, timing, timing)
+    ceilings = Ceilings(1e9, 1, 1e9, 1, "float32", timing, timing)
     factoring, rounding, *_ = (measure(case, CPU, ceilings, budget=0.001) for case in cases("INT8_ROW"))
     ours, theirs = rounding["contenders"]
     for kind in ("normal", "outliers"):
