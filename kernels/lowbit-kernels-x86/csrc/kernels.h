@@ -1,0 +1,47 @@
+// What the kernels of each instruction set take: pointers and lengths that were checked before.
+#pragma once
+
+#include <cstdint>
+
+#include "format.h"
+
+namespace lowbit {
+
+enum class Type { float32, bfloat16, float16 };
+
+// Rows that are packed together, one a lane.
+inline constexpr int TILE = 16;
+// Columns by which packed rows are padded, and float inputs with them.
+inline constexpr int STEP = 32;
+
+// A matrix (N, K) packed by tiles of 16 rows; all that a row has stands in its lane:
+// codes [tile][word][16], 32-bit words of the canonical bit stream; scale and zero [tile][group][16].
+struct Packed {
+  Format format;
+  int64_t n, k;
+  const uint32_t* codes;
+  const void* scale;
+  const void* zero;           // one byte each, or null
+  const float* tensor_scale;  // or null
+  int64_t tensor_scales;      // 1, or one a row
+};
+
+struct Kernels {
+  const char* isa;
+  // Tokens of which `few` takes as many at once.
+  int few_tokens;
+  // Values of `count` numbers as float32, times `by` (rounded to their type) where there is one.
+  void (*widen)(const void* x, Type type, const void* by, int64_t count, float* to);
+  // out[m][n] = bias[n] + sum over k of x[m][k] w[n][k] for the rows of tiles [first, last), rounded to `type`.
+  // x: `tokens` rows of `stride` floats, zero from k on. `few`: decodes each weight for all tokens at once.
+  void (*few)(const Packed& w, const float* x, int64_t stride, int tokens, const void* bias, void* out, Type type,
+              int64_t first, int64_t last);
+  // ... `many`: decodes weights into a panel first.
+  void (*many)(const Packed& w, const float* x, int64_t stride, int64_t tokens, const void* bias, void* out, Type type,
+               int64_t first, int64_t last);
+  // Values (K,) of a canonical row of codes, rounded to `type`; `at`: the first of the row's scales and zero points.
+  void (*decode)(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
+                 float tensor_scale, bool has_tensor_scale, int64_t k, void* out, Type type);
+};
+
+}  // namespace lowbit

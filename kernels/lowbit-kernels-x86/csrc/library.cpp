@@ -1,0 +1,306 @@
+// The operators lowbit_x86::*, through torch's stable ABI: every argument is checked here, before a kernel sees a pointer.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "isa.h"
+
+namespace {
+
+using lowbit::Format;
+using lowbit::Packed;
+using lowbit::Scale;
+using lowbit::STEP;
+using lowbit::TILE;
+using lowbit::Type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+std::string told(const Tensor& tensor) {
+  std::string text;
+  for (const int64_t size : tensor.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "shape (" + text + ")";
+}
+
+void check(const Tensor& tensor, const char* name, std::initializer_list<ScalarType> types) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " must be on the CPU; it is not");
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, " must be contiguous; it has ", told(tensor), " and gaps");
+  STD_TORCH_CHECK(std::find(types.begin(), types.end(), tensor.scalar_type()) != types.end(), name,
+                  " has a dtype that this format or operator does not have: number ",
+                  static_cast<int>(tensor.scalar_type()));
+}
+
+void check_numel(const Tensor& tensor, const char* name, int64_t numel) {
+  STD_TORCH_CHECK(tensor.numel() == numel, name, " must have ", numel, " numbers; it has ", told(tensor));
+}
+
+Type type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float: return Type::float32;
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: STD_TORCH_CHECK(false, "values must be float32, bfloat16 or float16");
+  }
+}
+
+int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+void check_scale(const Tensor& scale, Scale kind, int64_t numel) {
+  switch (kind) {
+    case Scale::float32: check(scale, "scale", {ScalarType::Float}); break;
+    case Scale::bfloat16: check(scale, "scale", {ScalarType::BFloat16}); break;
+    case Scale::float16: check(scale, "scale", {ScalarType::Half}); break;
+    case Scale::e8m0: check(scale, "scale", {ScalarType::Byte, ScalarType::Float8_e8m0fnu}); break;
+    case Scale::e4m3fn: check(scale, "scale", {ScalarType::Float8_e4m3fn}); break;
+  }
+  check_numel(scale, "scale", numel);
+}
+
+void check_zero(const std::optional<Tensor>& zero, const Format& format, int64_t numel) {
+  STD_TORCH_CHECK(zero.has_value() == format.zero, "zero points must be given where the format has them, and only there");
+  if (!zero) return;
+  check(*zero, "zero", {ScalarType::Byte, ScalarType::Char});
+  check_numel(*zero, "zero", numel);
+}
+
+const void* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
+
+// Calls body(begin, end) on parts of [0, count) from torch's threads; what one of them throws is thrown here.
+template <class Body>
+void in_parallel(int64_t count, const Body& body) {
+  torch::stable::parallel_for(0, count, 1, body);
+}
+
+// The rows of one expert, or of the only matrix.
+struct Experts {
+  Packed first;
+  int64_t tiles, words, groups;
+  const Tensor &codes, &scale;
+
+  Packed at(int64_t expert) const {
+    Packed w = first;
+    const int64_t bytes = static_cast<int64_t>(scale.element_size());
+    w.codes += expert * tiles * words * TILE;
+    w.scale = static_cast<const char*>(w.scale) + expert * tiles * groups * TILE * bytes;
+    if (w.zero != nullptr) w.zero = static_cast<const char*>(w.zero) + expert * tiles * groups * TILE;
+    if (w.tensor_scale != nullptr) w.tensor_scale += expert * (w.tensor_scales == 1 ? 1 : tiles * TILE);
+    return w;
+  }
+};
+
+// Tokens that are handled together once weights are decoded for many: their float32 copy stays near.
+constexpr int64_t CHUNK = 96;
+
+void product(const Packed& w, const char* x, Type type, const void* pre_scale, int64_t tokens, const void* bias,
+             char* out) {
+  const lowbit::Kernels& run = lowbit::kernels();
+  const int64_t stride = up(w.k, STEP), tiles = up(w.n, TILE) / TILE;
+  const int64_t chunk = tokens <= run.few_tokens ? tokens : std::min(tokens, CHUNK);
+  const std::unique_ptr<float[]> values(new float[std::max<int64_t>(chunk, run.few_tokens) * stride]());
+  for (int64_t token = 0; token < tokens; token += chunk) {
+    const int64_t some = std::min(chunk, tokens - token);
+    auto widen = [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        run.widen(x + (token + row) * w.k * size_of(type), type, pre_scale, w.k, values.get() + row * stride);
+      }
+    };
+    if (some <= run.few_tokens) {
+      widen(0, some);
+    } else {
+      in_parallel(some, widen);
+    }
+    char* const to = out + token * w.n * size_of(type);
+    in_parallel(tiles, [&](int64_t begin, int64_t end) {
+      if (some <= run.few_tokens) {
+        run.few(w, values.get(), stride, static_cast<int>(some), bias, to, type, begin, end);
+      } else {
+        run.many(w, values.get(), stride, some, bias, to, type, begin, end);
+      }
+    });
+  }
+}
+
+// x (.., K), codes (E, tiles, words, 16), scale and zero (E, tiles, groups, 16), tensor_scale (E, 1 or tiles * 16)
+// -> (.., N); with offs (E,), the ends of experts' rows.
+Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
+              const std::optional<Tensor>& tensor_scale, const std::optional<Tensor>& pre_scale,
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& offs, const std::string& spec, int64_t n) {
+  const Format format = lowbit::parse(spec);
+  STD_TORCH_CHECK(x.dim() > 0, "x must have a dimension");
+  STD_TORCH_CHECK(n >= 0, "n must not be negative; it is ", n);
+  const int64_t k = x.size(x.dim() - 1);
+  check(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  STD_TORCH_CHECK(format.columns % 16 == 0, "scales must cover multiples of 16 columns, or all; this is ", spec);
+  check(codes, "codes", {ScalarType::Int});
+  const int64_t tiles = up(n, TILE) / TILE, words = up(k, STEP) / 32 * format.element.bits;
+  const int64_t groups = format.columns ? up(k, format.columns) / format.columns : 1;
+  const int64_t experts = codes.dim() ? codes.size(0) : 0;
+  check_numel(codes, "codes", experts * tiles * words * TILE);
+  check_scale(scale, format.scale, experts * tiles * groups * TILE);
+  check_zero(zero, format, experts * tiles * groups * TILE);
+  int64_t tensor_scales = 0;
+  STD_TORCH_CHECK(tensor_scale.has_value() == format.tensor_scale,
+                  "a tensor scale must be given where the format has one, and only there");
+  if (tensor_scale) {
+    check(*tensor_scale, "tensor_scale", {ScalarType::Float});
+    tensor_scales = tensor_scale->numel() == experts ? 1 : tiles * TILE;
+    check_numel(*tensor_scale, "tensor_scale", experts * tensor_scales);
+  }
+  if (pre_scale) {
+    check(*pre_scale, "pre_scale", {x.scalar_type()});
+    check_numel(*pre_scale, "pre_scale", k);
+  }
+  if (bias) {
+    check(*bias, "bias", {x.scalar_type()});
+    check_numel(*bias, "bias", n);
+  }
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = n;
+  const int64_t tokens = k ? x.numel() / k : 0;
+  std::vector<int64_t> ends{tokens};
+  if (offs) {
+    check(*offs, "offs", {ScalarType::Int});
+    check_numel(*offs, "offs", experts);
+    const int32_t* given = static_cast<const int32_t*>(offs->const_data_ptr());
+    ends.assign(given, given + experts);
+    int64_t before = 0;
+    for (const int64_t end : ends) {
+      STD_TORCH_CHECK(before <= end && end <= tokens, "offs must not fall and not pass the ", tokens, " rows of x; ",
+                      end, " follows ", before);
+      before = end;
+    }
+  } else {
+    STD_TORCH_CHECK(experts == 1, "codes of ", experts, " matrices need offs");
+  }
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (out.numel() == 0) return out;
+  const Experts of{{format, n, k, static_cast<const uint32_t*>(codes.const_data_ptr()), scale.const_data_ptr(),
+                    pointer(zero), static_cast<const float*>(pointer(tensor_scale)), tensor_scales},
+                   tiles,
+                   words,
+                   groups,
+                   codes,
+                   scale};
+  const Type type = type_of(x.scalar_type());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  int64_t begin = 0;
+  for (size_t expert = 0; expert < ends.size(); ++expert) {
+    if (begin < ends[expert]) {
+      product(of.at(expert), from + begin * k * size_of(type), type, pointer(pre_scale), ends[expert] - begin,
+              pointer(bias), to + begin * n * size_of(type));
+    }
+    begin = ends[expert];
+  }
+  std::fill(to + begin * n * size_of(type), to + tokens * n * size_of(type), 0);
+  return out;
+}
+
+// Values (.., K) of rows of canonical parts: of all of them, or of those that `ids` (any shape) name.
+Tensor decode(const std::optional<Tensor>& ids, const Tensor& qdata, const Tensor& scale,
+              const std::optional<Tensor>& zero, const std::optional<Tensor>& tensor_scale, const std::string& spec,
+              int64_t k, ScalarType dtype) {
+  const Format format = lowbit::parse(spec);
+  const Type type = type_of(dtype);
+  STD_TORCH_CHECK(qdata.dim() > 0, "qdata must have a dimension");
+  STD_TORCH_CHECK(k >= 0, "k must not be negative; it is ", k);
+  check(qdata, "qdata", {ScalarType::Byte, ScalarType::Char, ScalarType::Float8_e4m3fn, ScalarType::Float8_e5m2});
+  // Codes are padded to whole runs that end on a byte.
+  const int run = format.element.bits % 8 == 0 ? 1 : format.element.bits % 4 == 0 ? 2 : format.element.bits % 2 == 0 ? 4 : 8;
+  const int64_t bytes = up(k, run) * format.element.bits / 8;
+  STD_TORCH_CHECK(qdata.size(qdata.dim() - 1) == bytes, "qdata must have rows of ", bytes, " bytes for ", k,
+                  " values; it has ", told(qdata));
+  const int64_t matrix = qdata.dim() > 1 ? qdata.size(qdata.dim() - 2) : 1;
+  const int64_t rows = bytes ? qdata.numel() / bytes : 0, matrices = matrix ? rows / matrix : 0;
+  const int64_t groups = format.columns ? up(k, format.columns) / format.columns : 1;
+  const int64_t block = format.rows ? format.rows : std::max<int64_t>(matrix, 1);
+  const int64_t blocks = up(matrix, block) / block;
+  check_scale(scale, format.scale, matrices * blocks * groups);
+  check_zero(zero, format, matrices * blocks * groups);
+  STD_TORCH_CHECK(tensor_scale.has_value() == format.tensor_scale,
+                  "a tensor scale must be given where the format has one, and only there");
+  int64_t each = 0;
+  if (tensor_scale) {
+    check(*tensor_scale, "tensor_scale", {ScalarType::Float});
+    each = tensor_scale->numel() == matrices ? 1 : blocks;
+    check_numel(*tensor_scale, "tensor_scale", matrices * each);
+  }
+  std::vector<int64_t> shape;
+  int64_t count = rows;
+  if (ids) {
+    check(*ids, "ids", {ScalarType::Int, ScalarType::Long});
+    STD_TORCH_CHECK(qdata.dim() == 2, "a table must be a matrix; it has ", told(qdata));
+    shape.assign(ids->sizes().begin(), ids->sizes().end());
+    count = ids->numel();
+  } else {
+    shape.assign(qdata.sizes().begin(), qdata.sizes().end() - 1);
+  }
+  shape.push_back(k);
+  auto row_of = [&, wide = ids && ids->scalar_type() == ScalarType::Long](int64_t i) -> int64_t {
+    if (!ids) return i;
+    const void* data = ids->const_data_ptr();
+    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+  };
+  for (int64_t i = 0; ids && i < count; ++i) {
+    const int64_t row = row_of(i);
+    STD_TORCH_CHECK(0 <= row && row < rows, "row ", row, " is not in the table, which has ", rows, " rows");
+  }
+  Tensor out = torch::stable::empty(shape, dtype);
+  if (out.numel() == 0) return out;
+  const lowbit::Kernels& kernels = lowbit::kernels();
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const uint8_t* codes = static_cast<const uint8_t*>(qdata.const_data_ptr());
+  const float* whole = static_cast<const float*>(pointer(tensor_scale));
+  const int64_t grain = std::max<int64_t>(1, 16384 / k);
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = row_of(i), of = row / matrix, at = of * blocks + row % matrix / block;
+      const float factor = whole == nullptr ? 1.0f : whole[each == 1 ? of : at];
+      kernels.decode(format, codes + row * bytes, scale.const_data_ptr(), pointer(zero), at * groups, factor,
+                     whole != nullptr, k, to + i * k * size_of(type), type);
+    }
+  });
+  return out;
+}
+
+Tensor dequantize(const Tensor& qdata, const Tensor& scale, const std::optional<Tensor>& zero,
+                  const std::optional<Tensor>& tensor_scale, const std::string& spec, int64_t k, ScalarType dtype) {
+  return decode(std::nullopt, qdata, scale, zero, tensor_scale, spec, k, dtype);
+}
+
+Tensor embedding(const Tensor& ids, const Tensor& qdata, const Tensor& scale, const std::optional<Tensor>& zero,
+                 const std::optional<Tensor>& tensor_scale, const std::string& spec, int64_t k, ScalarType dtype) {
+  return decode(ids, qdata, scale, zero, tensor_scale, spec, k, dtype);
+}
+
+std::string isa() { return lowbit::kernels().isa; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(lowbit_x86, library) {
+  library.def(
+      "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? tensor_scale, Tensor? pre_scale, "
+      "Tensor? bias, Tensor? offs, str format, SymInt n) -> Tensor");
+  library.def(
+      "embedding(Tensor ids, Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale, str format, SymInt k, "
+      "ScalarType dtype) -> Tensor");
+  library.def(
+      "dequantize(Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale, str format, SymInt k, "
+      "ScalarType dtype) -> Tensor");
+  library.def("isa() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit_x86, CPU, library) {
+  library.impl("linear", TORCH_BOX(&linear));
+  library.impl("embedding", TORCH_BOX(&embedding));
+  library.impl("dequantize", TORCH_BOX(&dequantize));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lowbit_x86, CompositeExplicitAutograd, library) { library.impl("isa", TORCH_BOX(&isa)); }

@@ -1,0 +1,240 @@
+// Vectors of the instruction set that this translation unit is compiled for, and how stored numbers become them.
+// Written in GCC's vector extensions, so that one text serves all; intrinsics stand where those have no word.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+namespace lowbit {
+namespace LOWBIT_ISA {
+
+#if defined(__AVX2__)
+inline constexpr int W = 8;
+#else
+inline constexpr int W = 4;
+#endif
+
+// Vectors of a tile.
+inline constexpr int H = TILE / W;
+
+typedef float F __attribute__((vector_size(4 * W)));
+typedef int32_t I __attribute__((vector_size(4 * W)));
+typedef uint32_t U __attribute__((vector_size(4 * W)));
+typedef uint16_t Halves __attribute__((vector_size(2 * W)));
+typedef uint8_t Bytes __attribute__((vector_size(W)));
+typedef int8_t SignedBytes __attribute__((vector_size(W)));
+
+template <class V>
+inline V load(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+  std::memcpy(to, &v, sizeof v);
+}
+
+inline F all(float x) { return F{} + x; }
+inline U all(uint32_t x) { return U{} + x; }
+
+inline F fma(F a, F b, F c) {
+#if defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+inline F least(F a, F b) {
+#if defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return _mm_min_ps(a, b);
+#endif
+}
+
+template <int... P, class Body>
+inline void each(std::integer_sequence<int, P...>, const Body& body) {
+  (body(std::integral_constant<int, P>{}), ...);
+}
+
+// body(0), ..., body(Count - 1), each a constant.
+template <int Count, class Body>
+inline void unroll(const Body& body) {
+  each(std::make_integer_sequence<int, Count>{}, body);
+}
+
+// Values of codes whose highest bit stands in bit 31; what stands below the code does not count.
+template <int E, int M, int Bias>
+struct FloatCode {
+  static constexpr int bits = 1 + E + M;
+  static constexpr bool offset = false;
+  static inline F value(U top) {
+    const U sign = top & 0x80000000u;
+    const U field = (top >> (8 - E)) & (((1u << (E + M)) - 1) << (23 - M));
+    // With a hidden one where there is none, a subnormal m / 2^M reads 1 + m / 2^M, at half the step: twice that less
+    // the first normal number is right, and larger than what a normal number reads.
+    const F read = (F)(field + (uint32_t(127 - Bias) << 23));
+    const F magnitude = least(read, read + read - first_normal());
+    U bits = (U)magnitude | sign;
+    if constexpr (E == 5 && M == 2) {
+      // Beyond the largest exponent stand infinity and NaN.
+      const U special = (U)(field >= (31u << 23));
+      bits |= special & 0x7f800000u;
+    }
+    if constexpr (E == 4 && M == 3) {
+      const U nan = (U)(field == (0x7fu << 20));
+      bits |= nan & 0x7fc00000u;
+    }
+    return (F)bits;
+  }
+  static inline F first_normal() { return (F)(all(uint32_t(128 - Bias) << 23)); }
+};
+
+// Two's complement.
+template <int Bits>
+struct IntCode {
+  static constexpr int bits = Bits;
+  static constexpr bool offset = false;
+  static inline F value(U top) { return __builtin_convertvector((I)top >> (32 - Bits), F); }
+};
+
+// Counted from the lowest code, less a zero point.
+template <int Bits>
+struct OffsetCode {
+  static constexpr int bits = Bits;
+  static constexpr bool offset = true;
+  static inline F value(U top) { return __builtin_convertvector((I)(top >> (32 - Bits)), F); }
+};
+
+// Codes of a run fill whole words, or half of a step where they straddle words; a step is a number of runs, some of which
+// read the same words from another code on.
+template <int Bits>
+struct Runs {
+  static constexpr bool aligned = 32 % Bits == 0;
+  static constexpr int codes = !aligned || Bits == 1 ? 16 : 32 / Bits;
+  // Kinds of runs in a step, and how many of them share a kind's code.
+  static constexpr int kinds = !aligned || Bits == 1 ? 2 : 1;
+  static constexpr int each = STEP / codes / kinds;
+};
+
+// Code P of the 32 in Bits words, at the top of each lane; `word(i)` gives word i of every lane.
+template <int Bits, int P, class Word>
+inline U field(const Word& word) {
+  constexpr int at = Bits * P % 32, i = Bits * P / 32, end = at + Bits;
+  if constexpr (end <= 32) {
+    return word(i) << (32 - end);
+  } else {
+    return ((word(i) >> at) | (word(i + 1) << (32 - at))) << (32 - Bits);
+  }
+}
+
+inline F from_bfloat16(Halves bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
+
+inline F from_float16(Halves bits) {
+#if defined(__AVX2__)
+  return _mm256_cvtph_ps((__m128i)bits);
+#else
+  const U wide = __builtin_convertvector(bits, U);
+  const U magnitude = wide & 0x7fffu;
+  // As for FloatCode; a half's subnormals are normal here.
+  const F read = (F)((magnitude << 13) + (112u << 23));
+  const F first = (F)(all(113u << 23));
+  U found = (U)least(read, read + read - first);
+  const U special = (U)(magnitude >= 0x7c00u);
+  found |= special & 0x7f800000u;
+  return (F)(found | (wide & 0x8000u) << 16);
+#endif
+}
+
+// Rounded to nearest, ties to even; a NaN stays one.
+inline Halves to_bfloat16(F x) {
+  const U bits = (U)x;
+  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U nan = (U)((bits & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
+}
+
+inline Halves to_float16(F x) {
+#if defined(__AVX2__)
+  return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const U bits = (U)x, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  // Normal results: the exponent moves by 112, and 13 bits are rounded away; too large ones end in infinity.
+  const U normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14 an addition rounds to steps of 2^-24.
+  const U tiny = (U)((F)magnitude + all(0.5f)) - 0x3f000000u;
+  const U small = (U)(magnitude < (113u << 23)), large = (U)(normal > 0x7c00u) & ~small;
+  const U nan = (U)(magnitude > 0x7f800000u);
+  U found = (small & tiny) | (~small & normal);
+  found = (large & 0x7c00u) | (~large & found);
+  found = (nan & 0x7e00u) | (~nan & found);
+  return __builtin_convertvector(found | sign, Halves);
+#endif
+}
+
+// W values from `at` on.
+inline F load_as(const void* from, Type type, int64_t at) {
+  switch (type) {
+    case Type::float32: return load<F>(static_cast<const float*>(from) + at);
+    case Type::bfloat16: return from_bfloat16(load<Halves>(static_cast<const uint16_t*>(from) + at));
+    default: return from_float16(load<Halves>(static_cast<const uint16_t*>(from) + at));
+  }
+}
+
+inline void store_as(void* to, Type type, int64_t at, F x) {
+  switch (type) {
+    case Type::float32: return store(static_cast<float*>(to) + at, x);
+    case Type::bfloat16: return store(static_cast<uint16_t*>(to) + at, to_bfloat16(x));
+    default: return store(static_cast<uint16_t*>(to) + at, to_float16(x));
+  }
+}
+
+inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+// W scales from `at` on, as float32; 2^-127 is a subnormal number there.
+inline F load_scale(const void* from, Scale scale, int64_t at) {
+  switch (scale) {
+    case Scale::float32: return load_as(from, Type::float32, at);
+    case Scale::bfloat16: return load_as(from, Type::bfloat16, at);
+    case Scale::float16: return load_as(from, Type::float16, at);
+    case Scale::e8m0: {
+      const U code = __builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from) + at), U);
+      const U nan = (U)(code == 255u), least = (U)(code == 0u);
+      return (F)((code << 23) | (nan & 0x00400000u) | (least & 0x00400000u));
+    }
+    default:
+      return FloatCode<4, 3, 7>::value(
+          __builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from) + at), U) << 24);
+  }
+}
+
+inline int64_t size_of(Scale scale) {
+  switch (scale) {
+    case Scale::float32: return 4;
+    case Scale::bfloat16:
+    case Scale::float16: return 2;
+    default: return 1;
+  }
+}
+
+// W zero points from `at` on, counted from the lowest code.
+inline F load_zero(const void* from, const Element& element, int64_t at) {
+  if (element.is_signed) {
+    const F zero = __builtin_convertvector(load<SignedBytes>(static_cast<const int8_t*>(from) + at), F);
+    return zero + static_cast<float>(1 << (element.bits - 1));
+  }
+  return __builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from) + at), F);
+}
+
+}  // namespace LOWBIT_ISA
+}  // namespace lowbit

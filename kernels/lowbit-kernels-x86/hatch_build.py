@@ -1,0 +1,90 @@
+"""Compile the library once for every instruction set; hatchling calls this for a wheel and for an editable install."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+# torch 2.11, the oldest that is supported: its stable ABI is what later ones keep.
+TARGET = "0x020b000000000000"
+FLAGS = (
+    "-std=c++20",
+    "-O2",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wno-uninitialized",
+    "-Wno-maybe-uninitialized",
+)
+# Never -march=native: what runs is chosen on the machine that runs it.
+SETS = {
+    "scalar": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+}
+LIBRARY = "lowbit_x86.so"
+
+
+class CustomBuildHook(BuildHookInterface):
+    """Put the library beside the Python modules; on other processors, and other systems than Linux, there is none."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and tag the wheel for this platform and any Python."""
+        if platform.machine() not in {"x86_64", "AMD64"} or sys.platform != "linux":
+            return
+        package = Path(self.root, "src/lowbit_kernels_x86")
+        compile_library(Path(self.root, "csrc"), package / LIBRARY)
+        if version != "editable":
+            build_data["force_include"][str(package / LIBRARY)] = f"lowbit_kernels_x86/{LIBRARY}"
+            build_data["tag"] = f"py3-none-linux_{platform.machine()}"
+        build_data["pure_python"] = False
+
+
+def compile_library(source: Path, target: Path) -> None:
+    """Compile every file of `source` for its instruction sets and link `target`, which appears whole or not at all."""
+    import torch
+
+    root = Path(torch.__file__).parent
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    headers = ("-isystem", str(root / "include"), f"-DTORCH_TARGET_VERSION={TARGET}")
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = {
+            Path(folder, f"kernels.{isa}.o"): ("kernels.cpp", f"-DLOWBIT_ISA={isa}", *flags)
+            for isa, flags in SETS.items()
+        }
+        jobs |= {Path(folder, f"{name}.o"): (f"{name}.cpp", *headers) for name in ("library", "isa", "format")}
+
+        def compile_one(job: tuple[Path, tuple[str, ...]]) -> None:
+            to, (file, *flags) = job
+            # Errors tell the file, not where it was built.
+            names = f"-ffile-prefix-map={source}=csrc"
+            _run(*compiler, *FLAGS, names, *flags, "-c", str(source / file), "-o", str(to))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, jobs.items()))
+        whole = target.with_suffix(".part")
+        libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch")
+        _run(*compiler, "-shared", *map(str, jobs), "-Wl,--no-as-needed", *libraries, "-o", str(whole))
+        whole.replace(target)
+
+
+def _run(*command: str) -> None:
+    try:
+        subprocess.run(command, check=True)
+    except FileNotFoundError:
+        raise SystemExit(
+            f"lowbit-kernels-x86 is built by a C++ compiler, and {command[0]!r} is not found: install g++ 12 or later, "
+            "or set CXX, or install a wheel of it"
+        ) from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"the C++ compiler failed with exit status {error.returncode}: {' '.join(command)}") from None

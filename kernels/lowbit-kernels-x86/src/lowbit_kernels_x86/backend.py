@@ -1,0 +1,71 @@
+"""The backend `x86`: every kernel of this distribution, and what keeps a machine from running them."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import torch
+
+from lowbit.backends import Call, Kernel
+from lowbit_kernels_x86 import library, weights
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class X86:
+    """The backend; its entry point resolves to `backend`."""
+
+    name = "x86"
+
+    def probe(self) -> str | None:
+        """None on a machine whose processor the library is for."""
+        if not library.FILE.exists():
+            return f"needs an x86-64 processor and Linux; this is {platform.system()} on {platform.machine()}"
+        try:
+            library.isa()
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Every kernel."""
+        return (
+            Kernel("x86.linear", "linear", "cpu", 10, weights.run, weights.refuses, weights.pack, weights.unpack),
+            Kernel(
+                "x86.grouped_mm",
+                "grouped_mm",
+                "cpu",
+                10,
+                weights.run_grouped,
+                weights.refuses,
+                weights.pack,
+                weights.unpack,
+            ),
+            Kernel("x86.embedding", "embedding", "cpu", 10, _embedding, _refuses_values),
+            Kernel("x86.dequantize", "dequantize", "cpu", 10, _dequantize, _refuses_values),
+        )
+
+
+def _embedding(*args: Any) -> Any:
+    ids, *parts = args
+    return torch.ops.lowbit_x86.embedding.default(ids.contiguous(), *_contiguous(parts))
+
+
+def _dequantize(*args: Any) -> Any:
+    return torch.ops.lowbit_x86.dequantize.default(*_contiguous(args))
+
+
+def _contiguous(args: Any) -> list[Any]:
+    return [arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+def _refuses_values(call: Call) -> str | None:
+    if call.x_dtype not in _DTYPES:
+        return f"needs values in float32, bfloat16 or float16; these are {call.x_dtype}"
+    fmt = call.format
+    assert fmt is not None
+    return None if len(fmt.block) == 2 else f"needs blocks of rows and columns; this is {fmt}"
+
+
+backend = X86()

@@ -1,0 +1,40 @@
+"""The compiled library, loaded when this module is imported, and what its operators give without running."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE = Path(__file__).with_name("lowbit_x86.so")
+"""The library: all that a process needs of this distribution, to run programs that call its operators."""
+
+
+def isa() -> str:
+    """The instruction set whose kernels run here: scalar or avx2.
+
+    Raises:
+        RuntimeError: LOWBIT_X86_ISA names none, or one that this machine lacks.
+    """
+    return torch.ops.lowbit_x86.isa()
+
+
+def _linear(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    del codes
+    return x.new_empty(*x.shape[:-1], rest[-1])
+
+
+def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+    return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
+
+
+def _dequantize(qdata: Tensor, *rest: Any) -> Tensor:
+    return qdata.new_empty((*qdata.shape[:-1], rest[-2]), dtype=rest[-1])
+
+
+if FILE.exists():
+    torch.ops.load_library(FILE)
+    for _name, _fake in (("linear", _linear), ("embedding", _embedding), ("dequantize", _dequantize)):
+        torch.library.register_fake(f"lowbit_x86::{_name}", _fake)

@@ -1,0 +1,160 @@
+"""Products with weights packed by tiles of 16 rows: the i-th rows of a tile stand in lane i, word by word.
+
+Each row's words are those of the canonical bit stream, so packing is a transposition, and undoing it another. Rows are
+padded to whole tiles, columns to multiples of 32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowbit.backends import Call, Description
+from lowbit.element import Element
+from lowbit.format import WHOLE, Format
+from lowbit.packing import pack as pack_codes
+from lowbit.tensor import QuantizedTensor
+
+TILE, STEP = 16, 32
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def refuses(call: Call) -> str | None:
+    """Why a call is not for this kernel, or None."""
+    fmt = call.format
+    assert fmt is not None
+    if call.activation is not None:
+        return f"needs inputs as they are; these are rounded to {call.activation}"
+    if call.x_dtype not in _DTYPES:
+        return f"needs inputs in float32, bfloat16 or float16; these are {call.x_dtype}"
+    if len(fmt.block) != 2:
+        return f"needs blocks of rows and columns; this is {fmt}"
+    if fmt.block[-1] != WHOLE and fmt.block[-1] % 16:
+        return f"needs scales of multiples of 16 columns, or of whole rows; this is {fmt}"
+    return None
+
+
+def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    """Codes (E, tiles, words, 16), then the other inner tensors: those of scales (E, tiles, groups, 16)."""
+    fmt, (n, k) = weight.format, weight.canonical_shape[-2:]
+    words = -(-k // STEP) * fmt.element.bits
+    raw = _experts(weight.qdata).view(torch.uint8)
+    raw = torch.nn.functional.pad(raw, (0, words * 4 - raw.shape[-1]))
+    codes = _tiles(raw.contiguous().view(torch.int32))
+    if (flips := _flips(fmt)) is not None:
+        codes ^= flips.repeat(words // len(flips))[:, None]
+    rows = fmt.block_of((n, k))[0]
+    parts = [codes]
+    for name, part in list(weight.inner_tensors().items())[1:]:
+        if name in {"scale", "zero"}:
+            parts.append(_tiles(_spread(part, rows, n)))
+        elif name == "tensor_scale":
+            whole = _experts(part)
+            one = whole.shape[-2] == 1
+            parts.append(whole.reshape(-1, 1) if one else _tiles(_spread(whole, rows, n)).flatten(1))
+        else:
+            parts.append(part)
+    return tuple(part.contiguous() for part in parts)
+
+
+def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
+    """Undo `pack`."""
+    fmt, shape = Format.parse(description.layout.format), canonical(description)
+    *stack, n, k = shape
+    rows = fmt.block_of((n, k))[0]
+    codes, inner = packed[0], {}
+    if (flips := _flips(fmt)) is not None:
+        codes = codes ^ flips.repeat(codes.shape[-2] // len(flips))[:, None]
+    runs = 8 // fmt.element.bits if 8 % fmt.element.bits == 0 else 8
+    columns = -(-k // runs) * runs * fmt.element.bits // 8
+    raw = _untiled(codes, n).contiguous().view(torch.uint8)[..., :columns]
+    inner["qdata"] = raw.reshape(*stack, n, columns).view(fmt.element.storage)
+    for name, part in zip(description.names[1:], packed[1:], strict=True):
+        if name in {"scale", "zero"}:
+            found = _rows(_untiled(part, n), rows)
+            inner[name] = found.reshape(*stack, *found.shape[-2:])
+        elif name == "tensor_scale":
+            found = part[..., None] if part.shape[-1] == 1 else _rows(part[:, :n, None], rows)
+            inner[name] = found.reshape(*stack, -1, 1)
+        else:
+            inner[name] = part
+    return {name: part.contiguous() for name, part in inner.items()}
+
+
+def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`, of any number of tokens."""
+    return _product(x, parts, description, bias, None)
+
+
+def run_grouped(x: Tensor, parts: tuple[Tensor, ...], description: Description, offs: Tensor) -> Tensor:
+    """Each token by its expert's `weight.T`; `offs` (E,) ends each expert's, and those beyond the last become zeros."""
+    return _product(x, parts, description, None, offs)
+
+
+def canonical(description: Description) -> tuple[int, ...]:
+    """The shape of a packed weight, (N, K) or (E, N, K)."""
+    permutation = description.layout.permutation
+    return tuple(description.shape[permutation.index(d)] for d in range(len(permutation)))
+
+
+def _product(
+    x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None, offs: Tensor | None
+) -> Tensor:
+    named = dict(zip(description.names, parts, strict=True))
+    pre_scale = named.get("pre_scale")
+    return torch.ops.lowbit_x86.linear.default(
+        x.contiguous(),
+        parts[0],
+        parts[1],
+        named.get("zero"),
+        named.get("tensor_scale"),
+        None if pre_scale is None else pre_scale.to(x.dtype),
+        None if bias is None else bias.to(x.dtype).contiguous(),
+        offs,
+        description.layout.format,
+        canonical(description)[-2],
+    )
+
+
+def _experts(part: Tensor) -> Tensor:
+    """(E, rows, columns) of a matrix or of stacked ones."""
+    return part.reshape(-1, *part.shape[-2:])
+
+
+def _tiles(part: Tensor) -> Tensor:
+    """(E, N, columns) -> (E, tiles, columns, 16)."""
+    plain = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+    padded = torch.nn.functional.pad(plain, (0, 0, 0, -plain.shape[-2] % TILE))
+    return padded.unflatten(-2, (-1, TILE)).mT.contiguous().view(part.dtype)
+
+
+def _untiled(tiles: Tensor, n: int) -> Tensor:
+    """Undo `_tiles`, for N rows."""
+    plain = tiles.view(torch.uint8) if tiles.dtype.itemsize == 1 else tiles
+    return plain.mT.flatten(1, 2)[:, :n].contiguous().view(tiles.dtype)
+
+
+def _spread(part: Tensor, rows: int, n: int) -> Tensor:
+    """(E, blocks of rows, columns) -> (E, N, columns)."""
+    plain = _experts(part)
+    if rows == 1:
+        return plain
+    plain = plain.view(torch.uint8) if part.dtype.itemsize == 1 else plain
+    return plain.repeat_interleave(rows, -2)[:, :n].contiguous().view(part.dtype)
+
+
+def _rows(part: Tensor, rows: int) -> Tensor:
+    """Undo `_spread`."""
+    if rows == 1:
+        return part
+    plain = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+    return plain[:, ::rows].contiguous().view(part.dtype)
+
+
+def _flips(fmt: Format) -> Tensor | None:
+    """Words of 32 codes of sign bits, where zero points come with signed codes: those count from the lowest."""
+    element: Element = fmt.element
+    if fmt.zero is None or not element.signed:
+        return None
+    signs = torch.full((STEP,), -(1 << (element.bits - 1)), dtype=torch.int8)
+    return pack_codes(signs, element).view(torch.uint8).view(torch.int32)

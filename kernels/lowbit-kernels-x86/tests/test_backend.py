@@ -1,0 +1,140 @@
+"""Every kernel on every instruction set of this machine, against what the formats say must come out."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.backends import Description
+from lowbit.testing import sample
+from lowbit_kernels_x86 import library, weights
+from lowbit_kernels_x86.backend import backend
+
+FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+SETS = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
+HERE = [name for name, needed in SETS.items() if needed <= set(FLAGS)]
+pytestmark = pytest.mark.skipif(not library.FILE.exists(), reason="there is no library for this processor or system")
+
+CHECK = """
+    from lowbit.testing import check_backend
+    from lowbit_kernels_x86 import library
+    from lowbit_kernels_x86.backend import backend
+    print(library.isa())
+    report = check_backend(backend, activations=())
+    assert all(row.runs > row.calls > 0 for row in report.rows), report
+"""
+
+
+def in_process(code, isa):
+    environment = {**os.environ, "LOWBIT_X86_ISA": isa, "OMP_NUM_THREADS": "2"}
+    line = [sys.executable, "-c", "\n".join(each.strip() for each in code.splitlines())]
+    return subprocess.run(line, check=False, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_every_set_of_instructions_passes(isa):
+    done = in_process(CHECK, isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [isa]
+
+
+def test_the_best_set_runs_and_others_are_refused():
+    assert backend.probe() is None
+    assert library.isa() == os.environ.get("LOWBIT_X86_ISA", HERE[-1])
+    done = in_process("from lowbit_kernels_x86.backend import backend\nprint(backend.probe())", "avx9")
+    assert done.stdout.strip() == "LOWBIT_X86_ISA is avx9; it must be one of avx2, scalar"
+
+
+def packed(spec, shape, dtype=torch.float32):
+    q = lowbit.quantize(sample(shape, dtype=dtype), spec)
+    return q, weights.pack(q), Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+
+
+@pytest.mark.parametrize("spec", ["INT4_G128", "UINT4_G128", "int3:1x64:float32:zero=int3", "MXFP6_E2M3", "NVFP4"])
+@pytest.mark.parametrize("tokens", [2, 4, 7, 96, 97, 203])
+def test_products_of_many_tokens_and_long_rows(spec, tokens):
+    """Beyond one chunk of tokens, one panel of columns, and not by whole tiles or panels."""
+    q, parts, description = packed(spec, (77, 1152))
+    x, bias = sample((tokens, 1152), seed=1), sample((77,), seed=2)
+    found = weights.run(x, parts, description, bias)
+    left, right = x.double(), q.dequantize(torch.float32).double()
+    size = left.abs() @ right.abs().T + bias.double().abs()
+    # Scales on sums or on values, and sums in any order.
+    assert ((found - (left @ right.T + bias)).abs() <= (1152 + 8) * 2.0**-24 * size).all()
+
+
+def test_values_that_are_not_finite_stay():
+    """NaN and infinity among codes and scales come out where the format has them, padding or not."""
+    q = lowbit.quantize(torch.ones(3, 40), "e5m2:1x*:float32")
+    q.qdata.view(torch.uint8)[0, 3], q.qdata.view(torch.uint8)[1, 39] = 0x7C, 0x7F
+    description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    for tokens in (1, 8):
+        found = weights.run(torch.ones(tokens, 40), weights.pack(q), description, None)
+        assert (found[:, 0] == torch.inf).all()
+        assert found[:, 1].isnan().all()
+        assert found[:, 2].isfinite().all()
+    q = lowbit.quantize(torch.ones(2, 48), "e4m3fn:1x16:e8m0")
+    q.scale.view(torch.uint8)[0, 2] = 255
+    q.qdata.view(torch.uint8)[1, 47] = 0x7F
+    description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    assert weights.run(torch.ones(1, 48), weights.pack(q), description, None).isnan().all()
+
+
+def test_bad_arguments_are_refused_before_anything_runs():
+    linear, embedding = torch.ops.lowbit_x86.linear, torch.ops.lowbit_x86.embedding
+    _, (codes, scale), _ = packed("INT4_G128", (20, 256))
+    rest, x, spec = (None,) * 5, torch.ones(2, 256), "int4:1x128:bfloat16"
+    assert linear(x, codes, scale, *rest, spec, 20).shape == (2, 20)
+    for words, arguments in {
+        "codes must have 512 numbers; it has shape (1, 2, 32, 16)": (
+            x[:, :128].contiguous(),
+            codes,
+            scale,
+            *rest,
+            spec,
+            20,
+        ),
+        "codes must have 1024 numbers": (x, codes[..., :15].contiguous(), scale, *rest, spec, 20),
+        "scale must have 96 numbers": (x, torch.cat([codes, codes[:, :1]], 1), scale, *rest, spec, 40),
+        "scale has a dtype": (x, codes, scale.float(), *rest, spec, 20),
+        "x has a dtype": (x.double(), codes, scale, *rest, spec, 20),
+        "x must be contiguous": (torch.ones(256, 2).t(), codes, scale, *rest, spec, 20),
+        "bias must have 20 numbers": (x, codes, scale, *rest[:3], torch.ones(3), None, spec, 20),
+        "bias has a dtype": (x, codes, scale, *rest[:3], torch.ones(20).bfloat16(), None, spec, 20),
+        "zero points must be given": (x, codes, scale, codes, *rest[1:], spec, 20),
+        "offs must not fall": (x, codes, scale, *rest[:4], torch.tensor([3], dtype=torch.int32), spec, 20),
+        "multiples of 16 columns": (x, codes, scale, *rest, "int4:1x8:bfloat16", 20),
+        "takes no format 'int9:1x128:bfloat16': element int9": (x, codes, scale, *rest, "int9:1x128:bfloat16", 20),
+    }.items():
+        with pytest.raises(RuntimeError, match=re.escape(words)):
+            linear(*arguments)
+    table = lowbit.quantize(torch.ones(4, 32), "INT8_ROW")
+    for ids in ([4], [-1], [0, 1, 2**40]):
+        with pytest.raises(RuntimeError, match=f"row {ids[-1]} is not in the table, which has 4 rows"):
+            embedding(torch.tensor(ids), *table.stored[:2], None, None, "int8:1x*:float32", 32, torch.float32)
+
+
+def test_compilers_see_one_operator_whatever_the_tokens():
+    _, parts, description = packed("MXFP4", (48, 64))
+    run = torch.compile(lambda x: weights.run(x, parts, description, None) + 1, fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        x = sample((tokens, 64), seed=tokens)
+        torch.testing.assert_close(run(x), weights.run(x, parts, description, None) + 1)
+    x, rest = sample((3, 64)), (None,) * 5
+    torch.library.opcheck(
+        torch.ops.lowbit_x86.linear, (x, parts[0], parts[1].view(torch.uint8), *rest, "e2m1:1x32:e8m0", 48)
+    )
+
+
+def test_the_library_asks_for_nothing_but_the_stable_abi():
+    asked = subprocess.run(["nm", "-D", "--undefined-only", library.FILE], check=True, capture_output=True, text=True)
+    names = [line.split()[-1] for line in asked.stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [name for name in names if re.match(r"_?Py|_ZNK?(2at|3c10|5torch)", name)]
