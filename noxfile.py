@@ -67,6 +67,13 @@ def tests(session: nox.Session, member: str) -> None:
 
 
 @nox.session
+def slow(session: nox.Session) -> None:
+    """Run every member's slow tests; those that span members are part of the session integration."""
+    sync(session)
+    session.run("pytest", "packages", "kernels", "-m", "slow and not gpu", *session.posargs)
+
+
+@nox.session
 @nox.parametrize("version", list(TORCHES))
 def torch(session: nox.Session, version: str) -> None:
     """Run the core's tests on the oldest and the newest torch."""

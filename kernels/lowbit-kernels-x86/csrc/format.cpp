@@ -51,13 +51,19 @@ Format parse(const std::string& spec) {
   if (parts.size() < 3) refuse(spec, "needed is element:block:scale[:zero=element][:tensor]");
   const auto block = split(parts[1], 'x');
   if (block.size() != 2) refuse(spec, "blocks of " + std::to_string(block.size()) + " dimensions");
-  auto length = [](const std::string& text) { return text == "*" ? int64_t{0} : int64_t{std::stoll(text)}; };
-  Format format{element_of(spec, parts[0]), length(block[0]), length(block[1]), scale_of(spec, parts[2]), false, false};
+  auto length = [&](const std::string& text) -> int64_t {
+    if (text == "*") return 0;
+    const bool digits = !text.empty() && text.size() < 10 && text.find_first_not_of("0123456789") == text.npos;
+    if (!digits || text[0] == '0') refuse(spec, "a block of length '" + text + "'");
+    return std::stoll(text);
+  };
+  Format format{element_of(spec, parts[0]), length(block[0]), length(block[1]), scale_of(spec, parts[2])};
   for (size_t i = 3; i < parts.size(); ++i) {
     if (parts[i] == "tensor") {
       format.tensor_scale = true;
     } else if (parts[i].rfind("zero=", 0) == 0) {
       format.zero = true;
+      format.zero_signed = element_of(spec, parts[i].substr(5)).is_signed;
     } else {
       refuse(spec, parts[i]);
     }

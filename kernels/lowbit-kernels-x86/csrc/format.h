@@ -21,8 +21,15 @@ struct Format {
   // Rows and columns that a scale covers; 0: all of them.
   int64_t rows, columns;
   Scale scale;
-  bool zero, tensor_scale;
+  bool zero = false, tensor_scale = false;
+  // Of the zero points, which may be signed where codes are not.
+  bool zero_signed = false;
+
+  // Scales along k columns.
+  int64_t groups(int64_t k) const { return columns ? (k + columns - 1) / columns : 1; }
 };
+
+constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // Throws std::runtime_error on a spec that no kernel of this library takes.
 Format parse(const std::string& spec);

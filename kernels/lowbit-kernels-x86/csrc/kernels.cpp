@@ -39,10 +39,10 @@ struct Tile {
   int64_t groups, tile;
 
   Tile(const Packed& w, int64_t tile)
-      : w(w), groups(w.format.columns ? (w.k + w.format.columns - 1) / w.format.columns : 1), tile(tile) {}
+      : w(w), groups(w.format.groups(w.k)), tile(tile) {}
 
   const uint32_t* codes(int64_t step) const {
-    const int64_t words = (w.k + STEP - 1) / STEP * w.format.element.bits;
+    const int64_t words = up(w.k, STEP) / 32 * w.format.element.bits;
     return w.codes + (tile * words + step * w.format.element.bits) * TILE;
   }
 
@@ -56,7 +56,7 @@ struct Tile {
 
   F zero(int64_t group, int h) const {
     if (w.zero == nullptr) return F{};
-    return load_zero(w.zero, w.format.element, (tile * groups + group) * TILE + h * W);
+    return load_zero(w.zero, w.format, (tile * groups + group) * TILE + h * W);
   }
 };
 
@@ -66,10 +66,9 @@ F code_at(const uint32_t* words, int h) {
   return Code::value(field<Code::bits, P>([&](int i) { return load<U>(words + i * TILE + h * W); }));
 }
 
-constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 // Lanes of rows that exist, of a tile's product, with the bias, rounded.
-[[gnu::noinline]] void finish(const Packed& w, int64_t tile, int h, F sum, const void* bias, void* out, Type type, int64_t token) {
+[[gnu::noinline]] void finish(const Packed& w, int64_t tile, int h, F sum, const void* bias, void* out, Type type,
+                              int64_t token) {
   const int64_t row = tile * TILE + h * W;
   if (row >= w.n) return;
   const int64_t at = token * w.n + row;
@@ -219,30 +218,24 @@ void multiply_up_to(int rows, const float* x, int64_t stride, const float* panel
   if constexpr (R > 1) multiply_up_to<R - 1>(rows, x, stride, panel, columns, sums);
 }
 
-// Tokens whose sums are kept while panels pass.
-constexpr int64_t KEPT = 96;
-
 void many(const Packed& w, const float* x, int64_t stride, int64_t tokens, const void* bias, void* out, Type type,
           int64_t first, int64_t last) {
   alignas(64) float panel[PANEL * TILE];
-  alignas(64) float sums[KEPT * TILE];
+  alignas(64) float sums[MOST_TOKENS * TILE];
   with_code(w.format, [&](auto code) {
     using Code = decltype(code);
     for (int64_t tile = first; tile < last; ++tile) {
-      for (int64_t token = 0; token < tokens; token += KEPT) {
-        const int64_t kept = std::min(KEPT, tokens - token);
-        std::fill(sums, sums + kept * TILE, 0.0f);
-        for (int64_t k = 0; k < w.k; k += PANEL) {
-          const int64_t end = std::min(w.k, k + PANEL);
-          fill_panel<Code>(w, tile, k, end, panel);
-          for (int64_t r = 0; r < kept; r += ROWS) {
-            multiply_up_to<ROWS>(static_cast<int>(std::min<int64_t>(ROWS, kept - r)), x + (token + r) * stride + k,
-                                 stride, panel, end - k, sums + r * TILE);
-          }
+      std::fill(sums, sums + tokens * TILE, 0.0f);
+      for (int64_t k = 0; k < w.k; k += PANEL) {
+        const int64_t end = std::min(w.k, k + PANEL);
+        fill_panel<Code>(w, tile, k, end, panel);
+        for (int64_t r = 0; r < tokens; r += ROWS) {
+          multiply_up_to<ROWS>(static_cast<int>(std::min<int64_t>(ROWS, tokens - r)), x + r * stride + k, stride, panel,
+                               end - k, sums + r * TILE);
         }
-        for (int64_t r = 0; r < kept; ++r) {
-          for (int h = 0; h < H; ++h) finish(w, tile, h, load<F>(sums + (r * H + h) * W), bias, out, type, token + r);
-        }
+      }
+      for (int64_t r = 0; r < tokens; ++r) {
+        for (int h = 0; h < H; ++h) finish(w, tile, h, load<F>(sums + (r * H + h) * W), bias, out, type, r);
       }
     }
   });
@@ -270,35 +263,31 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
   std::memcpy(to + at, &value, (count - at) * sizeof(float));
 }
 
-// W codes of a row from `at` on, at the top of each lane; a row of `bytes` bytes.
+// W codes of a row from `at` on, which begins a byte, at the top of each lane.
 template <int Bits>
 U codes_at(const uint8_t* row, int64_t at) {
-  // Eight codes fill Bits bytes.
+  uint64_t run = 0;
+  std::memcpy(&run, row + at * Bits / 8, up(W * Bits, 8) / 8);
   U top;
-  for (int part = 0; part < W; part += 8) {
-    uint64_t run = 0;
-    std::memcpy(&run, row + (at + part) * Bits / 8, Bits * std::min(W, 8) / 8 + (Bits * std::min(W, 8) % 8 != 0));
-    for (int i = 0; i < std::min(W, 8); ++i) top[part + i] = static_cast<uint32_t>(run >> (Bits * i)) << (32 - Bits);
-  }
+  for (int i = 0; i < W; ++i) top[i] = static_cast<uint32_t>(run >> (Bits * i)) << (32 - Bits);
   return top;
 }
 
 template <class Code>
 void decode_row(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
-                float tensor_scale, bool has_tensor_scale, int64_t k, void* out, Type type) {
+                float tensor_scale, int64_t k, void* out, Type type) {
   constexpr int Bits = Code::bits;
   const int64_t group_columns = format.columns ? format.columns : std::max<int64_t>(k, 1);
   // Scales are read one at a time, behind which W may not exist.
   auto one_scale = [&](int64_t group) {
     char bytes[4 * W] = {};
     std::memcpy(bytes, static_cast<const char*>(scale) + (at + group) * size_of(format.scale), size_of(format.scale));
-    const float value = load_scale(bytes, format.scale, 0)[0];
-    return has_tensor_scale ? value * tensor_scale : value;
+    return load_scale(bytes, format.scale, 0)[0] * tensor_scale;
   };
   auto one_zero = [&](int64_t group) {
     if (zero == nullptr) return 0.0f;
     char bytes[W] = {static_cast<const char*>(zero)[at + group]};
-    return load_zero(bytes, format.element, 0)[0];
+    return load_zero(bytes, format, 0)[0];
   };
   // Codes with zero points are counted from the lowest.
   const uint32_t flip = zero != nullptr && format.element.is_signed ? 0x80000000u : 0;
@@ -306,7 +295,7 @@ void decode_row(const Format& format, const uint8_t* codes, const void* scale, c
     const int64_t end = std::min(k, begin + group_columns);
     const F by = all(one_scale(group)), less = all(one_zero(group));
     int64_t column = begin;
-    for (; column + W <= end && column % 8 == 0; column += W) {
+    for (; column + W <= end && column * Bits % 8 == 0; column += W) {
       F value = Code::value(codes_at<Bits>(codes, column) ^ flip);
       if constexpr (Code::offset) value -= less;
       store_as(out, type, column, value * by);
@@ -325,9 +314,9 @@ void decode_row(const Format& format, const uint8_t* codes, const void* scale, c
 }
 
 void decode(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
-            float tensor_scale, bool has_tensor_scale, int64_t k, void* out, Type type) {
+            float tensor_scale, int64_t k, void* out, Type type) {
   with_code(format, [&](auto code) {
-    decode_row<decltype(code)>(format, codes, scale, zero, at, tensor_scale, has_tensor_scale, k, out, type);
+    decode_row<decltype(code)>(format, codes, scale, zero, at, tensor_scale, k, out, type);
   });
 }
 

@@ -9,10 +9,23 @@ namespace lowbit {
 
 enum class Type { float32, bfloat16, float16 };
 
+constexpr int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+constexpr int64_t size_of(Scale scale) {
+  switch (scale) {
+    case Scale::float32: return 4;
+    case Scale::bfloat16:
+    case Scale::float16: return 2;
+    default: return 1;
+  }
+}
+
 // Rows that are packed together, one a lane.
 inline constexpr int TILE = 16;
 // Columns by which packed rows are padded, and float inputs with them.
 inline constexpr int STEP = 32;
+// Tokens that `many` takes: their float32 copy and their sums stay near.
+inline constexpr int64_t MOST_TOKENS = 96;
 
 // A matrix (N, K) packed by tiles of 16 rows; all that a row has stands in its lane:
 // codes [tile][word][16], 32-bit words of the canonical bit stream; scale and zero [tile][group][16].
@@ -40,8 +53,9 @@ struct Kernels {
   void (*many)(const Packed& w, const float* x, int64_t stride, int64_t tokens, const void* bias, void* out, Type type,
                int64_t first, int64_t last);
   // Values (K,) of a canonical row of codes, rounded to `type`; `at`: the first of the row's scales and zero points.
+  // `tensor_scale` is 1 where there is none.
   void (*decode)(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
-                 float tensor_scale, bool has_tensor_scale, int64_t k, void* out, Type type);
+                 float tensor_scale, int64_t k, void* out, Type type);
 };
 
 }  // namespace lowbit

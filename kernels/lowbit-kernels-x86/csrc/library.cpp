@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 
@@ -18,10 +19,9 @@ using lowbit::Scale;
 using lowbit::STEP;
 using lowbit::TILE;
 using lowbit::Type;
+using lowbit::up;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 std::string told(const Tensor& tensor) {
   std::string text;
@@ -50,8 +50,6 @@ Type type_of(ScalarType type) {
   }
 }
 
-int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
-
 void check_scale(const Tensor& scale, Scale kind, int64_t numel) {
   switch (kind) {
     case Scale::float32: check(scale, "scale", {ScalarType::Float}); break;
@@ -66,43 +64,32 @@ void check_scale(const Tensor& scale, Scale kind, int64_t numel) {
 void check_zero(const std::optional<Tensor>& zero, const Format& format, int64_t numel) {
   STD_TORCH_CHECK(zero.has_value() == format.zero, "zero points must be given where the format has them, and only there");
   if (!zero) return;
-  check(*zero, "zero", {ScalarType::Byte, ScalarType::Char});
+  check(*zero, "zero", {format.zero_signed ? ScalarType::Char : ScalarType::Byte});
   check_numel(*zero, "zero", numel);
 }
 
 const void* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
-// Calls body(begin, end) on parts of [0, count) from torch's threads; what one of them throws is thrown here.
-template <class Body>
-void in_parallel(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, count, 1, body);
-}
-
 // The rows of one expert, or of the only matrix.
 struct Experts {
   Packed first;
   int64_t tiles, words, groups;
-  const Tensor &codes, &scale;
 
   Packed at(int64_t expert) const {
     Packed w = first;
-    const int64_t bytes = static_cast<int64_t>(scale.element_size());
     w.codes += expert * tiles * words * TILE;
-    w.scale = static_cast<const char*>(w.scale) + expert * tiles * groups * TILE * bytes;
+    w.scale = static_cast<const char*>(w.scale) + expert * tiles * groups * TILE * size_of(w.format.scale);
     if (w.zero != nullptr) w.zero = static_cast<const char*>(w.zero) + expert * tiles * groups * TILE;
     if (w.tensor_scale != nullptr) w.tensor_scale += expert * (w.tensor_scales == 1 ? 1 : tiles * TILE);
     return w;
   }
 };
 
-// Tokens that are handled together once weights are decoded for many: their float32 copy stays near.
-constexpr int64_t CHUNK = 96;
-
 void product(const Packed& w, const char* x, Type type, const void* pre_scale, int64_t tokens, const void* bias,
              char* out) {
   const lowbit::Kernels& run = lowbit::kernels();
   const int64_t stride = up(w.k, STEP), tiles = up(w.n, TILE) / TILE;
-  const int64_t chunk = tokens <= run.few_tokens ? tokens : std::min(tokens, CHUNK);
+  const int64_t chunk = tokens <= run.few_tokens ? tokens : std::min(tokens, lowbit::MOST_TOKENS);
   const std::unique_ptr<float[]> values(new float[std::max<int64_t>(chunk, run.few_tokens) * stride]());
   for (int64_t token = 0; token < tokens; token += chunk) {
     const int64_t some = std::min(chunk, tokens - token);
@@ -114,10 +101,10 @@ void product(const Packed& w, const char* x, Type type, const void* pre_scale, i
     if (some <= run.few_tokens) {
       widen(0, some);
     } else {
-      in_parallel(some, widen);
+      torch::stable::parallel_for(0, some, 1, widen);
     }
     char* const to = out + token * w.n * size_of(type);
-    in_parallel(tiles, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       if (some <= run.few_tokens) {
         run.few(w, values.get(), stride, static_cast<int>(some), bias, to, type, begin, end);
       } else {
@@ -140,7 +127,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   STD_TORCH_CHECK(format.columns % 16 == 0, "scales must cover multiples of 16 columns, or all; this is ", spec);
   check(codes, "codes", {ScalarType::Int});
   const int64_t tiles = up(n, TILE) / TILE, words = up(k, STEP) / 32 * format.element.bits;
-  const int64_t groups = format.columns ? up(k, format.columns) / format.columns : 1;
+  const int64_t groups = format.groups(k);
   const int64_t experts = codes.dim() ? codes.size(0) : 0;
   check_numel(codes, "codes", experts * tiles * words * TILE);
   check_scale(scale, format.scale, experts * tiles * groups * TILE);
@@ -183,11 +170,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   if (out.numel() == 0) return out;
   const Experts of{{format, n, k, static_cast<const uint32_t*>(codes.const_data_ptr()), scale.const_data_ptr(),
                     pointer(zero), static_cast<const float*>(pointer(tensor_scale)), tensor_scales},
-                   tiles,
-                   words,
-                   groups,
-                   codes,
-                   scale};
+                   tiles, words, groups};
   const Type type = type_of(x.scalar_type());
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
@@ -213,13 +196,12 @@ Tensor decode(const std::optional<Tensor>& ids, const Tensor& qdata, const Tenso
   STD_TORCH_CHECK(k >= 0, "k must not be negative; it is ", k);
   check(qdata, "qdata", {ScalarType::Byte, ScalarType::Char, ScalarType::Float8_e4m3fn, ScalarType::Float8_e5m2});
   // Codes are padded to whole runs that end on a byte.
-  const int run = format.element.bits % 8 == 0 ? 1 : format.element.bits % 4 == 0 ? 2 : format.element.bits % 2 == 0 ? 4 : 8;
-  const int64_t bytes = up(k, run) * format.element.bits / 8;
+  const int64_t bytes = up(k, 8 / std::gcd(format.element.bits, 8)) * format.element.bits / 8;
   STD_TORCH_CHECK(qdata.size(qdata.dim() - 1) == bytes, "qdata must have rows of ", bytes, " bytes for ", k,
                   " values; it has ", told(qdata));
   const int64_t matrix = qdata.dim() > 1 ? qdata.size(qdata.dim() - 2) : 1;
   const int64_t rows = bytes ? qdata.numel() / bytes : 0, matrices = matrix ? rows / matrix : 0;
-  const int64_t groups = format.columns ? up(k, format.columns) / format.columns : 1;
+  const int64_t groups = format.groups(k);
   const int64_t block = format.rows ? format.rows : std::max<int64_t>(matrix, 1);
   const int64_t blocks = up(matrix, block) / block;
   check_scale(scale, format.scale, matrices * blocks * groups);
@@ -263,8 +245,7 @@ Tensor decode(const std::optional<Tensor>& ids, const Tensor& qdata, const Tenso
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = row_of(i), of = row / matrix, at = of * blocks + row % matrix / block;
       const float factor = whole == nullptr ? 1.0f : whole[each == 1 ? of : at];
-      kernels.decode(format, codes + row * bytes, scale.const_data_ptr(), pointer(zero), at * groups, factor,
-                     whole != nullptr, k, to + i * k * size_of(type), type);
+      kernels.decode(format, codes + row * bytes, scale.const_data_ptr(), pointer(zero), at * groups, factor, k, to + i * k * size_of(type), type);
     }
   });
   return out;

@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -199,8 +198,6 @@ inline void store_as(void* to, Type type, int64_t at, F x) {
   }
 }
 
-inline int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
-
 // W scales from `at` on, as float32; 2^-127 is a subnormal number there.
 inline F load_scale(const void* from, Scale scale, int64_t at) {
   switch (scale) {
@@ -218,22 +215,12 @@ inline F load_scale(const void* from, Scale scale, int64_t at) {
   }
 }
 
-inline int64_t size_of(Scale scale) {
-  switch (scale) {
-    case Scale::float32: return 4;
-    case Scale::bfloat16:
-    case Scale::float16: return 2;
-    default: return 1;
-  }
-}
-
 // W zero points from `at` on, counted from the lowest code.
-inline F load_zero(const void* from, const Element& element, int64_t at) {
-  if (element.is_signed) {
-    const F zero = __builtin_convertvector(load<SignedBytes>(static_cast<const int8_t*>(from) + at), F);
-    return zero + static_cast<float>(1 << (element.bits - 1));
-  }
-  return __builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from) + at), F);
+inline F load_zero(const void* from, const Format& format, int64_t at) {
+  const char* bytes = static_cast<const char*>(from) + at;
+  const F zero = format.zero_signed ? __builtin_convertvector(load<SignedBytes>(bytes), F)
+                                    : __builtin_convertvector(load<Bytes>(bytes), F);
+  return format.element.is_signed ? zero + static_cast<float>(1 << (format.element.bits - 1)) : zero;
 }
 
 }  // namespace LOWBIT_ISA

@@ -87,6 +87,21 @@ def test_values_that_are_not_finite_stay():
     assert weights.run(torch.ones(1, 48), weights.pack(q), description, None).isnan().all()
 
 
+def test_zero_points_may_be_signed_where_codes_are_not():
+    q = lowbit.quantize(sample((20, 64)), "uint4:1x32:float32:zero=int8")
+    q.zero.copy_(torch.arange(-20, 20).view(20, 2))
+    description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    wide = (q.qdata[..., None] >> torch.tensor([0, 4]) & 15).flatten(-2).float()
+    values = (wide.view(20, 2, 32) - q.zero[..., None]) * q.scale[..., None]
+    assert torch.equal(
+        torch.ops.lowbit_x86.dequantize(*q.stored, str(q.format), 64, torch.float32), values.view(20, 64)
+    )
+    for tokens in (1, 8):
+        x = sample((tokens, 64), seed=1)
+        found = weights.run(x, weights.pack(q), description, None)
+        torch.testing.assert_close(found, x @ values.view(20, 64).T, rtol=1e-5, atol=1e-3)
+
+
 def test_bad_arguments_are_refused_before_anything_runs():
     linear, embedding = torch.ops.lowbit_x86.linear, torch.ops.lowbit_x86.embedding
     _, (codes, scale), _ = packed("INT4_G128", (20, 256))
@@ -110,6 +125,8 @@ def test_bad_arguments_are_refused_before_anything_runs():
         "bias has a dtype": (x, codes, scale, *rest[:3], torch.ones(20).bfloat16(), None, spec, 20),
         "zero points must be given": (x, codes, scale, codes, *rest[1:], spec, 20),
         "offs must not fall": (x, codes, scale, *rest[:4], torch.tensor([3], dtype=torch.int32), spec, 20),
+        "a block of length '-16'": (x, codes, scale, *rest, "int4:1x-16:bfloat16", 20),
+        "a block of length '0'": (x, codes, scale, *rest, "int4:1x0:bfloat16", 20),
         "multiples of 16 columns": (x, codes, scale, *rest, "int4:1x8:bfloat16", 20),
         "takes no format 'int9:1x128:bfloat16': element int9": (x, codes, scale, *rest, "int9:1x128:bfloat16", 20),
     }.items():

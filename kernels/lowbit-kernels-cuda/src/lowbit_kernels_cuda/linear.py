@@ -27,7 +27,6 @@ from lowbit_kernels_cuda.lifts import is_lifted, lift, lifted, lowered
 from lowbit_kernels_cuda.plans import Plan, choose, is_slower, ratios, slower_tokens
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
-from lowbit_kernels_cuda.weight_only import canonical
 from lowbit_kernels_cuda.weights import ROWS, pack_scales, pack_tiles, parts, repeated, unpack_scales, unpack_tiles
 
 
@@ -80,7 +79,7 @@ def _words(part: Tensor) -> Tensor:
 def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
     """Undo `pack`."""
     fmt = Format.parse(description.layout.format)
-    *experts, n, k = canonical(description)
+    *experts, n, k = description.canonical_shape
     element, count = fmt.element, len(parts(fmt.element.bits))
     high = n + -n % ROWS if experts else n
 

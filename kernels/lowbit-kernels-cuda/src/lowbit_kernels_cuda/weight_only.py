@@ -98,13 +98,7 @@ def _called(
 ) -> Tensor:
     call = _linear if unwatched(x, bias if offs is None else offs) else torch.ops.lowbit_cuda.linear.default
     names, layout = description.names[1:], description.layout
-    return call(x, parts, names, layout.format, canonical(description), bias, offs, values)
-
-
-def canonical(description: Description) -> tuple[int, ...]:
-    """The shape of a packed weight, (N, K) or (E, N, K)."""
-    permutation = description.layout.permutation
-    return tuple(description.shape[permutation.index(d)] for d in range(len(permutation)))
+    return call(x, parts, names, layout.format, description.canonical_shape, bias, offs, values)
 
 
 def _linear(

@@ -10,8 +10,6 @@ import torch
 from lowbit.backends import Call, Kernel
 from lowbit_kernels_x86 import library, weights
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 class X86:
     """The backend; its entry point resolves to `backend`."""
@@ -33,14 +31,8 @@ class X86:
         return (
             Kernel("x86.linear", "linear", "cpu", 10, weights.run, weights.refuses, weights.pack, weights.unpack),
             Kernel(
-                "x86.grouped_mm",
-                "grouped_mm",
-                "cpu",
-                10,
-                weights.run_grouped,
-                weights.refuses,
-                weights.pack,
-                weights.unpack,
+                *("x86.grouped_mm", "grouped_mm", "cpu", 10),
+                *(weights.run_grouped, weights.refuses, weights.pack, weights.unpack),
             ),
             Kernel("x86.embedding", "embedding", "cpu", 10, _embedding, _refuses_values),
             Kernel("x86.dequantize", "dequantize", "cpu", 10, _dequantize, _refuses_values),
@@ -48,20 +40,19 @@ class X86:
 
 
 def _embedding(*args: Any) -> Any:
-    ids, *parts = args
-    return torch.ops.lowbit_x86.embedding.default(ids.contiguous(), *_contiguous(parts))
+    return torch.ops.lowbit_x86.embedding.default(*_contiguous(args))
 
 
 def _dequantize(*args: Any) -> Any:
     return torch.ops.lowbit_x86.dequantize.default(*_contiguous(args))
 
 
-def _contiguous(args: Any) -> list[Any]:
+def _contiguous(args: tuple[Any, ...]) -> list[Any]:
     return [arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 
 def _refuses_values(call: Call) -> str | None:
-    if call.x_dtype not in _DTYPES:
+    if call.x_dtype not in weights.DTYPES:
         return f"needs values in float32, bfloat16 or float16; these are {call.x_dtype}"
     fmt = call.format
     assert fmt is not None

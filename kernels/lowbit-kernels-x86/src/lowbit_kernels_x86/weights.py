@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from lowbit.backends import Call, Description
-from lowbit.element import Element
 from lowbit.format import WHOLE, Format
 from lowbit.packing import pack as pack_codes
+from lowbit.packing import packed_bytes
 from lowbit.tensor import QuantizedTensor
 
+# As in csrc/kernels.h.
 TILE, STEP = 16, 32
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(call: Call) -> str | None:
@@ -25,7 +26,7 @@ def refuses(call: Call) -> str | None:
     assert fmt is not None
     if call.activation is not None:
         return f"needs inputs as they are; these are rounded to {call.activation}"
-    if call.x_dtype not in _DTYPES:
+    if call.x_dtype not in DTYPES:
         return f"needs inputs in float32, bfloat16 or float16; these are {call.x_dtype}"
     if len(fmt.block) != 2:
         return f"needs blocks of rows and columns; this is {fmt}"
@@ -59,16 +60,15 @@ def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
 
 def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
     """Undo `pack`."""
-    fmt, shape = Format.parse(description.layout.format), canonical(description)
-    *stack, n, k = shape
+    fmt = Format.parse(description.layout.format)
+    *stack, n, k = description.canonical_shape
     rows = fmt.block_of((n, k))[0]
-    codes, inner = packed[0], {}
+    codes = packed[0]
     if (flips := _flips(fmt)) is not None:
         codes = codes ^ flips.repeat(codes.shape[-2] // len(flips))[:, None]
-    runs = 8 // fmt.element.bits if 8 % fmt.element.bits == 0 else 8
-    columns = -(-k // runs) * runs * fmt.element.bits // 8
+    columns = packed_bytes(k, fmt.element.bits)
     raw = _untiled(codes, n).contiguous().view(torch.uint8)[..., :columns]
-    inner["qdata"] = raw.reshape(*stack, n, columns).view(fmt.element.storage)
+    inner = {"qdata": raw.reshape(*stack, n, columns).view(fmt.element.storage)}
     for name, part in zip(description.names[1:], packed[1:], strict=True):
         if name in {"scale", "zero"}:
             found = _rows(_untiled(part, n), rows)
@@ -91,12 +91,6 @@ def run_grouped(x: Tensor, parts: tuple[Tensor, ...], description: Description, 
     return _product(x, parts, description, None, offs)
 
 
-def canonical(description: Description) -> tuple[int, ...]:
-    """The shape of a packed weight, (N, K) or (E, N, K)."""
-    permutation = description.layout.permutation
-    return tuple(description.shape[permutation.index(d)] for d in range(len(permutation)))
-
-
 def _product(
     x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None, offs: Tensor | None
 ) -> Tensor:
@@ -112,7 +106,7 @@ def _product(
         None if bias is None else bias.to(x.dtype).contiguous(),
         offs,
         description.layout.format,
-        canonical(description)[-2],
+        description.canonical_shape[-2],
     )
 
 
@@ -121,40 +115,35 @@ def _experts(part: Tensor) -> Tensor:
     return part.reshape(-1, *part.shape[-2:])
 
 
+def _raw(part: Tensor) -> Tensor:
+    """The same memory in a dtype that torch pads, repeats and indexes, which it does not for 8-bit floats."""
+    return part.view(torch.uint8) if part.dtype.itemsize == 1 else part
+
+
 def _tiles(part: Tensor) -> Tensor:
     """(E, N, columns) -> (E, tiles, columns, 16)."""
-    plain = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
-    padded = torch.nn.functional.pad(plain, (0, 0, 0, -plain.shape[-2] % TILE))
+    padded = torch.nn.functional.pad(_raw(part), (0, 0, 0, -part.shape[-2] % TILE))
     return padded.unflatten(-2, (-1, TILE)).mT.contiguous().view(part.dtype)
 
 
 def _untiled(tiles: Tensor, n: int) -> Tensor:
     """Undo `_tiles`, for N rows."""
-    plain = tiles.view(torch.uint8) if tiles.dtype.itemsize == 1 else tiles
-    return plain.mT.flatten(1, 2)[:, :n].contiguous().view(tiles.dtype)
+    return _raw(tiles).mT.flatten(1, 2)[:, :n].contiguous().view(tiles.dtype)
 
 
 def _spread(part: Tensor, rows: int, n: int) -> Tensor:
     """(E, blocks of rows, columns) -> (E, N, columns)."""
-    plain = _experts(part)
-    if rows == 1:
-        return plain
-    plain = plain.view(torch.uint8) if part.dtype.itemsize == 1 else plain
-    return plain.repeat_interleave(rows, -2)[:, :n].contiguous().view(part.dtype)
+    return _raw(_experts(part)).repeat_interleave(rows, -2)[:, :n].contiguous().view(part.dtype)
 
 
 def _rows(part: Tensor, rows: int) -> Tensor:
     """Undo `_spread`."""
-    if rows == 1:
-        return part
-    plain = part.view(torch.uint8) if part.dtype.itemsize == 1 else part
-    return plain[:, ::rows].contiguous().view(part.dtype)
+    return _raw(part)[:, ::rows].contiguous().view(part.dtype)
 
 
 def _flips(fmt: Format) -> Tensor | None:
     """Words of 32 codes of sign bits, where zero points come with signed codes: those count from the lowest."""
-    element: Element = fmt.element
-    if fmt.zero is None or not element.signed:
+    if fmt.zero is None or not fmt.element.signed:
         return None
-    signs = torch.full((STEP,), -(1 << (element.bits - 1)), dtype=torch.int8)
-    return pack_codes(signs, element).view(torch.uint8).view(torch.int32)
+    signs = torch.full((STEP,), -(1 << (fmt.element.bits - 1)), dtype=torch.int8)
+    return pack_codes(signs, fmt.element).view(torch.uint8).view(torch.int32)

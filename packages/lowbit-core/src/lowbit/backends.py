@@ -85,6 +85,12 @@ class Description:
     names: tuple[str, ...]
     shape: tuple[int, ...]
 
+    @property
+    def canonical_shape(self) -> tuple[int, ...]:
+        """The shape with the blocked axis last, (N, K) or (E, N, K)."""
+        permutation = self.layout.permutation
+        return tuple(self.shape[permutation.index(d)] for d in range(len(permutation)))
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:

@@ -49,6 +49,7 @@ def measure_ceilings(device: torch.device, *, budget: float) -> Ceilings:
     dtype = torch.bfloat16
     if device.type == "cpu":
         # Without instructions for bfloat16, a processor takes a hundred times as long as in float32.
+        # So large a footprint makes one copy of each.
         once = partial(time_calls, footprint=1 << 30, device=device, budget=0)
         dtype = min((dtype, torch.float32), key=lambda each: once(partial(multiplying, 256, each)).median)
 
