@@ -1,6 +1,6 @@
 """Write the plots and tables of "Kernels on GPUs" in docs/performance.md from benchmarks/bench-*.json.
 
-    lowbit bench linear --peers --json benchmarks/bench-linear-h100-2026-11-27.json
+    lowbit bench linear --peers --json benchmarks/bench-linear-h100-2026-11-28.json
     python benchmarks/performance_page.py
 
 A row of a table is a case: lowbit beside its baseline and beside the fastest of the other libraries; or the baseline

@@ -92,8 +92,11 @@ def kinds(fmt: Format, tokens: int) -> list[Kind]:
         if block <= 32:
             wide = (columns,) if exact else (columns, 256)
             found += [Kind(64, block, each, 4, stages, exact) for each in wide for stages in (3, 4)]
+            if exact:
+                found += [Kind(64, block, columns, 4, stages, exact, unroll=2) for stages in (3, 4)]
         elif block == 64:
             found += [Kind(64, 64, columns, 4, 3, exact), Kind(128, 64, columns, 4 if exact else 8, 3, exact)]
+            found.append(Kind(64 if exact else 128, 64, columns, 4 if exact else 8, 3, exact, unroll=2))
         elif block == 128:
             found.append(Kind(128, 128, columns if exact else 64, 8, 3, exact))
         if not plans.needs_exactness(how) and block >= 64 and torch.cuda.get_device_capability()[0] == 9:
@@ -251,8 +254,8 @@ def costs_of(kind: Kind, rows: list[dict[str, Any]], resident: int, multiprocess
     values = torch.zeros(matrix.shape[1], dtype=torch.float64)
     values[kept] = found
     error = float((matrix @ values - 1).square().mean().sqrt())
-    start, split, part, each, *steps = (round(value, 4) for value in values.tolist())
-    return error, Cost(resident, start, split, part, each, tuple(steps))
+    numbers = [round(value, 4) for value in values.tolist()]
+    return error, Cost(resident, *numbers[:5], tuple(numbers[5:]))
 
 
 if __name__ == "__main__":

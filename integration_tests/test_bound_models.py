@@ -19,28 +19,36 @@ PROMPT = 40
 
 
 def greedy(model, ids):
+    """The tokens (B, T) that a model adds, and the logits (B, T, V) that it chose each of."""
     with torch.inference_mode():
-        return model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+        # What would else be guessed masks token 0, which these texts begin with.
+        made = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return made.sequences[:, ids.shape[1] :], torch.stack(made.logits, 1).double()
 
 
-def logits(model, ids):
-    with torch.inference_mode():
-        return model(ids).logits.double()
+def differences(found, wanted):
+    """Where tokens part although the lead of the one chosen is more than rounding makes of two logits; in words.
 
-
-def same_but_for_ties(found, wanted, near, exact):
-    """Whether sequences are the same up to a token whose rival is nearer than what rounding makes of logits.
-
-    `near` and `exact` are what both models make of `wanted`. Logits are bfloat16s, so that rivals can be equal.
+    Logits are compared up to there. They are bfloat16s: the larger they are the more they are rounded, and rivals can
+    be equal.
     """
-    for i, (one, other) in enumerate(zip(found.tolist(), wanted.tolist(), strict=True)):
-        at = next((t for t, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
-        if at is not None:
-            here = exact[i, at - 1]
-            noise = (near[i, at - 1] - here).square().mean().sqrt()
-            if noise > 0.03 * here.square().mean().sqrt() or here[other[at]] - here[one[at]] > 4 * noise:
-                return False
-    return True
+    told = []
+    for i, (one, other, near, exact) in enumerate(zip(found[0], wanted[0], found[1], wanted[1], strict=True)):
+        apart = (one != other).nonzero().flatten().tolist()
+        for t in range(apart[0] + 1 if apart else len(one)):
+            errors, lead = (near[t] - exact[t]).abs(), float(exact[t][other[t]] - exact[t][one[t]])
+            noise = float(errors.square().mean().sqrt() / exact[t].square().mean().sqrt())
+            if noise > 0.03 or lead > 2 * float(errors.max()):
+                told.append(f"sequence {i}, token {t}: a lead of {lead:.3g}; {errors.max():.3g} at most, {noise:.2%}")
+    return told
 
 
 @pytest.mark.parametrize(("name", "device"), CASES)
@@ -51,7 +59,6 @@ def test_bound_models_give_the_references_greedy_tokens(models, quantized, model
     bound = load(folder, device=device)
     lowbit.bind(bound, prefer=("reference",))
     wanted = greedy(bound, ids)
-    exact = logits(bound, wanted)
     backend = Loopback("packing", packs=True)
     with installed_backends(backend) if device == "cpu" else nullcontext():
         rows = lowbit.bind(bound, prefer=("packing" if device == "cpu" else "cuda",)).rows
@@ -59,6 +66,6 @@ def test_bound_models_give_the_references_greedy_tokens(models, quantized, model
         assert all(row.packed for row in rows)
         found = greedy(bound, ids)
         if device == "cpu":
-            assert torch.equal(found, wanted)
+            assert torch.equal(found[0], wanted[0])
         else:
-            assert same_but_for_ties(found, wanted, logits(bound, wanted), exact)
+            assert not differences(found, wanted)

@@ -59,7 +59,14 @@ def test_terms_are_what_programs_do():
     """A hundred programs on ten multiprocessors, four at a time: two rounds of four, and two at the end."""
     kind = plans.Kind(64, 16, 128, 4, 3)
     found = plans.terms(plans.Plan(kind, 2), 1, 16, 64 * 50, 128 * 12, 4, 10)
-    assert found == [1.0, 1.0, 2 * 16 * 3200 * 4e-9, 3.0, 0.0, 6.0, 0.0, 12.0]
+    assert found == [1.0, 1.0, 2 * 16 * 3200 * 4e-9, 3.0, 0.0, 0.0, 6.0, 0.0, 12.0]
+
+
+def test_steps_of_a_block_beyond_the_last_token_cost_more():
+    """Ten programs of 24 steps on ten multiprocessors, each for 128 tokens of which there are 96."""
+    plan = plans.Plan(plans.Kind(64, 128, 64, 4, 4, depth=4))
+    assert plans.terms(plan, 1, 96, 640, 64 * 24, 2, 10)[4:] == [24.0, 24.0, 0.0]
+    assert plans.terms(plan, 1, 128, 640, 64 * 24, 2, 10)[4:] == [0.0, 24.0, 0.0]
 
 
 def test_costs_are_those_of_the_data():

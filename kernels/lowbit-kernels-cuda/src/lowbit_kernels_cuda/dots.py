@@ -54,6 +54,7 @@ def linear_dots(
     EXACT: tl.constexpr,
     STAGES: tl.constexpr,
     BAND: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
     """`out` (M, N) of `x` (M, K); ROWS rows of the weight by TOKENS tokens a program, COLUMNS columns at a time.
 
@@ -89,7 +90,7 @@ def linear_dots(
     given = (tokens < end)[None, :]
     column = tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
-    for step in tl.range(first, last, num_stages=STAGES):
+    for step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         at = step * WIDE + lane // 32
         place = inputs + (step * COLUMNS + column)[:, None]
         if EVEN:

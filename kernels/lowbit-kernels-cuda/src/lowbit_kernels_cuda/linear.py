@@ -181,7 +181,7 @@ def _launch(
     else:
         kernel, given = linear_dots, (_words(scale), None if zero is None else _words(zero))
         inputs = x if x.is_cuda else x.float()
-        constant |= {"EVEN": k % kind.columns == 0, "EXACT": kind.exact}
+        constant |= {"EVEN": k % kind.columns == 0, "EXACT": kind.exact, "UNROLL": kind.unroll}
     # What is kept in caches by those who made it, so that identities are its own.
     key = id(how), id(plan), experts, bias is None
     first = key not in _RUN

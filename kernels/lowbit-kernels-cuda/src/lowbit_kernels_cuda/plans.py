@@ -33,6 +33,8 @@ class Kind:
     exact: bool = False
     # Steps whose words are read ahead, by the kernel for Hopper; 0: `linear_dots`.
     depth: int = 0
+    # Steps that follow one another as one, in `linear_dots`.
+    unroll: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +57,14 @@ class Cost:
     part: float
     # As many programs as are resident at a time.
     each: float
+    # A step of a block that reaches beyond the last token, besides, by the kernel for Hopper.
+    beyond: float
     # A step, while 1, 2, .. programs share a multiprocessor.
     steps: tuple[float, ...]
 
 
 def terms(plan: Plan, blocks: int, m: int, n: int, k: int, resident: int, multiprocessors: int) -> list[float]:
-    """What `start`, `split`, `part`, `each` and `steps` of a cost are multiplied by, for m tokens in so many blocks."""
+    """What the numbers of a cost from `start` on are multiplied by, for m tokens in so many blocks."""
     kind, splits = plan.kind, plan.splits
     programs = math.ceil(n / kind.rows) * blocks * splits
     steps = math.ceil(math.ceil(k / kind.columns) / splits)
@@ -69,7 +73,9 @@ def terms(plan: Plan, blocks: int, m: int, n: int, k: int, resident: int, multip
     shared[-1] += full * steps
     if rest:
         shared[rest - 1] += steps
-    return [1.0, float(splits > 1), splits * m * n * 4e-9 * (splits > 1), float(full + (rest > 0)), *shared]
+    cut = float(splits > 1)
+    beyond = sum(shared) if kind.depth and m < kind.tokens else 0.0
+    return [1.0, cut, cut * splits * m * n * 4e-9, float(full + (rest > 0)), beyond, *shared]
 
 
 def needs_exactness(how: dict[str, Any]) -> bool:
@@ -120,7 +126,7 @@ def choose(
     def timed(kind: Kind, cost: Cost, splits: int) -> tuple[float, Plan]:
         plan = Plan(replace(kind, columns=columns(how)) if kind.exact else kind, splits)
         of = terms(plan, read * math.ceil(usual / kind.tokens), m, n, k, cost.resident, multiprocessors)
-        numbers = (cost.start, cost.split, cost.part, cost.each, *cost.steps)
+        numbers = (cost.start, cost.split, cost.part, cost.each, cost.beyond, *cost.steps)
         return sum(number * term for number, term in zip(numbers, of, strict=True)), plan
 
     found = [
