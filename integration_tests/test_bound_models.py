@@ -34,7 +34,7 @@ def greedy(model, ids):
     return made.sequences[:, ids.shape[1] :], torch.stack(made.logits, 1).double()
 
 
-def differences(found, wanted):
+def differences(found, wanted, most_noise):
     """Where tokens part although the lead of the one chosen is more than rounding makes of two logits; in words.
 
     Logits are compared up to there. They are bfloat16s: the larger they are the more they are rounded, and rivals can
@@ -46,7 +46,7 @@ def differences(found, wanted):
         for t in range(apart[0] + 1 if apart else len(one)):
             errors, lead = (near[t] - exact[t]).abs(), float(exact[t][other[t]] - exact[t][one[t]])
             noise = float(errors.square().mean().sqrt() / exact[t].square().mean().sqrt())
-            if noise > 0.03 or lead > 2 * float(errors.max()):
+            if noise > most_noise or lead > 2 * float(errors.max()):
                 told.append(f"sequence {i}, token {t}: a lead of {lead:.3g}; {errors.max():.3g} at most, {noise:.2%}")
     return told
 
@@ -68,4 +68,5 @@ def test_bound_models_give_the_references_greedy_tokens(models, quantized, model
         if device == "cpu":
             assert torch.equal(found[0], wanted[0])
         else:
-            assert not differences(found, wanted)
+            # A router's tie can go to another expert, which changes what follows by more than rounding does.
+            assert not differences(found, wanted, 0.08 if model == "moe-tiny" else 0.03)

@@ -19,6 +19,8 @@ TARGET = "0x020b000000000000"
 FLAGS = (
     "-std=c++20",
     "-O2",
+    # Sums of several tokens stay in registers only where their loops are written out.
+    "-fpeel-loops",
     "-fPIC",
     "-fvisibility=hidden",
     "-ffp-contract=off",
@@ -31,7 +33,14 @@ FLAGS = (
 SETS = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": (
+        *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")),
+        "-mfma",
+        "-mf16c",
+        "-mprefer-vector-width=512",
+    ),
 }
+SETS["avx512_vnni"] = (*SETS["avx512"], "-mavx512vnni")
 LIBRARY = "lowbit_x86.so"
 
 

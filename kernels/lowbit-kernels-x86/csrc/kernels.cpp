@@ -1,5 +1,7 @@
 // Compiled once for each instruction set, LOWBIT_ISA, with that set's flags.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "vectors.h"
 
@@ -8,8 +10,8 @@ namespace LOWBIT_ISA {
 namespace {
 
 // Tokens that a weight is decoded for at once, and of a block of products by decoded weights.
-constexpr int FEW = W == 4 ? 1 : 4;
-constexpr int ROWS = W == 8 ? 6 : 2;
+constexpr int FEW = W == 4 ? 1 : W / 2;
+constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 2;
 // Columns that are decoded at once: a panel stays in the first cache.
 constexpr int PANEL = 256;
 
@@ -156,6 +158,8 @@ void few(const Packed& w, const float* x, int64_t stride, int tokens, const void
     for (int64_t tile = first; tile < last; ++tile) {
       if (tokens == 1) {
         few_tile<Code, 1>(w, x, stride, tokens, bias, out, type, tile);
+      } else if (FEW > 4 && tokens <= 4) {
+        few_tile<Code, 4>(w, x, stride, tokens, bias, out, type, tile);
       } else {
         few_tile<Code, FEW>(w, x, stride, tokens, bias, out, type, tile);
       }
@@ -266,10 +270,13 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
 // W codes of a row from `at` on, which begins a byte, at the top of each lane.
 template <int Bits>
 U codes_at(const uint8_t* row, int64_t at) {
-  uint64_t run = 0;
-  std::memcpy(&run, row + at * Bits / 8, up(W * Bits, 8) / 8);
+  constexpr int some = std::min(W, 8);
   U top;
-  for (int i = 0; i < W; ++i) top[i] = static_cast<uint32_t>(run >> (Bits * i)) << (32 - Bits);
+  for (int begin = 0; begin < W; begin += some) {
+    uint64_t run = 0;
+    std::memcpy(&run, row + (at + begin) * Bits / 8, up(some * Bits, 8) / 8);
+    for (int i = 0; i < some; ++i) top[begin + i] = static_cast<uint32_t>(run >> (Bits * i)) << (32 - Bits);
+  }
   return top;
 }
 
@@ -320,13 +327,15 @@ void decode(const Format& format, const uint8_t* codes, const void* scale, const
   });
 }
 
+#include "integers.h"
+
 #define LOWBIT_TEXT(name) LOWBIT_QUOTED(name)
 #define LOWBIT_QUOTED(name) #name
 
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{LOWBIT_TEXT(LOWBIT_ISA), FEW, widen, few, many, decode};
+const Kernels kernels{LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, widen, few, many, decode, round_token, mark_columns, integers};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

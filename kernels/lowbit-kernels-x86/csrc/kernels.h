@@ -39,10 +39,29 @@ struct Packed {
   int64_t tensor_scales;      // 1, or one a row
 };
 
+// How inputs are rounded to signed integers: one scale a token, or those that are given.
+struct Activation {
+  bool dynamic, asymmetric;
+  int bits;
+  float scale;
+  int32_t zero;
+};
+
+// Rounded tokens, `stride` bytes each: codes counted from -128, in the order in which a word of the weight holds its own,
+// 0 from k on; the sums of those that share a scale of the weight; what codes of 0 are counted as; 1 for each column.
+struct Codes {
+  uint8_t* codes;
+  int64_t stride;
+  float* scale;
+  int32_t* zero;
+  int32_t* sums;
+  uint8_t* ones;
+};
+
 struct Kernels {
   const char* isa;
-  // Tokens of which `few` takes as many at once.
-  int few_tokens;
+  // Tokens of which `few` takes as many at once, and `integers`.
+  int few_tokens, integer_tokens;
   // Values of `count` numbers as float32, times `by` (rounded to their type) where there is one.
   void (*widen)(const void* x, Type type, const void* by, int64_t count, float* to);
   // out[m][n] = bias[n] + sum over k of x[m][k] w[n][k] for the rows of tiles [first, last), rounded to `type`.
@@ -56,6 +75,13 @@ struct Kernels {
   // `tensor_scale` is 1 where there is none.
   void (*decode)(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
                  float tensor_scale, int64_t k, void* out, Type type);
+  // x (k,) as token `token` of `to`; and the columns that there are.
+  void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to);
+  void (*mark)(int64_t k, const Format& weight, uint8_t* ones);
+  // As `few`, of rounded tokens, of which whole `integer_tokens` may be read. Weights are integers of 1, 2, 4 or 8 bits
+  // with scales of multiples of 32 columns, or of all.
+  void (*integers)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
+                   int64_t first, int64_t last);
 };
 
 }  // namespace lowbit

@@ -85,10 +85,14 @@ struct Experts {
   }
 };
 
+// Numbers from one token's to the next: padded, and never a power of two of bytes, which would put the same columns of all
+// tokens into one set of the cache.
+int64_t apart(int64_t k, int64_t size) { return up(k * size, 128) / size + 64 / size; }
+
 void product(const Packed& w, const char* x, Type type, const void* pre_scale, int64_t tokens, const void* bias,
              char* out) {
   const lowbit::Kernels& run = lowbit::kernels();
-  const int64_t stride = up(w.k, STEP), tiles = up(w.n, TILE) / TILE;
+  const int64_t stride = apart(w.k, sizeof(float)), tiles = up(w.n, TILE) / TILE;
   const int64_t chunk = tokens <= run.few_tokens ? tokens : std::min(tokens, lowbit::MOST_TOKENS);
   const std::unique_ptr<float[]> values(new float[std::max<int64_t>(chunk, run.few_tokens) * stride]());
   for (int64_t token = 0; token < tokens; token += chunk) {
@@ -114,11 +118,77 @@ void product(const Packed& w, const char* x, Type type, const void* pre_scale, i
   }
 }
 
+// The same of inputs that are rounded to integers.
+void integer_product(const Packed& w, const char* x, Type type, const void* pre_scale, const lowbit::Activation& how,
+                     int64_t tokens, const void* bias, char* out) {
+  const lowbit::Kernels& run = lowbit::kernels();
+  const int64_t stride = apart(w.k, 1), groups = w.format.groups(w.k), tiles = up(w.n, TILE) / TILE;
+  // Those of a chunk stay in a core's cache while tiles pass.
+  const int64_t chunk = std::min<int64_t>(tokens, 256), rows = tokens == 1 ? 1 : up(chunk, run.integer_tokens);
+  const std::unique_ptr<uint8_t[]> codes(new uint8_t[(rows + 1) * stride]());
+  const std::unique_ptr<float[]> scale(new float[rows]());
+  const std::unique_ptr<int32_t[]> numbers(new int32_t[rows * (groups + 1)]());
+  lowbit::Codes to{codes.get(), stride, scale.get(), numbers.get(), numbers.get() + rows, codes.get() + rows * stride};
+  run.mark(w.k, w.format, to.ones);
+  for (int64_t token = 0; token < tokens; token += chunk) {
+    const int64_t some = std::min(chunk, tokens - token);
+    auto round = [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> values(new float[w.k]);
+      for (int64_t row = begin; row < end; ++row) {
+        run.widen(x + (token + row) * w.k * size_of(type), type, pre_scale, w.k, values.get());
+        run.round(values.get(), w.k, how, w.format, row, to);
+      }
+    };
+    if (some == 1) {
+      round(0, 1);
+    } else {
+      torch::stable::parallel_for(0, some, 1, round);
+    }
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      run.integers(w, to, some, bias, out + token * w.n * size_of(type), type, begin, end);
+    });
+  }
+}
+
+// What an activation's spec string and its stored scale say; a spec is scaling:format.
+lowbit::Activation activation_of(const std::string& spec, const std::optional<Tensor>& scale,
+                                 const std::optional<Tensor>& zero, const Format& weight, int64_t k) {
+  const size_t colon = std::min(spec.find(':'), spec.size());
+  const std::string scaling = spec.substr(0, colon);
+  const Format format = lowbit::parse(spec.substr(std::min(colon + 1, spec.size())));
+  const bool dynamic = scaling == "dynamic";
+  STD_TORCH_CHECK(!format.element.is_float && format.element.is_signed && format.scale == Scale::float32 &&
+                      !format.tensor_scale && format.columns == 0 && format.rows == (dynamic ? 1 : 0) &&
+                      (dynamic || scaling == "static"),
+                  "inputs must be rounded to signed integers with float32 scales, dynamic ones a row or a static one; "
+                  "this is ", spec);
+  STD_TORCH_CHECK(!weight.element.is_float && 8 % weight.element.bits == 0 && weight.columns % 32 == 0,
+                  "weights of rounded inputs must be integers of 1, 2, 4 or 8 bits with scales of multiples of 32 "
+                  "columns, or all");
+  STD_TORCH_CHECK((weight.columns ? std::min(weight.columns, k) : k) <= 1 << 15,
+                  "scales of rounded inputs' weights must cover 32768 columns at most; there are ", k);
+  lowbit::Activation how{dynamic, format.zero, format.element.bits, 0, 0};
+  if (dynamic) return how;
+  STD_TORCH_CHECK(scale.has_value(), "static activations need act_scale");
+  check(*scale, "act_scale", {ScalarType::Float});
+  check_numel(*scale, "act_scale", 1);
+  how.scale = *static_cast<const float*>(scale->const_data_ptr());
+  STD_TORCH_CHECK(zero.has_value() == format.zero, "act_zero must be given where the activation has zero points, and only there");
+  if (zero) {
+    check(*zero, "act_zero", {ScalarType::Char});
+    check_numel(*zero, "act_zero", 1);
+    how.zero = *static_cast<const int8_t*>(zero->const_data_ptr());
+  }
+  return how;
+}
+
 // x (.., K), codes (E, tiles, words, 16), scale and zero (E, tiles, groups, 16), tensor_scale (E, 1 or tiles * 16)
 // -> (.., N); with offs (E,), the ends of experts' rows.
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
               const std::optional<Tensor>& tensor_scale, const std::optional<Tensor>& pre_scale,
-              const std::optional<Tensor>& bias, const std::optional<Tensor>& offs, const std::string& spec, int64_t n) {
+              const std::optional<Tensor>& bias, const std::optional<Tensor>& offs, const std::string& spec, int64_t n,
+              const std::string& activation, const std::optional<Tensor>& act_scale,
+              const std::optional<Tensor>& act_zero) {
   const Format format = lowbit::parse(spec);
   STD_TORCH_CHECK(x.dim() > 0, "x must have a dimension");
   STD_TORCH_CHECK(n >= 0, "n must not be negative; it is ", n);
@@ -148,6 +218,8 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
     check(*bias, "bias", {x.scalar_type()});
     check_numel(*bias, "bias", n);
   }
+  lowbit::Activation how{};
+  if (!activation.empty()) how = activation_of(activation, act_scale, act_zero, format, k);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = n;
   const int64_t tokens = k ? x.numel() / k : 0;
@@ -177,8 +249,14 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   int64_t begin = 0;
   for (size_t expert = 0; expert < ends.size(); ++expert) {
     if (begin < ends[expert]) {
-      product(of.at(expert), from + begin * k * size_of(type), type, pointer(pre_scale), ends[expert] - begin,
-              pointer(bias), to + begin * n * size_of(type));
+      const char* x_of = from + begin * k * size_of(type);
+      char* out_of = to + begin * n * size_of(type);
+      const int64_t rows = ends[expert] - begin;
+      if (activation.empty()) {
+        product(of.at(expert), x_of, type, pointer(pre_scale), rows, pointer(bias), out_of);
+      } else {
+        integer_product(of.at(expert), x_of, type, pointer(pre_scale), how, rows, pointer(bias), out_of);
+      }
     }
     begin = ends[expert];
   }
@@ -268,7 +346,8 @@ std::string isa() { return lowbit::kernels().isa; }
 STABLE_TORCH_LIBRARY(lowbit_x86, library) {
   library.def(
       "linear(Tensor x, Tensor codes, Tensor scale, Tensor? zero, Tensor? tensor_scale, Tensor? pre_scale, "
-      "Tensor? bias, Tensor? offs, str format, SymInt n) -> Tensor");
+      "Tensor? bias, Tensor? offs, str format, SymInt n, str activation='', Tensor? act_scale=None, "
+      "Tensor? act_zero=None) -> Tensor");
   library.def(
       "embedding(Tensor ids, Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale, str format, SymInt k, "
       "ScalarType dtype) -> Tensor");

@@ -14,7 +14,9 @@
 namespace lowbit {
 namespace LOWBIT_ISA {
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+inline constexpr int W = 16;
+#elif defined(__AVX2__)
 inline constexpr int W = 8;
 #else
 inline constexpr int W = 4;
@@ -42,11 +44,15 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
-inline F all(float x) { return F{} + x; }
+// 0 + x is not x where that is -0, so that the compiler would add.
+inline F all(float x) { return x - F{}; }
 inline U all(uint32_t x) { return U{} + x; }
+inline I all(int32_t x) { return I{} + x; }
 
 inline F fma(F a, F b, F c) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
@@ -54,7 +60,9 @@ inline F fma(F a, F b, F c) {
 }
 
 inline F least(F a, F b) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
   return _mm256_min_ps(a, b);
 #else
   return _mm_min_ps(a, b);
@@ -140,7 +148,9 @@ inline U field(const Word& word) {
 inline F from_bfloat16(Halves bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
 
 inline F from_float16(Halves bits) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps((__m256i)bits);
+#elif defined(__AVX2__)
   return _mm256_cvtph_ps((__m128i)bits);
 #else
   const U wide = __builtin_convertvector(bits, U);
@@ -164,7 +174,9 @@ inline Halves to_bfloat16(F x) {
 }
 
 inline Halves to_float16(F x) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
   return (Halves)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT);
 #else
   const U bits = (U)x, sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,23 +19,29 @@ from lowbit_kernels_x86 import library, weights
 from lowbit_kernels_x86.backend import backend
 
 FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
-SETS = {"scalar": set(), "avx2": {"avx2", "fma", "f16c"}}
+SETS = {
+    "scalar": set(),
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
+}
+SETS["avx512_vnni"] = SETS["avx512"] | {"avx512_vnni"}
 HERE = [name for name, needed in SETS.items() if needed <= set(FLAGS)]
 pytestmark = pytest.mark.skipif(not library.FILE.exists(), reason="there is no library for this processor or system")
 
 CHECK = """
+    from lowbit.activation import Activation
     from lowbit.testing import check_backend
     from lowbit_kernels_x86 import library
     from lowbit_kernels_x86.backend import backend
     print(library.isa())
-    report = check_backend(backend, activations=())
+    report = check_backend(backend, activations=[Activation.parse("dynamic:INT8_ROW_ASYM")])
     assert all(row.runs > row.calls > 0 for row in report.rows), report
 """
 
 
 def in_process(code, isa):
     environment = {**os.environ, "LOWBIT_X86_ISA": isa, "OMP_NUM_THREADS": "2"}
-    line = [sys.executable, "-c", "\n".join(each.strip() for each in code.splitlines())]
+    line = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(line, check=False, env=environment, capture_output=True, text=True)
 
 
@@ -49,7 +56,7 @@ def test_the_best_set_runs_and_others_are_refused():
     assert backend.probe() is None
     assert library.isa() == os.environ.get("LOWBIT_X86_ISA", HERE[-1])
     done = in_process("from lowbit_kernels_x86.backend import backend\nprint(backend.probe())", "avx9")
-    assert done.stdout.strip() == "LOWBIT_X86_ISA is avx9; it must be one of avx2, scalar"
+    assert done.stdout.strip() == "LOWBIT_X86_ISA is avx9; it must be one of avx512_vnni, avx512, avx2, scalar"
 
 
 def packed(spec, shape, dtype=torch.float32):
@@ -68,6 +75,35 @@ def test_products_of_many_tokens_and_long_rows(spec, tokens):
     size = left.abs() @ right.abs().T + bias.double().abs()
     # Scales on sums or on values, and sums in any order.
     assert ((found - (left @ right.T + bias)).abs() <= (1152 + 8) * 2.0**-24 * size).all()
+
+
+EXACT = """
+    import torch, lowbit
+    from lowbit_kernels_x86 import library
+    from lowbit_kernels_x86.weights import pack
+
+    x = torch.randint(-128, 128, (11, 200), generator=torch.Generator().manual_seed(0)).float()
+    x[0], x[1], x[2] = 127, -128, 1000
+    codes = x.clamp(-135, 120).long()
+    act = "static:int8:*x*:float32:zero=int8", torch.ones(1), torch.tensor([7], dtype=torch.int8)
+    for spec in ("int8:1x*:float32", "int8:1x*:float32:zero=int8", "int4:1x*:float32", "uint4:1x*:float32:zero=uint4",
+                 "int2:1x*:float32", "uint1:1x*:float32:zero=uint1"):
+        q = lowbit.quantize(torch.randn(37, 200, generator=torch.Generator().manual_seed(1)), spec)
+        q.scale.fill_(1)
+        wanted = codes @ q.dequantize(torch.float32).long().T
+        packed, scale, *zero = pack(q)
+        for tokens in (1, 11):
+            rest = *(zero or [None]), *[None] * 4, spec, 37, *act
+            found = torch.ops.lowbit_x86.linear(x[:tokens], packed, scale, *rest)
+            assert torch.equal(found.long(), wanted[:tokens]), (spec, tokens)
+"""
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_products_of_integers_are_exact(isa):
+    """Scales of 1, sums below 2^24: float32 has every bit, of the largest codes and of those that are cut off."""
+    done = in_process(EXACT, isa)
+    assert done.returncode == 0, done.stderr
 
 
 def test_values_that_are_not_finite_stay():

@@ -13,7 +13,7 @@ FILE = Path(__file__).with_name("lowbit_x86.so")
 
 
 def isa() -> str:
-    """The instruction set whose kernels run here: scalar or avx2.
+    """The instruction set whose kernels run here: scalar, avx2, avx512 or avx512_vnni.
 
     Raises:
         RuntimeError: LOWBIT_X86_ISA names none, or one that this machine lacks.
@@ -22,7 +22,7 @@ def isa() -> str:
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rest[-1])
+    return x.new_empty(*x.shape[:-1], rest[8])
 
 
 def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowbit.activation import Activation
 from lowbit.backends import Call, Description
 from lowbit.format import WHOLE, Format
 from lowbit.packing import pack as pack_codes
@@ -17,6 +18,7 @@ from lowbit.tensor import QuantizedTensor
 
 # As in csrc/kernels.h.
 TILE, STEP = 16, 32
+MOST_ROUNDED = 1 << 15
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,14 +26,27 @@ def refuses(call: Call) -> str | None:
     """Why a call is not for this kernel, or None."""
     fmt = call.format
     assert fmt is not None
-    if call.activation is not None:
-        return f"needs inputs as they are; these are rounded to {call.activation}"
     if call.x_dtype not in DTYPES:
         return f"needs inputs in float32, bfloat16 or float16; these are {call.x_dtype}"
     if len(fmt.block) != 2:
         return f"needs blocks of rows and columns; this is {fmt}"
     if fmt.block[-1] != WHOLE and fmt.block[-1] % 16:
         return f"needs scales of multiples of 16 columns, or of whole rows; this is {fmt}"
+    return None if call.activation is None else _refuses_rounded(call.activation, fmt, call.k)
+
+
+def _refuses_rounded(activation: Activation, fmt: Format, k: int | None) -> str | None:
+    to = activation.format
+    rows = {"dynamic": (1, WHOLE), "static": (WHOLE, WHOLE)}.get(activation.scaling)
+    if to.element.kind != "int" or not to.element.signed or to.block != rows or to.scale.name != "float32":
+        return f"needs inputs as they are, or rounded to signed integers by rows or statically; these are {activation}"
+    if fmt.element.kind != "int" or 8 % fmt.element.bits:
+        return f"needs weights of 1, 2, 4 or 8-bit integers for rounded inputs; this is {fmt}"
+    columns = fmt.block[-1]
+    if columns != WHOLE and columns % STEP:
+        return f"needs scales of multiples of {STEP} columns for rounded inputs; this is {fmt}"
+    if k is not None and (k if columns == WHOLE else min(columns, k)) > MOST_ROUNDED:
+        return f"needs scales of {MOST_ROUNDED} columns at most for rounded inputs, lest sums overflow; this is {fmt}"
     return None
 
 
@@ -107,6 +122,9 @@ def _product(
         offs,
         description.layout.format,
         description.canonical_shape[-2],
+        description.layout.activation or "",
+        named.get("act_scale"),
+        named.get("act_zero"),
     )
 
 

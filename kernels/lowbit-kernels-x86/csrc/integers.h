@@ -1,0 +1,185 @@
+// Products of integers: inputs rounded to codes, four of which meet four codes of a row in one instruction.
+// Included by kernels.cpp, once for each instruction set.
+
+// Tokens whose sums are in registers.
+constexpr int TOKENS = W == 16 ? 8 : W == 8 ? 4 : 2;
+
+// How codes of a weight become bytes: `planes` of them in a word, byte t of plane j having code planes * t + j, less
+// `zero`. Those of 8 bits are signed, others count from the lowest.
+template <class Code>
+struct Planes {
+  static constexpr int bits = Code::bits, count = 8 / bits;
+  static constexpr bool is_signed = bits == 8;
+  static constexpr uint32_t each_byte = 0x01010101u, top = (bits == 8 ? 0x80u : bits == 4 ? 0x88u : bits == 2 ? 0xaau : 0xffu);
+  // Signed codes count from the lowest with their highest bit flipped; unsigned ones of 8 bits become signed so.
+  static constexpr uint32_t flip = (Code::offset == is_signed ? top : 0) * each_byte;
+  static constexpr int zero = Code::offset ? (is_signed ? -128 : 0) : (is_signed ? 0 : 1 << (bits - 1));
+
+  template <int J>
+  static U plane(U word) {
+    if constexpr (is_signed) return word;
+    return (word >> (bits * J)) & (((1u << bits) - 1) * each_byte);
+  }
+};
+
+// sum + the products of four bytes of `x`, which are unsigned, and of `w`, exactly.
+template <bool Signed>
+inline I dot(I sum, U x, U w) {
+#if defined(__AVX512VNNI__)
+  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
+#else
+  constexpr uint32_t low = 0x00ff00ffu;
+#if defined(__AVX512BW__)
+  auto pairs = [](auto a, auto b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); };
+  auto signed_low = [](U w) { return _mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8); };
+  auto signed_high = [](U w) { return _mm512_srai_epi16((__m512i)w, 8); };
+#elif defined(__AVX2__)
+  auto pairs = [](auto a, auto b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); };
+  auto signed_low = [](U w) { return _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8); };
+  auto signed_high = [](U w) { return _mm256_srai_epi16((__m256i)w, 8); };
+#else
+  auto pairs = [](auto a, auto b) { return (I)_mm_madd_epi16((__m128i)a, (__m128i)b); };
+  auto signed_low = [](U w) { return _mm_srai_epi16(_mm_slli_epi16((__m128i)w, 8), 8); };
+  auto signed_high = [](U w) { return _mm_srai_epi16((__m128i)w, 8); };
+#endif
+  if constexpr (Signed) {
+    return sum + pairs(x & low, signed_low(w)) + pairs((x >> 8) & low, signed_high(w));
+  }
+  // Two products of 255 and 15 or less are no more than 16 bits hold.
+#if defined(__AVX512BW__)
+  return sum + pairs(_mm512_maddubs_epi16((__m512i)x, (__m512i)w), all(0x00010001u));
+#elif defined(__AVX2__)
+  return sum + pairs(_mm256_maddubs_epi16((__m256i)x, (__m256i)w), all(0x00010001u));
+#else
+  return sum + pairs(x & low, w & low) + pairs((x >> 8) & low, (w >> 8) & low);
+#endif
+#endif
+}
+
+inline uint32_t four_at(const uint8_t* codes) {
+  uint32_t four;
+  std::memcpy(&four, codes, 4);
+  return four;
+}
+
+// Products of `tokens` tokens, at most M, from the one numbered `token` on.
+template <class Code, int M>
+void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, const void* bias, void* out, Type type,
+                  int64_t index) {
+  using Of = Planes<Code>;
+  const Tile tile(w, index);
+  const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), words = columns * Of::bits / 32;
+  const uint32_t* word = tile.codes(0);
+  const uint8_t *codes[M], *ones_at = x.ones;
+  F total[M][H] = {};
+  for (int m = 0; m < M; ++m) codes[m] = x.codes + (token + m) * x.stride;
+  for (int64_t group = 0; group < tile.groups; ++group) {
+    const int64_t here = std::min(columns, w.k - group * columns);
+    const int64_t end = std::min(words, (up(w.k, STEP) - group * columns) * Of::bits / 32);
+    I sums[M][H] = {}, ones[H] = {};
+    for (int64_t i = 0; i < end; ++i, word += TILE) {
+      U now[H];
+      for (int h = 0; h < H; ++h) now[h] = load<U>(word + h * W) ^ Of::flip;
+      unroll<Of::count>([&](auto j) {
+        U plane[H];
+        for (int h = 0; h < H; ++h) {
+          plane[h] = Of::template plane<j>(now[h]);
+        }
+        const U one = all(four_at(ones_at + j * 4));
+        for (int h = 0; h < H; ++h) ones[h] = dot<Of::is_signed>(ones[h], one, plane[h]);
+        for (int m = 0; m < M; ++m) {
+          const U four = all(four_at(codes[m] + j * 4));
+          for (int h = 0; h < H; ++h) sums[m][h] = dot<Of::is_signed>(sums[m][h], four, plane[h]);
+        }
+      });
+      ones_at += Of::count * 4;
+      for (int m = 0; m < M; ++m) codes[m] += Of::count * 4;
+    }
+    for (int h = 0; h < H; ++h) {
+      I zero = all(int32_t{Of::zero});
+      if constexpr (Code::offset) zero += __builtin_convertvector(tile.zero(group, h), I);
+      const I weights = ones[h] - zero * static_cast<int32_t>(here);
+      const F scale = tile.scale(group, h);
+      for (int m = 0; m < tokens; ++m) {
+        // The sum of (x - x's zero) (w - w's zero); what overflows on the way comes back.
+        const I product = sums[m][h] - zero * x.sums[(token + m) * tile.groups + group] - weights * x.zero[token + m];
+        total[m][h] = fma(__builtin_convertvector(product, F), scale, total[m][h]);
+      }
+    }
+  }
+  for (int m = 0; m < tokens; ++m) {
+    for (int h = 0; h < H; ++h) finish(w, index, h, total[m][h] * x.scale[token + m], bias, out, type, token + m);
+  }
+}
+
+void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type, int64_t first,
+              int64_t last) {
+  with_code(w.format, [&](auto code) {
+    using Code = decltype(code);
+    if constexpr (std::is_same_v<Code, IntCode<Code::bits>> || std::is_same_v<Code, OffsetCode<Code::bits>>) {
+      if constexpr (8 % Code::bits == 0) {
+        for (int64_t tile = first; tile < last; ++tile) {
+          if (tokens == 1) {
+            integer_tile<Code, 1>(w, x, 0, 1, bias, out, type, tile);
+            continue;
+          }
+          for (int64_t token = 0; token < tokens; token += TOKENS) {
+            const int some = static_cast<int>(std::min<int64_t>(TOKENS, tokens - token));
+            integer_tile<Code, TOKENS>(w, x, token, some, bias, out, type, tile);
+          }
+        }
+      }
+    }
+  });
+}
+
+// Where the code of a column is, in the order in which planes of a weight's words meet them.
+inline int64_t place(const Format& weight, int64_t column) {
+  const int planes = 8 / weight.element.bits, word = 32 / weight.element.bits;
+  const int64_t in = column % word;
+  return (column / word * planes + in % planes) * 4 + in / planes;
+}
+
+// The codes of one token, counted from the lowest that 8 bits have, and their sums by groups of the weight.
+void round_token(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to) {
+  const float low = -static_cast<float>(1 << (how.bits - 1)), high = -low - 1;
+  float scale = how.scale;
+  int32_t zero = how.zero;
+  if (how.dynamic) {
+    float least = 0, most = 0;
+    bool finite = true;
+    for (int64_t i = 0; i < k; ++i) {
+      least = std::min(least, x[i]);
+      most = std::max(most, x[i]);
+      finite &= x[i] - x[i] == 0;
+    }
+    const float steps = high - low;
+    scale = how.asymmetric ? most / steps - least / steps : std::max(most, -least) / (steps / 2);
+    if (scale == 0) scale = 1;
+    if (!finite) scale = std::numeric_limits<float>::quiet_NaN();
+    zero = 0;
+    if (how.asymmetric && finite) zero = std::clamp(low - std::nearbyint(least / scale), low, high);
+  }
+  uint8_t* const codes = to.codes + token * to.stride;
+  const int64_t columns = weight.columns ? weight.columns : std::max<int64_t>(k, 1);
+  int32_t* const sums = to.sums + token * weight.groups(k);
+  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += columns) {
+    int32_t sum = 0;
+    for (int64_t i = begin; i < std::min(k, begin + columns); ++i) {
+      // Beyond these it is cut off in any case.
+      const float value = std::nearbyint(std::clamp(x[i] / scale, -1024.0f, 1024.0f));
+      const float code = value == value ? std::clamp(value + static_cast<float>(zero), low, high) : 0.0f;
+      const int32_t byte = static_cast<int32_t>(code) + 128;
+      codes[place(weight, i)] = static_cast<uint8_t>(byte);
+      sum += byte;
+    }
+    sums[group] = sum;
+  }
+  to.scale[token] = scale;
+  to.zero[token] = zero + 128;
+}
+
+// 1 for each column that there is.
+void mark_columns(int64_t k, const Format& weight, uint8_t* ones) {
+  for (int64_t i = 0; i < k; ++i) ones[place(weight, i)] = 1;
+}
