@@ -202,3 +202,33 @@ def cuda_sm90(session: nox.Session) -> None:
 def cuda_sm100(session: nox.Session) -> None:
     """The same on Blackwell of data centres (10.x)."""
     on_gpu(session, "10")
+
+
+def on_x86(session: nox.Session, isa: str) -> None:
+    """Run the tests of the kernels for x86 with those of one set of instructions, on a processor that has it."""
+    sync(session)
+    show = "from lowbit_kernels_x86.backend import backend; print(backend.probe() or '')"
+    env = {"LOWBIT_X86_ISA": isa}
+    refusal = str(session.run("python", "-c", show, silent=True, env=env)).strip()
+    if refusal:
+        session.skip(refusal)
+    session.run("pytest", MEMBERS["lowbit-kernels-x86"], *session.posargs, env=env)
+
+
+@nox.session(name="x86-scalar")
+def x86_scalar(session: nox.Session) -> None:
+    """Test the kernels for x86 as any x86-64 processor runs them."""
+    on_x86(session, "scalar")
+
+
+@nox.session(name="x86-avx2")
+def x86_avx2(session: nox.Session) -> None:
+    """The same with AVX2."""
+    on_x86(session, "avx2")
+
+
+@nox.session(name="x86-avx512")
+@nox.parametrize("isa", ["avx512", "avx512_vnni"])
+def x86_avx512(session: nox.Session, isa: str) -> None:
+    """The same with AVX-512, with and without VNNI."""
+    on_x86(session, isa)

@@ -10,7 +10,8 @@ template <class Code>
 struct Planes {
   static constexpr int bits = Code::bits, count = 8 / bits;
   static constexpr bool is_signed = bits == 8;
-  static constexpr uint32_t each_byte = 0x01010101u, top = (bits == 8 ? 0x80u : bits == 4 ? 0x88u : bits == 2 ? 0xaau : 0xffu);
+  static constexpr uint32_t each_byte = 0x01010101u;
+  static constexpr uint32_t top = bits == 8 ? 0x80u : bits == 4 ? 0x88u : bits == 2 ? 0xaau : 0xffu;
   // Signed codes count from the lowest with their highest bit flipped; unsigned ones of 8 bits become signed so.
   static constexpr uint32_t flip = (Code::offset == is_signed ? top : 0) * each_byte;
   static constexpr int zero = Code::offset ? (is_signed ? -128 : 0) : (is_signed ? 0 : 1 << (bits - 1));
@@ -22,6 +23,17 @@ struct Planes {
   }
 };
 
+// Sums of two neighbouring products of signed 16-bit numbers.
+inline I pairs(U a, U b) {
+#if defined(__AVX512BW__)
+  return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+  return (I)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#endif
+}
+
 // sum + the products of four bytes of `x`, which are unsigned, and of `w`, exactly.
 template <bool Signed>
 inline I dot(I sum, U x, U w) {
@@ -29,27 +41,15 @@ inline I dot(I sum, U x, U w) {
   return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #else
   constexpr uint32_t low = 0x00ff00ffu;
-#if defined(__AVX512BW__)
-  auto pairs = [](auto a, auto b) { return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b); };
-  auto signed_low = [](U w) { return _mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8); };
-  auto signed_high = [](U w) { return _mm512_srai_epi16((__m512i)w, 8); };
-#elif defined(__AVX2__)
-  auto pairs = [](auto a, auto b) { return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b); };
-  auto signed_low = [](U w) { return _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8); };
-  auto signed_high = [](U w) { return _mm256_srai_epi16((__m256i)w, 8); };
-#else
-  auto pairs = [](auto a, auto b) { return (I)_mm_madd_epi16((__m128i)a, (__m128i)b); };
-  auto signed_low = [](U w) { return _mm_srai_epi16(_mm_slli_epi16((__m128i)w, 8), 8); };
-  auto signed_high = [](U w) { return _mm_srai_epi16((__m128i)w, 8); };
-#endif
   if constexpr (Signed) {
-    return sum + pairs(x & low, signed_low(w)) + pairs((x >> 8) & low, signed_high(w));
+    typedef int16_t Signeds __attribute__((vector_size(4 * W)));
+    return sum + pairs(x & low, (U)((Signeds)w << 8 >> 8)) + pairs((x >> 8) & low, (U)((Signeds)w >> 8));
   }
   // Two products of 255 and 15 or less are no more than 16 bits hold.
 #if defined(__AVX512BW__)
-  return sum + pairs(_mm512_maddubs_epi16((__m512i)x, (__m512i)w), all(0x00010001u));
+  return sum + pairs((U)_mm512_maddubs_epi16((__m512i)x, (__m512i)w), all(0x00010001u));
 #elif defined(__AVX2__)
-  return sum + pairs(_mm256_maddubs_epi16((__m256i)x, (__m256i)w), all(0x00010001u));
+  return sum + pairs((U)_mm256_maddubs_epi16((__m256i)x, (__m256i)w), all(0x00010001u));
 #else
   return sum + pairs(x & low, w & low) + pairs((x >> 8) & low, (w >> 8) & low);
 #endif
@@ -96,13 +96,14 @@ void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, co
       for (int m = 0; m < M; ++m) codes[m] += Of::count * 4;
     }
     for (int h = 0; h < H; ++h) {
-      I zero = all(int32_t{Of::zero});
-      if constexpr (Code::offset) zero += __builtin_convertvector(tile.zero(group, h), I);
-      const I weights = ones[h] - zero * static_cast<int32_t>(here);
+      U zero = all(static_cast<uint32_t>(Of::zero));
+      if constexpr (Code::offset) zero += (U)__builtin_convertvector(tile.zero(group, h), I);
+      const U weights = (U)ones[h] - zero * static_cast<uint32_t>(here);
       const F scale = tile.scale(group, h);
       for (int m = 0; m < tokens; ++m) {
-        // The sum of (x - x's zero) (w - w's zero); what overflows on the way comes back.
-        const I product = sums[m][h] - zero * x.sums[(token + m) * tile.groups + group] - weights * x.zero[token + m];
+        // The sum of (x - x's zero) (w - w's zero); unsigned, so that what overflows on the way comes back.
+        const uint32_t inputs = x.sums[(token + m) * tile.groups + group], less = x.zero[token + m];
+        const I product = (I)((U)sums[m][h] - zero * inputs - weights * less);
         total[m][h] = fma(__builtin_convertvector(product, F), scale, total[m][h]);
       }
     }

@@ -335,7 +335,9 @@ void decode(const Format& format, const uint8_t* codes, const void* scale, const
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, widen, few, many, decode, round_token, mark_columns, integers};
+const Kernels kernels{
+    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, widen, few, many, decode, round_token, mark_columns, integers,
+};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

@@ -47,8 +47,8 @@ struct Activation {
   int32_t zero;
 };
 
-// Rounded tokens, `stride` bytes each: codes counted from -128, in the order in which a word of the weight holds its own,
-// 0 from k on; the sums of those that share a scale of the weight; what codes of 0 are counted as; 1 for each column.
+// Rounded tokens, `stride` bytes each: codes counted from -128, in the order in which a word of the weight holds its
+// own, 0 from k on; the sums of those that share a scale of the weight; what codes of 0 are counted as; 1 for each column.
 struct Codes {
   uint8_t* codes;
   int64_t stride;

@@ -85,8 +85,8 @@ struct Experts {
   }
 };
 
-// Numbers from one token's to the next: padded, and never a power of two of bytes, which would put the same columns of all
-// tokens into one set of the cache.
+// Numbers from one token's to the next: padded, and never a power of two of bytes, which would put the same columns of
+// all tokens into one set of the cache.
 int64_t apart(int64_t k, int64_t size) { return up(k * size, 128) / size + 64 / size; }
 
 void product(const Packed& w, const char* x, Type type, const void* pre_scale, int64_t tokens, const void* bias,
@@ -173,7 +173,8 @@ lowbit::Activation activation_of(const std::string& spec, const std::optional<Te
   check(*scale, "act_scale", {ScalarType::Float});
   check_numel(*scale, "act_scale", 1);
   how.scale = *static_cast<const float*>(scale->const_data_ptr());
-  STD_TORCH_CHECK(zero.has_value() == format.zero, "act_zero must be given where the activation has zero points, and only there");
+  STD_TORCH_CHECK(zero.has_value() == format.zero,
+                  "act_zero must be given where the activation has zero points, and only there");
   if (zero) {
     check(*zero, "act_zero", {ScalarType::Char});
     check_numel(*zero, "act_zero", 1);

@@ -47,7 +47,6 @@ inline void store(void* to, V v) {
 // 0 + x is not x where that is -0, so that the compiler would add.
 inline F all(float x) { return x - F{}; }
 inline U all(uint32_t x) { return U{} + x; }
-inline I all(int32_t x) { return I{} + x; }
 
 inline F fma(F a, F b, F c) {
 #if defined(__AVX512F__)
