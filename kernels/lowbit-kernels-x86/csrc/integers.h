@@ -82,9 +82,7 @@ void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, co
       for (int h = 0; h < H; ++h) now[h] = load<U>(word + h * W) ^ Of::flip;
       unroll<Of::count>([&](auto j) {
         U plane[H];
-        for (int h = 0; h < H; ++h) {
-          plane[h] = Of::template plane<j>(now[h]);
-        }
+        for (int h = 0; h < H; ++h) plane[h] = Of::template plane<j>(now[h]);
         const U one = all(four_at(ones_at + j * 4));
         for (int h = 0; h < H; ++h) ones[h] = dot<Of::is_signed>(ones[h], one, plane[h]);
         for (int m = 0; m < M; ++m) {
