@@ -46,17 +46,17 @@ EVERY = ["llama", "qwen2", "qwen3", "mixtral", "qwen3-moe", "gpt2", "bert"]
 class Windows:
     """Calibration tokens for models that have no tokenizer."""
 
-    count: int = 16
+    samples: int = 16
     length = 32
 
     def windows(self, folder):
-        return torch.randint(2, 96, (self.count, 32), generator=torch.Generator().manual_seed(5))
+        return torch.randint(2, 96, (self.samples, 32), generator=torch.Generator().manual_seed(5))
 
     def fingerprint(self):
-        return f"windows {self.count}"
+        return f"windows {self.samples}"
 
     def described(self):
-        return {"samples": self.count}
+        return {"samples": self.samples}
 
 
 def job_of(folder, name="W4A16_G32", method=None, **options):
