@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,13 +18,18 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import mangle_type
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lowbit.activation import Activation
 from lowbit.format import Format
-from lowbit_kernels_cuda import hopper
+from lowbit_kernels_cuda import byte_linear, hopper, hopper_bytes, inputs, plans
+from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.lifts import lift
 from lowbit_kernels_cuda.linear import constants
 from lowbit_kernels_cuda.plans import Kind, Plan
+from lowbit_kernels_cuda.scaling import spec as spec_of
+from lowbit_kernels_cuda.weight_only import folds
 from lowbit_kernels_cuda.weights import parts
 
 N, K = 1024, 4096
@@ -34,13 +39,16 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
     """The kernel of the plan, for a weight of the format (N, K), or of as many experts."""
     fmt, kind = Format.parse(spec), plan.kind
     kernel = hopper.linear_wgmma if kind.depth else linear_dots
+    if kind.bytes:
+        kernel = hopper_bytes.linear_wgmma_bytes
     torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
     constants.cache_clear()
-    x = torch.zeros(tokens, K, dtype=torch.bfloat16)
+    x = torch.zeros(tokens, K, dtype=torch.float8_e4m3fn if kind.bytes else torch.bfloat16)
     given = {
         "x": hopper.described(x, kind.tokens, kind.columns) if kind.depth else x,
+        "x_step": 0,
         "words": tuple(torch.zeros(1, dtype=torch.int32) for _ in parts(fmt.element.bits)),
-        "scale": torch.zeros(1, dtype=torch.int32),
+        "scale": torch.zeros(1, dtype=torch.int16 if kind.bytes else torch.int32),
         "tensor_row": 0,
         "tensor_expert": 0,
         "out": torch.zeros(1, dtype=torch.int16),
@@ -55,6 +63,59 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
     known_as = constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=bool(lift(fmt)))
     known_as = known_as | {name.upper(): value for name, value in asdict(kind).items()}
     known_as |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "EVEN": even, "num_warps": kind.warps}
+    return built(kernel, given, known_as | {"SPAN": 0, "OVERLAPS": capability >= 90}, capability)
+
+
+def rounding(activation, capability, *, moved=False):
+    """The kernel that rounds inputs (K,)."""
+    how = Activation.parse(activation).format
+    torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
+    group = how.block_for(2)[-1]
+    given = {"x": torch.zeros(1, dtype=torch.int16), "k": K}
+    given["out"] = torch.zeros(1, dtype=torch.int16)
+    if not folds(how) or not group:
+        given["scales"] = torch.zeros(1)
+    if how.tensor_scale:
+        given["whole"] = torch.zeros(1)
+    known_as = {
+        "SPEC": spec_of(how, device=torch.device("cuda:0")),
+        "GROUP": group,
+        "GIVEN": False,
+        "num_warps": 4,
+        "OVERLAPS": capability >= 90,
+    }
+    known_as |= {"SPAN": 0 if folds(how) else group, "COLUMNS": max(group, 1024)}
+    return built(inputs.round_inputs, given, known_as, capability)
+
+
+def by_bytes(name, tokens, plan, capability, experts=0):
+    """The kernel for 8-bit codes of a format on both sides."""
+    fmt = Format.parse(name)
+    torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
+    kind, integer, group = fmt.element.storage, fmt.element.kind == "int", fmt.block_for(2)[-1]
+    codes = [torch.zeros(size, K, dtype=torch.uint8).view(kind) for size in (tokens, N)]
+    if plan.tiled:
+        sizes = (plan.tokens, plan.rows)
+        codes = [
+            TensorDescriptor.from_tensor(each, [size, plan.columns]) for each, size in zip(codes, sizes, strict=True)
+        ]
+    else:
+        codes = [each if integer else each.view(torch.uint8) for each in codes]
+    given = {"x": codes[0], "w": codes[1], "x_scale": torch.zeros(1), "w_scale": torch.zeros(1)}
+    given |= {"out": torch.zeros(1, dtype=torch.int16), "m": tokens, "n": N, "k": K, "tall": 2}
+    if plan.splits > 1:
+        given |= {"parts": torch.zeros(1, dtype=torch.int32 if integer else torch.float32)}
+        given |= {"count": torch.zeros(1, dtype=torch.int32)}
+    if experts:
+        given["offs"] = torch.zeros(1, dtype=torch.int32)
+    known_as = {name.upper(): value for name, value in asdict(plan).items()} | {"num_warps": plan.warps, "BAND": 8}
+    known_as |= {"SPEC": spec_of(fmt, device=torch.device("cuda:0")), "SHARED": False, "GROUP": group, "EVEN": True}
+    known_as |= {"INTEGER": integer, "EXPERTS": experts, "IMPRECISE": None, "OVERLAPS": capability >= 90}
+    return built(byte_dots, given, known_as, capability)
+
+
+def built(kernel, given, known_as, capability):
+    """A kernel as launched with arguments and constants of these names."""
     signature, known, aligned = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = known_as.get(parameter.name, given.get(parameter.name))
@@ -67,8 +128,12 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
             signature[parameter.name] = mangle_type(value)
             if isinstance(value, torch.Tensor) or parameter.name in {"n", "k"}:
                 aligned[i,] = [["tt.divisibility", 16]]
-    source = (GluonASTSource if kind.depth else ASTSource)(kernel, signature, known, aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kind.warps})
+    source = (GluonASTSource if kernel in (hopper.linear_wgmma, hopper_bytes.linear_wgmma_bytes) else ASTSource)(
+        kernel, signature, known, aligned
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": known_as["num_warps"]}
+    )
 
 
 def overlap(kernel):
@@ -86,6 +151,9 @@ if __name__ == "__main__":
     for name in ("INT4_G128", "MXFP4"):
         if all(overlap(compiled(name, 256, many, 90, experts=experts)) for experts in (0, 6)):
             sys.stdout.write(f"90 {name}\n")
+    for each in (plans.plan_of_bytes(m, N, K, 0, 132) for m in (64, 1024)):
+        if overlap(compiled("INT4_G128", each.kind.tokens, each, 90)):
+            sys.stdout.write(f"90 INT4_G128 as bytes, {each.kind.tokens} tokens\n")
     for capability, name, plan, even, experts in (
         (80, "INT4_G128", Plan(Kind(64, 16, 128, 4, 4, exact=True), 2), True, 128),
         (80, "INT8_ROW", Plan(Kind(64, 64, 128, 4, 3)), False, 0),
@@ -94,3 +162,24 @@ if __name__ == "__main__":
     ):
         if compiled(name, plan.kind.tokens, plan, capability, even=even, experts=experts).asm["cubin"]:
             sys.stdout.write(f"{capability} {name}\n")
+    few, many = (byte_linear._plan(m, N, K, 0, torch.device("cpu"), integer=True) for m in (16, 1024))
+    many = replace(many, rows=128, tokens=256, warps=8, stages=4, tiled=True)
+    for capability, name, tokens, plan, experts in (
+        (80, "INT8_ROW", 16, few, 0),
+        (90, "FP8_ROW", 16, few, 0),
+        (90, "FP8_ROW", 1024, many, 8),
+        (90, "INT8_ROW", 1024, many, 0),
+        (90, "FP8_1x128", 16, replace(few, columns=128, tiled=True), 0),
+    ):
+        by_bytes(name, tokens, plan, capability, experts)
+        sys.stdout.write(f"{capability} {name} by bytes\n")
+    for capability, name in (
+        (80, "FP8_ROW"),
+        (90, "FP8_ROW"),
+        (90, "INT8_ROW_ASYM"),
+        (90, "NVFP4"),
+        (90, "MXFP8"),
+        (90, "FP8_1x128"),
+    ):
+        rounding(f"dynamic:{name}", capability, moved=capability == 90 and name == "FP8_ROW")
+        sys.stdout.write(f"{capability} {name} inputs\n")

@@ -278,9 +278,9 @@ def test_the_kernels_pass(spec):
 def test_compilers_see_one_operator_whatever_the_tokens():
     q = weight("INT4_G128", 80, 256)
     parts_, description = packed(q)
-    arguments = [list(parts_), description.names[1:], str(q.format), (80, 256), None, None, None]
+    arguments = [list(parts_), description.names[1:], str(q.format), "", (80, 256), None, None, None]
     x = torch.randn(7, 256).to(torch.bfloat16)
-    torch.library.opcheck(torch.ops.lowbit_cuda.linear.default, (x, *arguments))
+    torch.library.opcheck(torch.ops.lowbit_cuda.linear.default, ("linear", x, *arguments))
     count = 0
 
     def counted(graph, _):
@@ -400,5 +400,11 @@ def test_kernels_are_assembled_for_every_architecture():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    wanted = ["90 INT4_G128", "90 MXFP4", "80 INT4_G128", "80 INT8_ROW", "90 NVFP4", "100 NVFP4"]
+    wanted = ["90 INT4_G128", "90 MXFP4", *(f"90 INT4_G128 as bytes, {tokens} tokens" for tokens in (64, 128))]
+    wanted += ["80 INT4_G128", "80 INT8_ROW", "90 NVFP4", "100 NVFP4"]
+    wanted += [
+        f"{each} by bytes" for each in ("80 INT8_ROW", "90 FP8_ROW", "90 FP8_ROW", "90 INT8_ROW", "90 FP8_1x128")
+    ]
+    rounded = ("80 FP8_ROW", "90 FP8_ROW", "90 INT8_ROW_ASYM", "90 NVFP4", "90 MXFP8", "90 FP8_1x128")
+    wanted += [f"{each} inputs" for each in rounded]
     assert done.stdout.splitlines() == wanted, done.stderr[-2000:]

@@ -14,7 +14,7 @@ import torch
 
 from lowbit.backends import Call, Kernel
 from lowbit.format import WHOLE
-from lowbit_kernels_cuda import weight_only
+from lowbit_kernels_cuda import byte_only, weight_only
 
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,6 +58,15 @@ class Cuda:
                 *("cuda.grouped_mm", "grouped_mm", "cuda", 10),
                 *(weight_only.run_grouped, weight_only.refuses, weight_only.pack, weight_only.unpack),
             ),
+            Kernel(
+                *("cuda.linear_bytes", "linear", "cuda", 20, byte_only.run, byte_only.refuses),
+                *(byte_only.pack, byte_only.unpack),
+            ),
+            Kernel(
+                *("cuda.grouped_mm_bytes", "grouped_mm", "cuda", 20, byte_only.run_grouped, byte_only.refuses),
+                *(byte_only.pack, byte_only.unpack),
+            ),
+            Kernel("cuda.scaled_mm", "scaled_mm", "cuda", 10, byte_only.run_scaled_mm, byte_only.refuses),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )
 

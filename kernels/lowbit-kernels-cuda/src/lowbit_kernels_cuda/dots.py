@@ -22,6 +22,8 @@ from lowbit_kernels_cuda.programs import program_of
 @triton.jit(do_not_specialize=["m"])
 def linear_dots(
     x,
+    x_scale,
+    x_step,
     words,
     scale,
     zero,
@@ -52,16 +54,20 @@ def linear_dots(
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,
     EXACT: tl.constexpr,
+    SPAN: tl.constexpr,
     STAGES: tl.constexpr,
     BAND: tl.constexpr,
     UNROLL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """`out` (M, N) of `x` (M, K); ROWS rows of the weight by TOKENS tokens a program, COLUMNS columns at a time.
 
     `words`, `scale` and `zero` as packed by `lowbit_kernels_cuda.weights`; `sums` of the inputs of a group. Programs of
     the same rows and tokens take SPLITS parts of K: all write theirs to `parts`, and the last, by `count`, adds them in
-    order. EXACT if scales are of sums rather than of codes. With EXPERTS, the weight is (EXPERTS, N, K), and `offs`
-    ends the tokens of each; those beyond the last become zeros. Who does what: `program_of`.
+    order. EXACT if scales are of sums rather than of codes. `x_scale`, if any, are float32 scales of inputs, `x_step`
+    (0 or 1) from token to token; with SPAN, (M, K / SPAN) of as many columns, whole steps. With EXPERTS, the weight is
+    (EXPERTS, N, K), and `offs` ends the tokens of each; those beyond the last become zeros. OVERLAPS: this
+    may start while the kernel before rounds the inputs. Who does what: `program_of`.
     """
     index = tl.arange(0, triton.next_power_of_2(EXPERTS + 1))
     row, expert, begin, routed, end = program_of(index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
@@ -90,6 +96,8 @@ def linear_dots(
     given = (tokens < end)[None, :]
     column = tl.arange(0, COLUMNS)
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     for step in tl.range(first, last, num_stages=STAGES, loop_unroll_factor=UNROLL):
         at = step * WIDE + lane // 32
         place = inputs + (step * COLUMNS + column)[:, None]
@@ -111,6 +119,9 @@ def linear_dots(
                 COUNT: tl.constexpr = 2 * PER * SPEC.scale.bits // scale.dtype.element_ty.primitive_bitwidth
                 times = scale_pairs(registers(read(scale, place, COUNT), COUNT, LANES), SPEC, LIFT, PER, BF16)
         a = values(codes, less, times, SPEC, PARTS, BF16, LINES, TEXT, TALL, WIDE)
+        of_tokens = 1.0
+        if SPAN:
+            of_tokens = tl.load(x_scale + tokens % m * tl.cdiv(k, SPAN) + step * COLUMNS // SPAN)[None, :]
         if EXACT:
             spans = tl.cdiv(k, GROUP * PER)
             place = _place(row, expert, step if PER > 1 else step * COLUMNS // GROUP, high, spans, TALL)
@@ -120,14 +131,18 @@ def linear_dots(
                 new = tl.dot(group, b, input_precision="ieee")
                 if sums is not None:
                     z = _of_rows(points(zero, place, PER, TALL * 8), p, TALL) + SPEC.element.min
-                    s = tl.load(sums + tl.minimum(tokens, m - 1) * (spans * PER) + step * COLUMNS // GROUP + p)
+                    WIDTH: tl.constexpr = min(GROUP, COLUMNS)
+                    s = tl.load(sums + tl.minimum(tokens, m - 1) * tl.cdiv(k, WIDTH) + step * (COLUMNS // WIDTH) + p)
                     new -= z * s[None, :]
-                acc += new * _of_rows(f, p, TALL)
+                acc += new * (_of_rows(f, p, TALL) * of_tokens)
+        elif SPAN:
+            acc += tl.dot(a, b, input_precision="ieee") * of_tokens
         else:
             acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
     _write(
-        *(acc, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count, row, expert),
-        *(tokens, routed, end, split, m, n, high, SPEC, LIFT, AFTER, GROUP, ROWS, TOKENS, SPLITS),
+        *(acc, None if SPAN else x_scale, x_step, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias),
+        *(out, parts, count, row, expert, tokens, routed, end, split, m, n, high),
+        *(SPEC, LIFT, AFTER, GROUP, ROWS, TOKENS, SPLITS),
     )
 
 
@@ -170,6 +185,8 @@ def _of_rows(found, P: tl.constexpr, TALL: tl.constexpr):
 @triton.jit
 def _write(
     acc,
+    x_scale,
+    x_step,
     scale,
     zero,
     sums,
@@ -218,6 +235,8 @@ def _write(
             z = _of_rows(points(zero, at, 1, TALL * 8), 0, TALL) + SPEC.element.min
             acc -= z * tl.load(sums + tokens, tokens < routed, 0.0)[None, :]
         acc *= _of_rows(factors(scale, at, SPEC, LIFT, 1, TALL * 8), 0, TALL)
+    if x_scale is not None:
+        acc *= tl.load(x_scale + tokens * x_step, tokens < routed, 0.0)[None, :]
     if AFTER != 1:
         acc *= AFTER
     if tensor_scale is not None:

@@ -438,3 +438,51 @@ def _floats(pair, BF16: tl.constexpr, TEXT: tl.constexpr):
         kind: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
         low, high = pair.to(tl.int16).to(kind, bitcast=True), (pair >> 16).to(tl.int16).to(kind, bitcast=True)
     return tl.join(low, high)
+
+
+@triton.jit
+def byte_words(codes):
+    """E4m3, in units of 2^-9, of a lane's words of signed 4-bit integers: of 16 columns rows g, then rows g + 8."""
+    found = ()
+    for i in tl.static_range(4):
+        found = found + _e4m3_of_int4(codes[i])
+    return found
+
+
+@triton.jit
+def byte_values(words, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """E4m3 (rows, columns) of what `byte_words` gave of TALL by WIDE tiles.
+
+    As tensor cores for 8-bit floats take them, in whose first operand a lane has four columns side by side, and again
+    16 beyond; of a weight packed as `weights.side_by_side` has it.
+    """
+    products = ()
+    for q in tl.static_range(2):
+        # Bytes, rows, and columns beyond 16, from the left.
+        first = tl.join(_four_bytes(words[4 * q]), _four_bytes(words[4 * q + 1]))
+        second = tl.join(_four_bytes(words[4 * q + 2]), _four_bytes(words[4 * q + 3]))
+        products = products + (tl.join(first, second),)
+    value = tl.reshape(tl.join(products[0], products[1]), (TALL, WIDE, 8, 4, 2, 2, 2, 2, 2))
+    value = tl.permute(value, (0, 6, 2, 1, 8, 7, 3, 5, 4))
+    return tl.reshape(value, (TALL * 16, WIDE * 64))
+
+
+@triton.jit
+def _e4m3_of_int4(word):
+    """Four e4m3 of rows g, and of rows g + 8, of a word of codes, which are 8 above what they stand for.
+
+    Of v below 0, the low bits are 7 - (-1 - v), to be flipped.
+    """
+    less = (~word >> 3) & 0x01010101
+    top = ((word & 0x07070707) ^ (less * 7)) + less * 0x81
+    less = (~word >> 7) & 0x01010101
+    return top, (((word >> 4) & 0x07070707) ^ (less * 7)) + less * 0x81
+
+
+@triton.jit
+def _four_bytes(word):
+    """The e4m3 in a word, (.., low bit of the byte's number, high bit)."""
+    a, b = word.to(tl.int8).to(tl.float8e4nv, bitcast=True), (word >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    c = (word >> 16).to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    d = (word >> 24).to(tl.int8).to(tl.float8e4nv, bitcast=True)
+    return tl.join(tl.join(a, b), tl.join(c, d))

@@ -24,12 +24,12 @@ from lowbit_kernels_cuda.programs import program_of
 
 # Later Tritons have other names.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 def described(x: Tensor, tokens: int, columns: int) -> TensorDescriptor:
     """Inputs (M, K) for the tensor memory accelerator, in blocks of (tokens, columns)."""
-    kind = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}[x.dtype]
     return TensorDescriptor.from_tensor(
         x, [tokens, columns], gl.NVMMASharedLayout.get_default_for([tokens, columns], kind)
     )
@@ -57,6 +57,8 @@ def words_of(tall, wide, warps, words):
 @gluon.jit(do_not_specialize=["m"])
 def linear_wgmma(
     x,
+    x_scale,
+    x_step,
     words,
     scale,
     zero,
@@ -115,7 +117,7 @@ def linear_wgmma(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(STAGES - 1):
-        _fetch(x, inputs, full, begin, first, i, last, k, COLUMNS, STAGES, DEPTH)
+        fetch(x, inputs, full, begin, first, i, last, k, COLUMNS, STAGES, DEPTH)
     kept = ()
     for i in gl.static_range(DEPTH):
         kept = kept + (
@@ -125,11 +127,11 @@ def linear_wgmma(
     even = _operand(kept[0], SPEC, PARTS, GROUP, BF16, LINES, TEXT, LIFT, TALL, WIDE, OPERAND)
     odd = gl.zeros([ROWS, COLUMNS], KIND, OPERAND)
     more = _read(words, scale, zero, row, expert, first + DEPTH, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps)
-    kept = _put(kept, 0, more)
+    kept = put(kept, 0, more)
     for base in range(0, last - first, DEPTH):
         for u in gl.static_range(DEPTH):
             at = base + u
-            b = _inputs(inputs, full, at, STAGES)
+            b = inputs_of(inputs, full, at, STAGES)
             # Products of the step before are done once those of this one are the only ones left.
             if u % 2 == 0:
                 acc = warpgroup_mma(even, b, acc, is_async=True)
@@ -138,8 +140,8 @@ def linear_wgmma(
                 acc = warpgroup_mma(odd, b, acc, is_async=True)
                 acc, even = warpgroup_mma_wait(1, deps=[acc, even])
             # All warps are then done with its inputs.
-            _barrier()
-            _fetch(x, inputs, full, begin, first, at + STAGES - 1, last, k, COLUMNS, STAGES, DEPTH)
+            barrier()
+            fetch(x, inputs, full, begin, first, at + STAGES - 1, last, k, COLUMNS, STAGES, DEPTH)
             a = _operand(kept[(u + 1) % DEPTH], SPEC, PARTS, GROUP, BF16, LINES, TEXT, LIFT, TALL, WIDE, OPERAND)
             if u % 2 == 0:
                 odd = a
@@ -147,25 +149,23 @@ def linear_wgmma(
                 even = a
             ahead = first + at + 1 + DEPTH
             more = _read(words, scale, zero, row, expert, ahead, n, k, SPEC, PARTS, GROUP, TALL, WIDE, num_warps)
-            kept = _put(kept, (u + 1) % DEPTH, more)
+            kept = put(kept, (u + 1) % DEPTH, more)
     acc, odd = warpgroup_mma_wait(0, deps=[acc, odd])
-    _write(
-        *(acc, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count),
+    write(
+        *(acc, x_scale, x_step, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count),
         *(row, expert, begin, routed, end, split, m, n, SPEC, AFTER, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
     )
 
 
 @gluon.jit
-def _inputs(inputs, full, at, STAGES: gl.constexpr):
+def inputs_of(inputs, full, at, STAGES: gl.constexpr):
     """Inputs of the step `at`, once they are there."""
     mbarrier.wait(full.index(at % STAGES), at // STAGES & 1)
     return inputs.index(at % STAGES).permute((1, 0))
 
 
 @gluon.jit
-def _fetch(
-    x, inputs, full, token, first, at, last, k, COLUMNS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr
-):
+def fetch(x, inputs, full, token, first, at, last, k, COLUMNS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr):
     """Inputs of a step `at` from the first; beyond the last, zeros, and none beyond those that are waited for."""
     step = first + at
     waited = at < gl.cdiv(last - first, DEPTH) * DEPTH
@@ -175,7 +175,8 @@ def _fetch(
 
 
 @gluon.jit
-def _put(all_, AT: gl.constexpr, one):
+def put(all_, AT: gl.constexpr, one):
+    """The tuple with another in the place AT."""
     found = ()
     for i in gl.static_range(len(all_)):
         found = found + ((one,) if i == AT else (all_[i],))
@@ -203,19 +204,19 @@ def _read(
     high, tiles = gl.cdiv(n, 16), gl.cdiv(k, 64)
     codes, scales, zeros = (), (), ()
     for p in gl.static_range(len(PARTS)):
-        codes = codes + _lanes(words[p], row, expert, step, high, tiles, tiles, 32, PARTS[p], 64, TALL, WIDE, WARPS)
+        codes = codes + lanes(words[p], row, expert, step, high, tiles, tiles, 32, PARTS[p], 64, TALL, WIDE, WARPS)
     if GROUP != 0:
         PER: gl.constexpr = 64 // GROUP if GROUP < 64 else 1
         COUNT: gl.constexpr = 2 * PER * SPEC.scale.bits // scale.dtype.element_ty.primitive_bitwidth
         spans = gl.cdiv(k, GROUP * PER)
-        scales = _lanes(scale, row, expert, step, high, tiles, spans, 8, COUNT, GROUP * PER, TALL, WIDE, WARPS)
+        scales = lanes(scale, row, expert, step, high, tiles, spans, 8, COUNT, GROUP * PER, TALL, WIDE, WARPS)
         if zero is not None:
-            zeros = _lanes(zero, row, expert, step, high, tiles, spans, 8, PER, GROUP * PER, TALL, WIDE, WARPS)
+            zeros = lanes(zero, row, expert, step, high, tiles, spans, 8, PER, GROUP * PER, TALL, WIDE, WARPS)
     return codes, scales, zeros
 
 
 @gluon.jit
-def _lanes(
+def lanes(
     pointer,
     row,
     expert,
@@ -269,8 +270,10 @@ def _operand(
 
 
 @gluon.jit
-def _write(
+def write(
     acc,
+    x_scale,
+    x_step,
     scale,
     zero,
     sums,
@@ -298,6 +301,7 @@ def _write(
     MMA: gl.constexpr,
     num_warps: gl.constexpr,
 ):
+    """As `dots._write`, of sums in the layout MMA; without GROUP, `scale` is one of its own for every row."""
     rows = row * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA))
     tokens = begin + gl.arange(0, TOKENS, gl.SliceLayout(0, MMA))
     place = tokens.to(gl.int64)[None, :] * n + rows[:, None]
@@ -306,7 +310,7 @@ def _write(
         whole = m.to(gl.int64) * n
         gl.store(parts + split * whole + place, acc, there)
         # Everyone's part is there before one says so.
-        _barrier()
+        barrier()
         ticket = count + gl.program_id(0)
         if gl.atomic_add(ticket, 1, sem="acq_rel") < SPLITS - 1:
             return
@@ -322,6 +326,8 @@ def _write(
             acc -= z[:, None] * gl.load(sums + tokens, tokens < routed, 0.0)[None, :]
         stored = gl.load(scale + at)
         acc *= (byte_scale(stored.to(gl.int32), 0, SPEC.scale) if SPEC.scale.bits == 8 else to_float32(stored))[:, None]
+    if x_scale is not None:
+        acc *= gl.load(x_scale + tokens * x_step, tokens < routed, 0.0)[None, :]
     if AFTER != 1:
         acc *= AFTER
     if tensor_scale is not None:

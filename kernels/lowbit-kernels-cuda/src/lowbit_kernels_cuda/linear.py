@@ -1,4 +1,4 @@
-"""Products with weights that alone are in low precision: how they are packed, and what runs for how many tokens."""
+"""Products with weights packed for 16-bit tensor cores: how they are packed, and what runs for how many tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lowbit.activation import Activation
 from lowbit.backends import Call, Description
 from lowbit.element import Element
 from lowbit.errors import FormatError
@@ -23,11 +24,22 @@ from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.compiling import told
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.fragments import Text, lines, text
+from lowbit_kernels_cuda.inputs import Inputs, overlaps, quantized, rounded
 from lowbit_kernels_cuda.lifts import is_lifted, lift, lifted, lowered
-from lowbit_kernels_cuda.plans import Plan, choose, is_slower, ratios, slower_tokens
+from lowbit_kernels_cuda.plans import Plan, choose, is_slower, plan_of_bytes, ratios, slower_tokens
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
-from lowbit_kernels_cuda.weights import ROWS, pack_scales, pack_tiles, parts, repeated, unpack_scales, unpack_tiles
+from lowbit_kernels_cuda.weight_only import meet_as_bytes
+from lowbit_kernels_cuda.weights import (
+    ROWS,
+    pack_scales,
+    pack_tiles,
+    parts,
+    repeated,
+    side_by_side,
+    unpack_scales,
+    unpack_tiles,
+)
 
 
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
@@ -46,10 +58,13 @@ def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     if scale.itemsize == 1 and not bool((torch.isfinite(scale.float()) & (scale.float() >= 0)).all()):
         msg = "the weight has scales that are no numbers, or negative ones; find out where they come from"
         raise FormatError(msg)
+    if weight.activation is not None and meet_as_bytes(weight.activation.format, fmt):
+        codes = side_by_side(codes)
     packed = [*pack_tiles(_tall(_above_least(codes, element)), element), _across(lifted(scale, codes, fmt), weight)]
     if weight.zero is not None:
         packed.append(_across(_above_least(weight.zero, element).to(torch.int16), weight))
-    return (*packed, *(part for part in (weight.tensor_scale, weight.pre_scale) if part is not None))
+    rest = (weight.tensor_scale, weight.act_scale, weight.act_zero, weight.pre_scale)
+    return (*packed, *(part for part in rest if part is not None))
 
 
 def _above_least(codes: Tensor, element: Element) -> Tensor:
@@ -93,7 +108,12 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
         return (above ^ (1 << (element.bits - 1))).view(torch.int8) << shift >> shift
 
     rows = high * (experts[0] if experts else 1)
-    codes = codes_of(each_of(unpack_tiles(packed[:count], element, rows, k)))
+    activation = description.layout.activation
+    if activation and meet_as_bytes(Activation.parse(activation).format, fmt):
+        tall = side_by_side(unpack_tiles(packed[:count], element, rows, k + -k % 16), back=True)[:, :k]
+    else:
+        tall = unpack_tiles(packed[:count], element, rows, k)
+    codes = codes_of(each_of(tall))
     found = {"qdata": pack_codes(codes, element) if element.packed else codes.view(element.storage)}
     *blocks, group = fmt.block_for(len(description.shape))
     firsts = tuple(slice(None, None, block or size) for block, size in zip(blocks, (*experts, n), strict=True))
@@ -116,6 +136,7 @@ def product(
     packed: Sequence[Tensor],
     names: Sequence[str],
     spec_: str,
+    activation: str,
     shape: Sequence[int],
     bias: Tensor | None,
     offs: Tensor | None,
@@ -125,7 +146,8 @@ def product(
 ) -> Tensor:
     """`x @ weight.T + bias` of what `pack` made of a weight of `shape` with the inner tensors `names` beside its codes.
 
-    The tokens of each expert end at `offs` where the weight is (E, N, K). Plain `values` are used where that is faster.
+    With an activation, x is rounded first. The tokens of each expert end at `offs` where the weight is (E, N, K). Plain
+    `values` are used where that is faster.
     """
     n, k = shape[-2:]
     fmt = Format.parse(spec_)
@@ -136,18 +158,33 @@ def product(
     if values is not None and is_slower(_ratios(fmt, x.dtype, n, k, x.device), x.numel() // k):
         return torch.nn.functional.linear(x, values, bias)
     tokens = x.reshape(-1, k).contiguous()
-    if tokens.data_ptr() % 16:
-        # Sixteen bytes are copied at a time.
-        tokens = tokens.clone()
     out = x.new_empty(len(tokens), n)
     if out.numel():
+        if activation:
+            how = Activation.parse(activation)
+            use = how, named.get("act_scale"), named.get("act_zero")
+            if bytes_ := meet_as_bytes(how.format, fmt):
+                # With few tokens 16-bit tensor cores are as fast.
+                bytes_ = plan.kind.bytes if plan else len(tokens) > 32 and k % 16 == 0 and _device(x.device)[1]
+                inputs = _codes(tokens, *use) if bytes_ else rounded(tokens, *use, moved=True)
+            else:
+                inputs = rounded(tokens, *use)
+        else:
+            # Sixteen bytes are copied at a time.
+            inputs = Inputs(tokens.clone() if tokens.data_ptr() % 16 else tokens)
         ends = None if offs is None else offs.to(torch.int32).contiguous()
-        _launch(tokens, tuple(packed[:count]), named, bias, out, fmt, ends, plan)
+        _launch(inputs, tuple(packed[:count]), named, bias, out, fmt, ends, plan)
     return out.view(*x.shape[:-1], n)
 
 
+def _codes(x: Tensor, activation: Activation, act_scale: Tensor | None, act_zero: Tensor | None) -> Inputs:
+    """Tokens rounded to the codes of a format with one scale a row, or one in all."""
+    codes, scale, _ = quantized(x, activation, act_scale, act_zero)
+    return Inputs(codes, scale.view(-1), exact=True)
+
+
 def _launch(
-    x: Tensor,
+    inputs: Inputs,
     words: tuple[Tensor, ...],
     named: dict[str, Tensor],
     bias: Tensor | None,
@@ -156,42 +193,72 @@ def _launch(
     offs: Tensor | None,
     plan: Plan | None,
 ) -> None:
+    x = inputs.values
     (m, n), k, experts = out.shape, x.shape[1], 0 if offs is None else len(offs)
     scale, zero, whole = named["scale"], named.get("zero"), named.get("tensor_scale")
     large = is_lifted(scale, fmt)
-    how = constants(fmt, x.dtype, x.device if x.is_cuda else None, lifted=large)
-    plan = plan or schedule(fmt, x.dtype, m, n, k, x.device, lifted=large, experts=experts)
+    by_bytes = x.itemsize == 1
+    dtype = torch.bfloat16 if by_bytes else x.dtype
+    how = constants(fmt, dtype, x.device if x.is_cuda else None, lifted=large)
+    if plan is None and by_bytes:
+        plan = _one(plan_of_bytes(m, n, k, experts, _device(x.device)[0]))
+    plan = plan or schedule(
+        *(fmt, dtype, m, n, k, x.device), lifted=large, experts=experts, exact=inputs.exact, span=inputs.span
+    )
     kind = plan.kind
     sums = None
     if zero is not None and how["LINES"]:
-        sums = x.view(m, -1, how["GROUP"] or k).sum(-1, dtype=torch.float32)
+        sums = _sums(inputs, min(how["GROUP"], kind.columns) or k)
     blocks = triton.cdiv(n, kind.rows) * blocks_of_tokens(m, kind.tokens, experts)
     partial = out.new_empty(plan.splits, m, n, dtype=torch.float32) if plan.splits > 1 else None
-    count = _counters(blocks, x.device) if plan.splits > 1 else None
+    count = counters(blocks, x.device) if plan.splits > 1 else None
+    of_tokens = (inputs.scale, int(inputs.scale is not None and inputs.scale.numel() > 1))
     then = (whole, *_strides(whole), None if bias is None else raw(bias), raw(out), partial, count, offs, m, n, k)
     constant = how | {"ROWS": kind.rows, "TOKENS": kind.tokens, "COLUMNS": kind.columns, "STAGES": kind.stages}
     constant |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "num_warps": kind.warps}
     kernel: Any
-    if kind.depth:
+    if by_bytes:
+        kernel, given = import_module("lowbit_kernels_cuda.hopper_bytes").linear_wgmma_bytes, (raw(scale), None)
+        tokens = import_module("lowbit_kernels_cuda.hopper").described(x, kind.tokens, kind.columns)
+        constant = {name: value for name, value in constant.items() if name not in _SIXTEEN_BITS}
+        constant |= {"DEPTH": kind.depth, "launch_pdl": True}
+    elif kind.depth:
         hopper = import_module("lowbit_kernels_cuda.hopper")
         kernel, flat = hopper.linear_wgmma, not how["GROUP"]
         given = (raw(scale) if flat else _words(scale), zero if zero is None or flat else _words(zero))
-        inputs = hopper.described(x, kind.tokens, kind.columns)
+        tokens = hopper.described(x, kind.tokens, kind.columns)
         constant["DEPTH"] = kind.depth
     else:
         kernel, given = linear_dots, (_words(scale), None if zero is None else _words(zero))
-        inputs = x if x.is_cuda else x.float()
-        constant |= {"EVEN": k % kind.columns == 0, "EXACT": kind.exact, "UNROLL": kind.unroll}
+        tokens = x if x.is_cuda else x.float()
+        constant |= {"EVEN": k % kind.columns == 0, "EXACT": kind.exact, "UNROLL": kind.unroll, "SPAN": inputs.span}
+        constant["OVERLAPS"] = inputs.exact and overlaps(x.device)
+        constant |= {"launch_pdl": True} if constant["OVERLAPS"] else {}
     # What is kept in caches by those who made it, so that identities are its own.
-    key = id(how), id(plan), experts, bias is None
+    key = id(how), id(plan), experts, bias is None, inputs.scale is None, inputs.span
     first = key not in _RUN
     with told(f"{fmt} x {x.dtype} for blocks of {kind.tokens} tokens") if first and x.is_cuda else nullcontext():
-        kernel[(blocks, plan.splits)](inputs, words, *given, sums, *then, **constant)
+        kernel[(blocks, plan.splits)](tokens, *of_tokens, words, *given, sums, *then, **constant)
     _RUN.add(key)
 
 
+def _sums(inputs: Inputs, width: int) -> Tensor:
+    """Float32 (M, K / width) of inputs; of all columns, under the scales that products meet before they are summed."""
+    m, k = inputs.values.shape
+
+    def of(size: int) -> Tensor:
+        return torch.nn.functional.pad(inputs.values, (0, -k % size)).view(m, -1, size).sum(-1, dtype=torch.float32)
+
+    if inputs.span and width == k:
+        assert inputs.scale is not None
+        return (of(inputs.span) * inputs.scale).sum(-1)
+    return of(width)
+
+
+# Constants that say how codes become 16-bit floats.
+_SIXTEEN_BITS = {"PARTS", "BF16", "LINES", "TEXT", "LIFT"}
 # Kernels that ran before.
-_RUN: set[tuple[int, int, int, bool]] = set()
+_RUN: set[tuple[int, int, int, bool, bool, int]] = set()
 
 
 def _strides(tensor_scale: Tensor | None) -> tuple[int, int]:
@@ -229,7 +296,7 @@ _STOCK = 1 << 16
 _KEPT: list[Tensor] = []
 
 
-def _counters(count: int, device: torch.device) -> Tensor:
+def counters(count: int, device: torch.device) -> Tensor:
     """Int32 zeros, which the kernel leaves as it finds them; no call has those of another that may run beside it."""
     if device.type != "cuda":
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -250,12 +317,22 @@ def _counters(count: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=1 << 14)
 def schedule(
-    fmt: Format, dtype: torch.dtype, m: int, n: int, k: int, device: torch.device, *, lifted: bool, experts: int = 0
+    fmt: Format,
+    dtype: torch.dtype,
+    m: int,
+    n: int,
+    k: int,
+    device: torch.device,
+    *,
+    lifted: bool,
+    experts: int = 0,
+    exact: bool = False,
+    span: int = 0,
 ) -> Plan:
-    """The plan for m tokens, of as many experts, on a device."""
+    """The plan for m tokens, of as many experts, on a device; see `choose`."""
     multiprocessors, hopper = _device(device)
     how = constants(fmt, dtype, device if device.type == "cuda" else None, lifted=lifted)
-    return _one(choose(fmt, how, m, n, k, multiprocessors, experts, hopper=hopper)[1])
+    return _one(choose(fmt, how, m, n, k, multiprocessors, experts, hopper=hopper, exact=exact, span=span)[1])
 
 
 @cache

@@ -35,6 +35,8 @@ class Kind:
     depth: int = 0
     # Steps that follow one another as one, in `linear_dots`.
     unroll: int = 1
+    # Whether codes of weights and inputs meet as 8-bit floats, on Hopper.
+    bytes: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +80,18 @@ def terms(plan: Plan, blocks: int, m: int, n: int, k: int, resident: int, multip
     return [1.0, cut, cut * splits * m * n * 4e-9, float(full + (rest > 0)), beyond, *shared]
 
 
-def needs_exactness(how: dict[str, Any]) -> bool:
-    """Whether a scale times a code need not be a number of the inputs' type, so that scales must be of sums."""
-    return bool(how["GROUP"]) and (not _fits(how) or bool(how["SPEC"].zero and how["LINES"]))
+def needs_exactness(how: dict[str, Any], *, exact: bool = False) -> bool:
+    """Whether a scale times a code need not be a number of the inputs' type, so that scales must be of sums.
+
+    If it is `exact` numbers that are asked for, also where it is rounded to one otherwise.
+    """
+    fits = _product(how) if exact else _fits(how)
+    return bool(how["GROUP"]) and (not fits or bool(how["SPEC"].zero and how["LINES"]))
 
 
-def exactness(how: dict[str, Any], m: int) -> bool:
+def exactness(how: dict[str, Any], m: int, *, exact: bool = False) -> bool:
     """Whether scales are of sums in `linear_dots`: where they must be, and where it costs no time."""
-    return needs_exactness(how) or (m <= 64 and not _product(how) and how["GROUP"] >= 64)
+    return needs_exactness(how, exact=exact) or (m <= 64 and not _product(how) and how["GROUP"] >= 64)
 
 
 def _product(how: dict[str, Any]) -> bool:
@@ -114,27 +120,53 @@ def blocks_for(m: int) -> tuple[int, ...]:
 
 
 def choose(
-    fmt: Format, how: dict[str, Any], m: int, n: int, k: int, multiprocessors: int, experts: int = 0, *, hopper: bool
+    fmt: Format,
+    how: dict[str, Any],
+    m: int,
+    n: int,
+    k: int,
+    multiprocessors: int,
+    experts: int = 0,
+    *,
+    hopper: bool,
+    exact: bool = False,
+    span: int = 0,
 ) -> tuple[float, Plan]:
-    """Microseconds of the best plan for m tokens, which so many experts share as chance has it, and the plan."""
+    """Microseconds of the best plan for m tokens, which so many experts share as chance has it, and the plan.
+
+    `exact`: weights must not be rounded; `span`: columns of inputs that have scales of their own, or 0.
+    """
     read = min(m, experts) or 1
     mean = m / read
     # As many tokens as most experts have, and as many as is usual.
     most, usual = (math.ceil(mean + spread * math.sqrt(mean)) if experts else m for spread in (3, 1))
-    exact, blocks = exactness(how, most), blocks_for(most)
+    of_sums, needed, blocks = exactness(how, most, exact=exact), needs_exactness(how, exact=exact), blocks_for(most)
 
     def timed(kind: Kind, cost: Cost, splits: int) -> tuple[float, Plan]:
-        plan = Plan(replace(kind, columns=columns(how)) if kind.exact else kind, splits)
+        wide = columns(how) if kind.exact else kind.columns
+        plan = Plan(replace(kind, columns=min(wide, span or wide)), splits)
         of = terms(plan, read * math.ceil(usual / kind.tokens), m, n, k, cost.resident, multiprocessors)
         numbers = (cost.start, cost.split, cost.part, cost.each, cost.beyond, *cost.steps)
         return sum(number * term for number, term in zip(numbers, of, strict=True)), plan
 
     found = [
         timed(kind, cost, splits)
-        for kind, cost in _usable(fmt, blocks, needed=needs_exactness(how), exact=exact, hopper=hopper)
+        for kind, cost in _usable(fmt, blocks, exact=of_sums, hopper=hopper and not needed and not span)
         for splits in splits_for(kind, k)
     ]
     return min(found, key=lambda each: each[0])
+
+
+def plan_of_bytes(m: int, n: int, k: int, experts: int, multiprocessors: int) -> Plan:
+    """The plan for m tokens, of as many experts, whose codes meet those of a weight as 8-bit floats."""
+    each = math.ceil(m / min(m, experts)) if experts else m
+    kind = (
+        Kind(64, 64, 128, 4, 4, depth=2, bytes=True) if each <= 64 else Kind(128, 128, 128, 8, 4, depth=2, bytes=True)
+    )
+    programs, splits = math.ceil(n / kind.rows) * math.ceil(m / kind.tokens), 1
+    while splits < 4 and not experts and 2 * programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
+        splits *= 2
+    return Plan(kind, splits)
 
 
 def splits_for(kind: Kind, k: int) -> list[int]:
@@ -146,9 +178,7 @@ def splits_for(kind: Kind, k: int) -> list[int]:
 
 
 @cache
-def _usable(
-    fmt: Format, blocks: tuple[int, ...], *, needed: bool, exact: bool, hopper: bool
-) -> list[tuple[Kind, Cost]]:
+def _usable(fmt: Format, blocks: tuple[int, ...], *, exact: bool, hopper: bool) -> list[tuple[Kind, Cost]]:
     """Kinds of programs with so many tokens, and their costs: those of the most similar format that has some."""
 
     def unlike(name: str) -> float:
@@ -165,7 +195,7 @@ def _usable(
         kinds = [
             (kind, cost)
             for kind, cost in _costs(name)
-            if kind.tokens in blocks and _fits_in(kind, exact=exact, hopper=hopper and not needed)
+            if kind.tokens in blocks and _fits_in(kind, exact=exact, hopper=hopper)
         ]
         if kinds:
             return kinds

@@ -83,6 +83,17 @@ def unpack_tiles(words: tuple[Tensor, ...], element: Element, n: int, k: int) ->
     return tiles.reshape(tall * ROWS, wide * COLUMNS)[:n, :k]
 
 
+def side_by_side(codes: Tensor, *, back: bool = False) -> Tensor:
+    """Columns such that the four of 16 that a lane has are side by side in the weight, or back; 0 beyond the end.
+
+    A lane then has the bytes of a word of the first operand of `mma.m16n8k32`, which `wgmma` shares.
+    """
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 16))
+    if back:
+        return codes.unflatten(-1, (-1, 2, 4, 2)).movedim(-3, -1).flatten(-4)
+    return codes.unflatten(-1, (-1, 4, 2, 2)).movedim(-1, -3).flatten(-4)
+
+
 def repeated(part: Tensor, blocks: Sequence[int], shape: Sequence[int]) -> Tensor:
     """What blocks have, once for each row, or column, or whatever `blocks` are lengths of; 0: as long as `shape`."""
     for dim, block in enumerate(blocks):

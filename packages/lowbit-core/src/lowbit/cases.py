@@ -5,6 +5,7 @@ same values, in float64) by what an honest kernel loses:
 
 - integer codes on both sides, under scales that do not vary along K: a float32 epilogue;
 - any other rounded input: a float32 sum in any order, with scales applied to the values or to sums;
+- an input in 8-bit floats, by codes that are some, too: what sums in tensor cores for these lose besides;
 - an input that stays as it is: that, weights rounded to its dtype, and the product rounded before the bias;
 - always: the result rounded to its dtype.
 
@@ -382,7 +383,9 @@ class _Use:
 def _product(a: Matrix, b: Matrix) -> tuple[Tensor, Tensor]:
     """Float64 `a @ b.T`, and what a kernel may err by before the bias."""
     if not (a.integer and b.integer):
-        return _float_product(a.values(), b.values())
+        values = a.values(), b.values()
+        product, error = _float_product(*values)
+        return product, error + _tensor_core_error(*values) if _meet_as_bytes(a, b) else error
     codes = _integers(a) @ _integers(b).T
     product = codes * total_scale(a.scales).to(torch.float64) * total_scale(b.scales).to(torch.float64).T
     return product, _FEW * _UNIT * product.abs()
@@ -391,6 +394,30 @@ def _product(a: Matrix, b: Matrix) -> tuple[Tensor, Tensor]:
 def _float_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     left, right = a.to(torch.float64), b.to(torch.float64)
     return left @ right.T, product_bound(a, b) + _FEW * _UNIT * (left.abs() @ right.abs().T)
+
+
+def _meet_as_bytes(a: Matrix, b: Matrix) -> bool:
+    """Whether tensor cores for 8-bit floats may multiply the codes of an input and a weight."""
+    weight = b.format.element
+    return a.format.element.name in {"e4m3fn", "e5m2"} and (weight.kind == "float" or weight.bits <= 4)
+
+
+def _tensor_core_error(a: Tensor, b: Tensor) -> Tensor:
+    """What a sum of products of 8-bit floats may lose in tensor cores, columns in order, in parts or not.
+
+    They add 32 products at a time to a sum, and keep 13 bits below the largest of them and it.
+
+    Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", section 3.3.2.
+    """
+    left, right = a.to(torch.float64).split(32, -1), b.to(torch.float64).split(32, -1)
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.float64)
+    most, products = total, total
+    for one, other in zip(left, right, strict=True):
+        total = total + one @ other.T
+        most = torch.maximum(most, total.abs())
+        products = products + one.abs().amax(-1, keepdim=True) * other.abs().amax(-1)
+    # A part that begins later is the difference of two sums.
+    return 33 * 2.0**-13 * (2 * len(left) * most + products)
 
 
 def _integers(matrix: Matrix) -> Tensor:

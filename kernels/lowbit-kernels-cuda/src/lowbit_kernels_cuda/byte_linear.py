@@ -1,0 +1,286 @@
+"""Products of 8-bit codes of inputs and weights: what runs for how many tokens, lowbit's kernel or torch's library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lowbit.activation import Activation
+from lowbit.backends import Description
+from lowbit.format import WHOLE, Format
+from lowbit.tensor import QuantizedTensor
+from lowbit_kernels_cuda.byte_dots import byte_dots
+from lowbit_kernels_cuda.inputs import overlaps, quantized
+from lowbit_kernels_cuda.linear import counters
+from lowbit_kernels_cuda.programs import blocks_of_tokens
+from lowbit_kernels_cuda.scaling import raw, spec
+from lowbit_kernels_cuda.weights import repeated
+
+# Tokens from which on torch's products of 8-bit floats are faster.
+_LIBRARY = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One side of a product: codes, those of experts one below another, float32 scales, and zero points if any."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    # Int32 sums of rows: of a weight's codes, of an input's less their zero points.
+    sums: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What programs of `byte_dots` do: rows of the weight, tokens, columns at a time, and as the kernel has them."""
+
+    rows: int
+    tokens: int
+    columns: int
+    stages: int
+    warps: int
+    splits: int = 1
+    swap: bool = False
+    tiled: bool = False
+
+
+def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    """The weight's inner tensors, scales and zero points as `_side` has them, and sums if inputs have zero points."""
+    side = _side(weight.qdata, weight.scale, weight.zero, weight.format)
+    rest = (weight.act_scale, weight.act_zero, weight.pre_scale)
+    packed = [side.codes, side.scale, *(part for part in (side.zero, *rest) if part is not None)]
+    if weight.activation is not None and weight.activation.format.zero is not None:
+        packed.append(_sums(side.codes))
+    return tuple(packed)
+
+
+def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
+    """Undo `pack`."""
+    fmt, shape = Format.parse(description.layout.format), description.canonical_shape
+    found = dict(zip(description.names, packed, strict=False))
+    natural = fmt.scale_shape(shape)
+    found["qdata"] = found["qdata"].view(shape)
+    for name, storage in (("scale", fmt.scale.storage), ("zero", fmt.zero and fmt.zero.code_dtype)):
+        if name in found:
+            # Of experts, or rows, that share one, the first has it.
+            *lead, rows = (*(1,) * (3 - len(shape)), *shape[:-1])
+            each = found[name].view(*lead, -1, natural[-1]) if name == "scale" else found[name].view(*lead, rows, 1)
+            found[name] = each[: natural[0] if len(shape) == 3 else 1, : natural[-2]].reshape(natural).to(storage)
+    return found
+
+
+def _side(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) -> _Side:
+    """A weight (N, K), or (E, N, K), with a scale for every row or block of rows, and a zero point for every row."""
+    *experts, n, _ = codes.shape
+    *over, rows, _ = fmt.block_for(codes.dim())
+    scale = repeated(scale, over, experts)
+    if zero is not None:
+        zero = repeated(zero, (*over, rows), (*experts, n)).reshape(-1).contiguous()
+    return _Side(codes.flatten(0, -2).contiguous(), scale.flatten(0, -2).float().contiguous(), zero)
+
+
+def _sums(codes: Tensor) -> Tensor:
+    return codes.sum(-1, dtype=torch.int32)
+
+
+def product(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    names: Sequence[str],
+    fmt: str,
+    activation: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    offs: Tensor | None,
+    values: Tensor | None = None,
+) -> Tensor:
+    """`x @ weight.T + bias` of x, rounded as the activation says, and what `pack` made of a weight of `shape`.
+
+    The tokens of each expert end at `offs` where the weight is (E, N, K).
+
+    Raises:
+        FormatError: the activation needs a stored scale, and there is none.
+    """
+    del values
+    n, k = shape[-2:]
+    named = dict(zip(names, packed, strict=False))
+    how, weight = Activation.parse(activation), Format.parse(fmt)
+    if "pre_scale" in named:
+        x = x * named["pre_scale"].to(x.dtype)
+    tokens, sums = x.reshape(-1, k), packed[len(names)] if len(packed) > len(names) else None
+    if not len(tokens):
+        return x.new_empty(*x.shape[:-1], n)
+    left = _Side(*quantized(tokens, how, named.get("act_scale"), named.get("act_zero")))
+    right = _Side(named["qdata"], named["scale"], named.get("zero"), sums)
+    ends = None if offs is None else offs.to(torch.int32).contiguous()
+    return _multiply(left, right, how.format, weight, bias, x.dtype, ends).view(*x.shape[:-1], n)
+
+
+def scaled_mm(
+    a_qdata: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_qdata: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    bias: Tensor | None,
+    a_format: str,
+    b_format: str,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The operator `scaled_mm`."""
+    del a_tensor_scale, b_tensor_scale, k
+    of_a, of_b = Format.parse(a_format), Format.parse(b_format)
+    if not len(a_qdata):
+        return a_qdata.new_empty(0, len(b_qdata), dtype=dtype)
+    left = _Side(a_qdata.contiguous(), a_scale.float().contiguous(), a_zero)
+    right = _side(b_qdata, b_scale, b_zero, of_b)
+    right = replace(right, sums=None if a_zero is None else _sums(right.codes))
+    return _multiply(left, right, of_a, of_b, bias, dtype, None)
+
+
+def _multiply(
+    left: _Side,
+    right: _Side,
+    inputs: Format,
+    weight: Format,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    offs: Tensor | None,
+) -> Tensor:
+    """`left @ right.T + bias` (M, N), of inputs and a weight with these formats."""
+    experts = 0 if offs is None else len(offs)
+    (m, k), n = left.codes.shape, len(right.codes) // (experts or 1)
+    group, integer = inputs.block_for(2)[-1], weight.element.kind == "int"
+    shared = inputs.block_for(2)[0] == WHOLE
+    rows = weight.block_for(2 if offs is None else 3)[-2]
+    if not integer and _in_library(m, n, k, bias, dtype, left.codes.device, experts, group, rows):
+        return _by_library(left, right, bias, dtype, group, rows)
+    sums = None
+    if right.zero is not None:
+        sums = _sums(left.codes)
+        if left.zero is not None:
+            sums -= k * left.zero.to(torch.int32).view(-1)
+    out = left.scale.new_empty(m, n, dtype=dtype)
+    plan = _plan(m, n, k, experts, out.device, integer=integer)
+    blocks = triton.cdiv(n, plan.rows) * blocks_of_tokens(m, plan.tokens, experts)
+    partial = count = None
+    if plan.splits > 1:
+        partial = out.new_empty(plan.splits, m, n, dtype=torch.int32 if integer else torch.float32)
+        count = counters(blocks, out.device)
+    codes: list[Any] = [each.codes if integer else raw(each.codes) for each in (left, right)]
+    if plan.tiled:
+        sizes = zip((left, right), (plan.tokens, plan.rows), strict=True)
+        codes = [TensorDescriptor.from_tensor(each.codes, [size, plan.columns]) for each, size in sizes]
+    # What makes `sums` lets nothing start before it ends.
+    soon = overlaps(out.device) and sums is None
+    kernel: Any = byte_dots
+    kernel[blocks, plan.splits](
+        *(codes[0], left.scale, left.zero, sums, codes[1], right.scale, right.zero, right.sums),
+        *(None if bias is None else raw(bias), raw(out), partial, count, offs, m, n, k, rows or n),
+        SPEC=spec(inputs, device=out.device if out.is_cuda else None),
+        SHARED=shared,
+        GROUP=group,
+        INTEGER=integer,
+        EXPERTS=experts,
+        EVEN=k % plan.columns == 0,
+        ROWS=plan.rows,
+        TOKENS=plan.tokens,
+        COLUMNS=plan.columns,
+        SPLITS=plan.splits,
+        SWAP=plan.swap,
+        STAGES=plan.stages,
+        BAND=8,
+        TILED=plan.tiled,
+        # Beyond a few tokens products, not reading, take the time, and leaving tensor cores a good part of that.
+        IMPRECISE=128 if plan.swap and not integer and not group else None,
+        OVERLAPS=soon,
+        num_warps=plan.warps,
+        **({"launch_pdl": True} if soon else {}),
+    )
+    return out
+
+
+def _plan(m: int, n: int, k: int, experts: int, device: torch.device, *, integer: bool) -> _Plan:
+    """The plan for m tokens, of as many experts; what was fastest on an H100, see docs/performance.md."""
+    multiprocessors, hopper = _device(device)
+    # As many tokens as an expert that has some is likely to have.
+    each = triton.cdiv(m, min(m, experts)) if experts else m
+    if each <= 64:
+        tokens = max(16, triton.next_power_of_2(each))
+        plan = _Plan(64, tokens, 128, stages=6, warps=4, swap=True, tiled=hopper)
+        if k >= 512 and integer:
+            plan = _Plan(64, tokens, 256, stages=4, warps=4, swap=True)
+    elif not hopper:
+        plan = _Plan(128, 128, 128, stages=3, warps=4)
+    elif each <= 256 or n * m <= 128 * 256 * multiprocessors:
+        plan = _Plan(128, 128, 128, stages=4, warps=4, tiled=True)
+    else:
+        plan = _Plan(128, 256, 128, stages=4, warps=8, tiled=True)
+    programs, splits = triton.cdiv(n, plan.rows) * triton.cdiv(m, plan.tokens), 1
+    while splits < 8 and not experts and 2 * programs * splits <= multiprocessors and k >= 4 * splits * plan.columns:
+        splits *= 2
+    return replace(plan, splits=splits)
+
+
+def _in_library(
+    m: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: int,
+    group: int,
+    rows: int,
+) -> bool:
+    """Whether torch's `scaled_mm` takes a product of 8-bit floats and is faster."""
+    plain = device.type == "cuda" and not experts and dtype == torch.bfloat16 and n % 16 == 0
+    if m <= _LIBRARY or not plain or (bias is not None and bias.dtype != dtype):
+        return False
+    blocks = rows == 128 and n % 128 == 0 and k % 128 == 0
+    return not group or (blocks and torch.cuda.get_device_capability(device) == (9, 0))
+
+
+def _by_library(left: _Side, right: _Side, bias: Tensor | None, dtype: torch.dtype, group: int, rows: int) -> Tensor:
+    """The product by torch's `scaled_mm`, where that is what `_in_library` says."""
+    kinds = torch.nn.functional.ScalingType
+    m, n = len(left.codes), len(right.codes)
+    codes = left.codes
+    if group:
+        # The library has tokens side by side, by the four.
+        codes = (
+            torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype) if m % 4 else codes
+        )
+        of_tokens = torch.nn.functional.pad(left.scale, (0, 0, 0, -m % 4)).T.contiguous().T
+        of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
+    else:
+        of_tokens, recipes = left.scale.expand(m, 1).contiguous(), (kinds.RowWise, kinds.RowWise)
+        of_rows = right.scale if rows == 1 else right.scale.expand(n, 1).contiguous()
+    found = torch.nn.functional.scaled_mm(
+        *(codes, right.codes.T, of_tokens, recipes[0], of_rows.T, recipes[1]),
+        bias=bias,
+        output_dtype=dtype,
+        use_fast_accum=not group,
+    )
+    return found if len(found) == m else found[:m].clone()
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors, and whether blocks come by the tensor memory accelerator."""
+    if device.type != "cuda":
+        return 132, False
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.major >= 9

@@ -1,0 +1,74 @@
+"""What products of 8-bit codes take, inputs rounded as the weight is: int8 by int8, e4m3 by e4m3. Needs no Triton.
+
+The weight stays as it is stored, for tensor cores that multiply such codes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.backends import Call, Description
+from lowbit.format import WHOLE, Format
+from lowbit.tensor import QuantizedTensor
+from lowbit_kernels_cuda.weight_only import called
+
+_ROWS = ((1, WHOLE), (WHOLE, WHOLE))
+
+
+def refuses(call: Call) -> str | None:
+    """Why a call is not for this kernel, or None."""
+    weight = call.format
+    assert weight is not None
+    assert call.k is not None
+    if call.activation is None:
+        return "needs inputs that are rounded, too; these stay as they are"
+    inputs, name = call.activation.format, weight.element.name
+    if name not in {"int8", "e4m3fn"} or inputs.element.name != name or weight.tensor_scale or inputs.tensor_scale:
+        return f"needs int8 by int8, or e4m3fn by e4m3fn, without tensor scales; this is {inputs} by {weight}"
+    if any(fmt.scale.bits == 8 for fmt in (inputs, weight)) or not _meet(inputs, weight, name == "int8"):
+        return (
+            "needs scales of rows or matrices, or float ones of 128 columns on both sides; these are those of "
+            f"{inputs} and {weight}"
+        )
+    if call.k % 16:
+        return f"needs columns by the 16; this weight has {call.k}"
+    if name == "e4m3fn" and call.device == "cuda" and (found := torch.cuda.get_device_capability()) < (8, 9):
+        return f"needs tensor cores for e4m3fn, of compute capability 8.9 on; this GPU has {found[0]}.{found[1]}"
+    return None
+
+
+def _meet(inputs: Format, weight: Format, integers: bool) -> bool:  # noqa: FBT001 - internal
+    """Whether scales of both can wait for sums of as many columns."""
+    if inputs.block_for(2) in _ROWS and weight.block_for(2) in _ROWS:
+        return True
+    return not integers and inputs.block_for(2) == (1, 128) and weight.block_for(2) in {(1, 128), (128, 128)}
+
+
+def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    """See `lowbit_kernels_cuda.byte_linear.pack`."""
+    return import_module("lowbit_kernels_cuda.byte_linear").pack(weight)
+
+
+def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
+    """Undo `pack`."""
+    return import_module("lowbit_kernels_cuda.byte_linear").unpack(packed, description)
+
+
+def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias`, of any number of tokens."""
+    return called("byte_linear", x, parts, description.names, description, bias)
+
+
+def run_grouped(x: Tensor, parts: tuple[Tensor, ...], description: Description, offs: Tensor) -> Tensor:
+    """Each token by its expert's `weight.T`; `offs` (E,) ends each expert's, and those beyond the last become zeros."""
+    return called("byte_linear", x, parts, description.names, description, None, offs)
+
+
+def run_scaled_mm(*arguments: Any) -> Tensor:
+    """The operator `scaled_mm`."""
+    with torch.cuda.device_of(arguments[0]):
+        return import_module("lowbit_kernels_cuda.byte_linear").scaled_mm(*arguments)

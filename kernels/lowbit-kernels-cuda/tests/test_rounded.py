@@ -1,0 +1,227 @@
+"""Products of inputs that are rounded, too: against float64, the reference's bits of what they are rounded to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.activation import Activation
+from lowbit.backends import Call, Description
+from lowbit.checking import ACTIVATIONS
+from lowbit.errors import FormatError
+from lowbit.format import Format
+from lowbit.numerics import choose_scale
+from lowbit.reference import quantize_input
+from lowbit.tensor import QuantizedTensor
+from lowbit.testing import check_backend
+from lowbit_kernels_cuda import byte_linear, byte_only, weight_only
+from lowbit_kernels_cuda.backend import backend
+from lowbit_kernels_cuda.inputs import rounded
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+PRODUCTS = {"linear", "grouped_mm", "scaled_mm"}
+MORE = ("dynamic:FP8_TENSOR", "dynamic:int8:1x64:float32:zero=int8", "dynamic:MXINT8", "dynamic:MXFP8_E5M2")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", [*map(str, ACTIVATIONS), *MORE])
+def test_inputs_have_the_references_values(activation, device):
+    how = Activation.parse(activation)
+    x = torch.randn(5, 384, generator=torch.Generator().manual_seed(1))
+    x[1, 7], x[2], x[3], x[4, 9] = 1e4, x[2] * 100, 0, torch.nan
+    x = x.to(torch.bfloat16)
+    chosen, scale, zero = choose_scale(x[:3] / 2, how.format), None, None
+    if how.scaling == "static":
+        scale, zero = chosen.scale.reshape(()), None if chosen.zero is None else chosen.zero.reshape(())
+    elif how.scaling == "local":
+        scale = chosen.tensor_scale.reshape(())
+    whole = how.scaling == "dynamic" and (how.format.tensor_scale or how.format.block_for(2)[0] != 1)
+    # One number that is none is in the way of all of a matrix.
+    x = x[:4] if whole else x
+    wanted = quantize_input(x, how, scale, zero).values()
+    on = [None if part is None else part.to(device) for part in (x, scale, zero)]
+    found = rounded(on[0], how, on[1], on[2])
+    values = found.values.float().cpu()
+    if found.scale is not None:
+        by = found.scale.cpu()
+        values *= by.repeat_interleave(found.span, 1) if found.span else by.view(-1, 1)
+    assert torch.equal(values.nan_to_num(1e9), wanted.nan_to_num(1e9))
+
+
+def checked(formats, activations, ops, device, dtypes=(torch.bfloat16,), shapes=((24, 128),)):
+    rows = tuple(row for row in backend.kernels() if row.op in ops and not row.keeps)
+    if device == "cpu":
+        rows = tuple(replace(row, device="cpu") for row in rows)
+    found = SimpleNamespace(name="cuda", probe=lambda: None, kernels=lambda: rows)
+    formats, activations = map(Format.parse, formats), tuple(map(Activation.parse, activations))
+    return check_backend(
+        found, formats=tuple(formats), activations=activations, dtypes=dtypes, shapes=shapes, devices=(device,)
+    )
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "ops"),
+    [
+        ("INT4_G128", "dynamic:FP8_ROW", {"linear"}),
+        ("UINT4_G128", "dynamic:INT8_ROW_ASYM", {"linear"}),
+        ("MXFP4", "dynamic:FP8_1x128", {"linear"}),
+        ("INT8_ROW_ASYM", "dynamic:FP8_1x128", {"linear"}),
+        ("NVFP4", "local:NVFP4", {"grouped_mm"}),
+        ("INT8_ROW_ASYM", "dynamic:INT8_ROW_ASYM", {"linear", "scaled_mm"}),
+        ("INT8_ROW", "static:INT8_TENSOR_ASYM", {"grouped_mm"}),
+        ("FP8_TENSOR", "static:FP8_TENSOR", {"linear"}),
+        ("FP8_128x128", "dynamic:FP8_1x128", {"linear", "scaled_mm"}),
+        ("FP8_128x128", "dynamic:FP8_1x128", {"grouped_mm"}),
+    ],
+)
+def test_the_interpreted_kernels_pass(weight, activation, ops):
+    report = checked([weight], [activation], ops, "cpu")
+    assert {row.kernel.partition("_bytes")[0] for row in report.rows if row.runs} >= {f"cuda.{op}" for op in ops}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "weight",
+    [
+        *("INT4_G128", "UINT4_G128", "int3:1x64:bfloat16", "MXFP4", "NVFP4", "MXFP8", "MXFP6_E2M3"),
+        *(
+            "INT8_ROW",
+            "INT8_ROW_ASYM",
+            "INT8_TENSOR",
+            "FP8_ROW",
+            "FP8_TENSOR",
+            "FP8_128x128",
+            "int8:1x256:float32:zero=int8",
+        ),
+    ],
+)
+def test_the_kernels_pass(weight):
+    shapes = ((136, 1152), (256, 4096))
+    checked([weight], map(str, ACTIVATIONS), PRODUCTS, "cuda", (torch.bfloat16, torch.float16), shapes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("weight", "activation", "kernel"),
+    [
+        ("INT4_G128", "dynamic:FP8_ROW", weight_only),
+        ("MXFP4", "dynamic:FP8_ROW", weight_only),
+        ("MXFP8", "dynamic:MXFP8", weight_only),
+        ("NVFP4", "dynamic:NVFP4", weight_only),
+        ("INT8_ROW", "dynamic:INT8_ROW_ASYM", byte_only),
+        ("FP8_ROW", "dynamic:FP8_ROW", byte_only),
+        ("FP8_TENSOR", "static:FP8_TENSOR", byte_only),
+        ("FP8_128x128", "dynamic:FP8_1x128", byte_only),
+    ],
+)
+def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
+    """With the exact product of what is multiplied, to what 8-bit floats lose in tensor cores and a bfloat16 rounds."""
+    n, k, how = 1152, 2048, Activation.parse(activation)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2100, k, generator=generator).to("cuda", torch.bfloat16)
+    values = (torch.randn(n, k, generator=generator) / k**0.5).to("cuda", torch.bfloat16)
+    scale = choose_scale(x, how.format).scale.reshape(()) if how.scaling == "static" else None
+    plain = lowbit.quantize(values, weight)
+    q = QuantizedTensor.from_parts(
+        *(plain.qdata, plain.scales, plain.format), k=k, dtype=torch.bfloat16, activation=how, act_scale=scale
+    )
+    parts, description = kernel.pack(q), Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    for name, part in kernel.unpack(parts, description).items():
+        assert torch.equal(part.reshape(-1).view(torch.uint8), q.inner_tensors()[name].reshape(-1).view(torch.uint8))
+    bias = torch.randn(n, generator=generator).to("cuda", torch.bfloat16)
+    wide = q.dequantize(torch.float32).double().T
+    for m in (1, 3, 16, 17, 64, 65, 130, 257, 600, 2100):
+        wanted = quantize_input(x[:m], how, scale, None).values().double() @ wide + bias.double()
+        error = (kernel.run(x[:m], parts, description, bias).double() - wanted).abs()
+        # Sums that stay in tensor cores for 8-bit floats keep 13 bits of 2048 products.
+        lost = 2e-2 if how.format.element.name == "e4m3fn" else 1e-3
+        assert bool((error <= 2.0**-8 * wanted.abs() + lost * wanted.std()).all()), (m, float(error.max()))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_and_graphs_capture():
+    for weight, activation, kernel in (
+        ("INT4_G128", "dynamic:FP8_ROW", weight_only),
+        ("INT8_ROW", "dynamic:INT8_ROW", byte_only),
+        ("FP8_128x128", "dynamic:FP8_1x128", byte_only),
+    ):
+        values = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+        q = lowbit.quantize(values, weight, activation=activation)
+        parts, description = kernel.pack(q), Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+        for m in (2, 300):
+            x = torch.randn(m, 1024, device="cuda", dtype=torch.bfloat16)
+            wanted, graph = kernel.run(x, parts, description, None), torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = kernel.run(x, parts, description, None)
+            graph.replay()
+            assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_sums_of_integers_are_exact(asymmetric):
+    """As many large codes as float32 could not add up."""
+    n, k, m = 24, 8192, 3
+    how = Activation.parse(f"dynamic:INT8_ROW{'_ASYM' * asymmetric}")
+    x = torch.rand(m, k, generator=torch.Generator().manual_seed(0)) + (0 if asymmetric else 1)
+    q = lowbit.quantize(torch.rand(n, k, generator=torch.Generator().manual_seed(1)) + 1, "INT8_ROW", activation=how)
+    description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    found = byte_only.run(x, byte_only.pack(q), description, None)
+    tokens = quantize_input(x, how, None, None)
+    zero = 0 if tokens.scales.zero is None else tokens.scales.zero.long()
+    exact = ((tokens.codes().long() - zero) @ q.qdata.long().T).double()
+    assert float(exact.max()) > 2**24
+    wanted = exact * tokens.scales.scale.double() * q.scale.double().T
+    assert bool(((found.double() - wanted).abs() <= 4 * 2.0**-24 * wanted.abs()).all())
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "k", "reason"),
+    [
+        ("INT8_ROW", None, 64, "needs inputs that are rounded, too"),
+        ("INT4_G128", "dynamic:FP8_ROW", 128, "needs int8 by int8, or e4m3fn by e4m3fn"),
+        ("FP8_ROW", "dynamic:FP8_1x128", 128, "needs scales of rows or matrices, or float ones of 128 columns"),
+        ("MXFP8", "dynamic:MXFP8", 128, "needs scales of rows or matrices, or float ones of 128 columns"),
+        ("FP8_ROW", "dynamic:FP8_ROW", 72, "needs columns by the 16"),
+    ],
+)
+def test_what_bytes_do_not_take_is_refused_with_the_reason(weight, activation, k, reason):
+    how = None if activation is None else Activation.parse(activation)
+    call = Call("linear", Format.parse(weight), how, "cpu", torch.bfloat16, 64, k)
+    assert byte_only.refuses(call).startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("weight", "activation", "k", "reason"),
+    [
+        ("int7:1x*:float32", "dynamic:INT8_ROW", 4096, "needs integers whose sums"),
+        ("INT4_G128", "dynamic:int8:1x32:float32", 128, "needs scales of inputs that are powers of two"),
+        ("INT4_G128", "dynamic:FP8_128x128", 128, "needs inputs rounded under scales of rows"),
+    ],
+)
+def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, reason):
+    call = Call("linear", Format.parse(weight), Activation.parse(activation), "cpu", torch.bfloat16, 64, k)
+    assert weight_only.refuses(call).startswith(reason)
+
+
+def test_a_scale_that_is_missing_is_asked_for():
+    q = lowbit.quantize(torch.randn(16, 64), "FP8_ROW", activation="static:FP8_TENSOR")
+    description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    for kernel in (weight_only, byte_only):
+        with pytest.raises(FormatError, match="calibrate it"):
+            kernel.run(torch.randn(2, 64), kernel.pack(q), description, None)
+
+
+def test_no_tokens_give_no_rows():
+    q = lowbit.quantize(torch.randn(16, 64), "FP8_ROW", activation="dynamic:FP8_ROW")
+    description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    assert byte_only.run(torch.zeros(2, 0, 64), byte_only.pack(q), description, None).shape == (2, 0, 16)
+    assert byte_linear.scaled_mm(*_nothing(q)).shape == (0, 16)
+
+
+def _nothing(q):
+    none = (torch.zeros(0, 64, dtype=torch.float8_e4m3fn), torch.zeros(0, 1), None, None)
+    return (*none, q.qdata, q.scale, None, None, None, "FP8_ROW", "FP8_ROW", 64, torch.float32)
