@@ -27,9 +27,9 @@ from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.lifts import lift
 from lowbit_kernels_cuda.linear import constants
+from lowbit_kernels_cuda.packed import folds
 from lowbit_kernels_cuda.plans import Kind, Plan
 from lowbit_kernels_cuda.scaling import spec as spec_of
-from lowbit_kernels_cuda.weight_only import folds
 from lowbit_kernels_cuda.weights import parts
 
 N, K = 1024, 4096

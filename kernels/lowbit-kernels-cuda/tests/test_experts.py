@@ -10,7 +10,7 @@ from torch.nn import functional
 import lowbit
 from lowbit.backends import Description
 from lowbit.testing import product_bound
-from lowbit_kernels_cuda.weight_only import pack, run_grouped, unpack
+from lowbit_kernels_cuda.packed import pack, run_grouped, unpack
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 SPECS = ("INT4_G128", "UINT4_G128", "INT8_ROW_ASYM", "FP8_ROW", "FP8_128x128", "MXFP8", "MXFP4", "NVFP4")

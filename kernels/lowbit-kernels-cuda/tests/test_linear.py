@@ -22,7 +22,7 @@ from lowbit.grid import product_bound
 from lowbit.testing import FORMAT_GRID, check_backend
 from lowbit_kernels_cuda import linear
 from lowbit_kernels_cuda.backend import backend
-from lowbit_kernels_cuda.weight_only import pack, refuses, run, unpack
+from lowbit_kernels_cuda.packed import pack, refuses, run, unpack
 from lowbit_kernels_cuda.weights import pack_scales, pack_tiles, parts, unpack_scales, unpack_tiles
 
 PRODUCTS = {"linear", "grouped_mm"}
@@ -249,7 +249,9 @@ def test_no_tokens_give_no_rows():
 
 @pytest.mark.parametrize("spec", ["INT4_G128", "NVFP4"])
 def test_the_interpreted_kernels_pass(spec):
-    rows = tuple(replace(row, device="cpu") for row in backend.kernels() if row.op in PRODUCTS and not row.keeps)
+    rows = tuple(
+        replace(row, device="cpu") for row in backend.kernels() if row.name in {"cuda.linear", "cuda.grouped_mm"}
+    )
     interpreted = SimpleNamespace(name="cuda", probe=lambda: None, kernels=lambda: rows)
     report = check_backend(
         interpreted,
@@ -341,8 +343,8 @@ def test_streams_do_not_disturb_each_other():
 
 
 def test_what_is_not_taken_is_refused_with_the_reason():
-    def reason(spec, k=768, dtype=torch.bfloat16, activation=None):
-        return refuses(Call("linear", Format.parse(spec), activation, "cuda", dtype, 64, k))
+    def reason(spec, k=768, dtype=torch.bfloat16):
+        return refuses(Call("linear", Format.parse(spec), None, "cuda", dtype, 64, k))
 
     assert reason("INT4_G128") is None
     assert reason("MXFP4", dtype=torch.float32) == "needs inputs in bfloat16 or float16; these are torch.float32"
@@ -350,8 +352,6 @@ def test_what_is_not_taken_is_refused_with_the_reason():
         "needs scales of 16 or 32 columns, or of multiples of 64; this is int4"
     )
     assert reason("INT8_ROW", k=100) == "needs columns by the 8; this weight has 100"
-    activation = lowbit.Activation.parse("dynamic:INT8_ROW")
-    assert reason("INT8_ROW", activation=activation) == f"needs inputs as they are; these are rounded to {activation}"
 
 
 def test_what_is_no_number_is_refused_before_it_is_packed():

@@ -14,7 +14,7 @@ import lowbit
 from lowbit.backends import Call, explain, kernel
 from lowbit.format import Format
 from lowbit.packed import PackedTensor
-from lowbit_kernels_cuda import linear, plans, weight_only
+from lowbit_kernels_cuda import linear, packed, plans
 from lowbit_kernels_cuda.compiling import told
 
 SPECS = ("INT4_G128", "UINT4_G128", "INT8_ROW_ASYM", "FP8_ROW", "FP8_128x128", "MXFP6_E2M3", "MXFP4", "NVFP4", "MXINT8")
@@ -105,13 +105,13 @@ def test_a_weight_is_kept_plain_only_where_codes_are_slower_somewhere(monkeypatc
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     linear._ratios.cache_clear()
     try:
-        assert weight_only.slower(fast) is None
-        assert weight_only.refuses_values(fast).startswith("needs a weight that is slower than a plain one")
-        assert weight_only.slower(slow).endswith(" tokens")
-        assert weight_only.refuses_values(slow) is None
+        assert packed.slower(fast) is None
+        assert packed.refuses_values(fast).startswith("needs a weight that is slower than a plain one")
+        assert packed.slower(slow).endswith(" tokens")
+        assert packed.refuses_values(slow) is None
         monkeypatch.setattr(linear, "_device", lambda _: (108, False))
         linear._ratios.cache_clear()
-        assert weight_only.slower(slow).endswith("(a model: not measured on this GPU)")
+        assert packed.slower(slow).endswith("(a model: not measured on this GPU)")
     finally:
         linear._ratios.cache_clear()
 
@@ -123,16 +123,16 @@ def test_values_are_used_where_they_are_faster(monkeypatch):
     w = torch.randn(48, 256, generator=generator).to(torch.bfloat16)
     q = lowbit.quantize(w, "INT4_G128")
     q = q.with_inner(q.inner_tensors() | {"pre_scale": torch.rand(256, generator=generator) + 0.5})
-    parts = weight_only.pack_values(q)
+    parts = packed.pack_values(q)
     description = lowbit.backends.Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
     assert torch.equal(parts[-1], q.dequantize())
-    for name, part in weight_only.unpack_values(parts, description).items():
+    for name, part in packed.unpack_values(parts, description).items():
         assert torch.equal(part, getattr(q, name))
     parts[-1].mul_(-1)
     for m in (1, 16, 40):
         x = torch.randn(m, 256, generator=generator).to(torch.bfloat16)
-        by_codes = weight_only.run(x, parts[:-1], description, None)
-        found = weight_only.run_values(x, parts, description, None)
+        by_codes = packed.run(x, parts[:-1], description, None)
+        found = packed.run_values(x, parts, description, None)
         if m <= 16:
             assert torch.equal(found, by_codes)
         else:

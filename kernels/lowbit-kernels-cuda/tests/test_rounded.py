@@ -5,22 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import lowbit
 from lowbit.activation import Activation
 from lowbit.backends import Call, Description
 from lowbit.checking import ACTIVATIONS
+from lowbit.element import element
 from lowbit.errors import FormatError
 from lowbit.format import Format
 from lowbit.numerics import choose_scale
 from lowbit.reference import quantize_input
 from lowbit.tensor import QuantizedTensor
 from lowbit.testing import check_backend
-from lowbit_kernels_cuda import byte_linear, byte_only, weight_only
+from lowbit_kernels_cuda import byte_linear, packed, plain_bytes
 from lowbit_kernels_cuda.backend import backend
+from lowbit_kernels_cuda.fragments import byte_words
 from lowbit_kernels_cuda.inputs import rounded
+from lowbit_kernels_cuda.weights import pack_tiles, side_by_side
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 PRODUCTS = {"linear", "grouped_mm", "scaled_mm"}
@@ -50,6 +56,34 @@ def test_inputs_have_the_references_values(activation, device):
         by = found.scale.cpu()
         values *= by.repeat_interleave(found.span, 1) if found.span else by.view(-1, 1)
     assert torch.equal(values.nan_to_num(1e9), wanted.nan_to_num(1e9))
+
+
+@triton.jit
+def _store_byte_words(words, out):
+    lane = tl.arange(0, 32)
+    four = ()
+    for j in tl.static_range(4):
+        four = four + (tl.load(words + lane * 4 + j),)
+    found = byte_words(four)
+    for j in tl.static_range(8):
+        tl.store(out + lane * 8 + j, found[j])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_integers_become_the_first_operand_of_tensor_cores_for_8_bit_floats(device):
+    """Which lane has what is told by the PTX ISA, matrix fragments for `mma.m16n8k32`; `wgmma` has the same."""
+    codes = torch.randint(16, (16, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    moved = side_by_side(codes)
+    assert torch.equal(side_by_side(moved, back=True), codes)
+    (words,) = pack_tiles(moved, element("uint4"))
+    found = torch.empty(32, 8, dtype=torch.int32, device=device)
+    _store_byte_words[1,](words.to(device), found)
+    # Registers of a product: rows g and g + 8, then those 16 columns beyond.
+    values = found.cpu().view(torch.float8_e4m3fn).float().view(32, 2, 2, 2, 4) * 2**9
+    for lane in range(32):
+        for product, beyond, low, byte in np.ndindex(2, 2, 2, 4):
+            row, column = lane // 4 + 8 * low, 32 * product + 16 * beyond + lane % 4 * 4 + byte
+            assert values[lane, product, beyond, low, byte] == int(codes[row, column]) - 8
 
 
 def checked(formats, activations, ops, device, dtypes=(torch.bfloat16,), shapes=((24, 128),)):
@@ -108,14 +142,14 @@ def test_the_kernels_pass(weight):
 @pytest.mark.parametrize(
     ("weight", "activation", "kernel"),
     [
-        ("INT4_G128", "dynamic:FP8_ROW", weight_only),
-        ("MXFP4", "dynamic:FP8_ROW", weight_only),
-        ("MXFP8", "dynamic:MXFP8", weight_only),
-        ("NVFP4", "dynamic:NVFP4", weight_only),
-        ("INT8_ROW", "dynamic:INT8_ROW_ASYM", byte_only),
-        ("FP8_ROW", "dynamic:FP8_ROW", byte_only),
-        ("FP8_TENSOR", "static:FP8_TENSOR", byte_only),
-        ("FP8_128x128", "dynamic:FP8_1x128", byte_only),
+        ("INT4_G128", "dynamic:FP8_ROW", packed),
+        ("MXFP4", "dynamic:FP8_ROW", packed),
+        ("MXFP8", "dynamic:MXFP8", packed),
+        ("NVFP4", "dynamic:NVFP4", packed),
+        ("INT8_ROW", "dynamic:INT8_ROW_ASYM", plain_bytes),
+        ("FP8_ROW", "dynamic:FP8_ROW", plain_bytes),
+        ("FP8_TENSOR", "static:FP8_TENSOR", plain_bytes),
+        ("FP8_128x128", "dynamic:FP8_1x128", plain_bytes),
     ],
 )
 def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
@@ -145,9 +179,9 @@ def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
 @pytest.mark.gpu
 def test_nothing_waits_and_graphs_capture():
     for weight, activation, kernel in (
-        ("INT4_G128", "dynamic:FP8_ROW", weight_only),
-        ("INT8_ROW", "dynamic:INT8_ROW", byte_only),
-        ("FP8_128x128", "dynamic:FP8_1x128", byte_only),
+        ("INT4_G128", "dynamic:FP8_ROW", packed),
+        ("INT8_ROW", "dynamic:INT8_ROW", plain_bytes),
+        ("FP8_128x128", "dynamic:FP8_1x128", plain_bytes),
     ):
         values = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
         q = lowbit.quantize(values, weight, activation=activation)
@@ -169,7 +203,7 @@ def test_sums_of_integers_are_exact(asymmetric):
     x = torch.rand(m, k, generator=torch.Generator().manual_seed(0)) + (0 if asymmetric else 1)
     q = lowbit.quantize(torch.rand(n, k, generator=torch.Generator().manual_seed(1)) + 1, "INT8_ROW", activation=how)
     description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
-    found = byte_only.run(x, byte_only.pack(q), description, None)
+    found = plain_bytes.run(x, plain_bytes.pack(q), description, None)
     tokens = quantize_input(x, how, None, None)
     zero = 0 if tokens.scales.zero is None else tokens.scales.zero.long()
     exact = ((tokens.codes().long() - zero) @ q.qdata.long().T).double()
@@ -191,7 +225,7 @@ def test_sums_of_integers_are_exact(asymmetric):
 def test_what_bytes_do_not_take_is_refused_with_the_reason(weight, activation, k, reason):
     how = None if activation is None else Activation.parse(activation)
     call = Call("linear", Format.parse(weight), how, "cpu", torch.bfloat16, 64, k)
-    assert byte_only.refuses(call).startswith(reason)
+    assert plain_bytes.refuses(call).startswith(reason)
 
 
 @pytest.mark.parametrize(
@@ -204,13 +238,13 @@ def test_what_bytes_do_not_take_is_refused_with_the_reason(weight, activation, k
 )
 def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, reason):
     call = Call("linear", Format.parse(weight), Activation.parse(activation), "cpu", torch.bfloat16, 64, k)
-    assert weight_only.refuses(call).startswith(reason)
+    assert packed.refuses(call).startswith(reason)
 
 
 def test_a_scale_that_is_missing_is_asked_for():
     q = lowbit.quantize(torch.randn(16, 64), "FP8_ROW", activation="static:FP8_TENSOR")
     description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
-    for kernel in (weight_only, byte_only):
+    for kernel in (packed, plain_bytes):
         with pytest.raises(FormatError, match="calibrate it"):
             kernel.run(torch.randn(2, 64), kernel.pack(q), description, None)
 
@@ -218,7 +252,7 @@ def test_a_scale_that_is_missing_is_asked_for():
 def test_no_tokens_give_no_rows():
     q = lowbit.quantize(torch.randn(16, 64), "FP8_ROW", activation="dynamic:FP8_ROW")
     description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
-    assert byte_only.run(torch.zeros(2, 0, 64), byte_only.pack(q), description, None).shape == (2, 0, 16)
+    assert plain_bytes.run(torch.zeros(2, 0, 64), plain_bytes.pack(q), description, None).shape == (2, 0, 16)
     assert byte_linear.scaled_mm(*_nothing(q)).shape == (0, 16)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from lowbit.backends import Call, Kernel
 from lowbit.format import WHOLE
-from lowbit_kernels_cuda import byte_only, weight_only
+from lowbit_kernels_cuda import packed, plain_bytes
 
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,26 +47,26 @@ class Cuda:
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
             Kernel(
                 *("cuda.linear", "linear", "cuda", 10),
-                *(weight_only.run, weight_only.refuses, weight_only.pack, weight_only.unpack, weight_only.slower),
+                *(packed.run, packed.refuses, packed.pack, packed.unpack, packed.slower),
             ),
             Kernel(
-                *("cuda.linear_or_plain", "linear", "cuda", 11, weight_only.run_values, weight_only.refuses_values),
-                *(weight_only.pack_values, weight_only.unpack_values),
+                *("cuda.linear_or_plain", "linear", "cuda", 11, packed.run_values, packed.refuses_values),
+                *(packed.pack_values, packed.unpack_values),
                 keeps=True,
             ),
             Kernel(
                 *("cuda.grouped_mm", "grouped_mm", "cuda", 10),
-                *(weight_only.run_grouped, weight_only.refuses, weight_only.pack, weight_only.unpack),
+                *(packed.run_grouped, packed.refuses, packed.pack, packed.unpack),
             ),
             Kernel(
-                *("cuda.linear_bytes", "linear", "cuda", 20, byte_only.run, byte_only.refuses),
-                *(byte_only.pack, byte_only.unpack),
+                *("cuda.linear_bytes", "linear", "cuda", 20, plain_bytes.run, plain_bytes.refuses),
+                *(plain_bytes.pack, plain_bytes.unpack),
             ),
             Kernel(
-                *("cuda.grouped_mm_bytes", "grouped_mm", "cuda", 20, byte_only.run_grouped, byte_only.refuses),
-                *(byte_only.pack, byte_only.unpack),
+                *("cuda.grouped_mm_bytes", "grouped_mm", "cuda", 20, plain_bytes.run_grouped, plain_bytes.refuses),
+                *(plain_bytes.pack, plain_bytes.unpack),
             ),
-            Kernel("cuda.scaled_mm", "scaled_mm", "cuda", 10, byte_only.run_scaled_mm, byte_only.refuses),
+            Kernel("cuda.scaled_mm", "scaled_mm", "cuda", 10, plain_bytes.run_scaled_mm, plain_bytes.refuses),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )
 

@@ -1,8 +1,7 @@
 """4-bit integers by e4m3 inputs on Hopper: codes become e4m3 in registers, the first operand of its tensor cores.
 
 An integer up to 8 is an e4m3 by its bits alone, times 2^-9: a subnormal, or the number after them. Products of a group
-of columns leave the tensor cores for float32 sums, where they meet the group's scale; meanwhile the codes of the next
-step become an operand.
+of columns leave the tensor cores for float32 sums, where they meet the group's scale.
 """
 
 # What a constexpr holds is known to Triton alone.
@@ -58,7 +57,10 @@ def linear_wgmma_bytes(
     BAND: gl.constexpr,
     num_warps: gl.constexpr,
 ):
-    """As `linear_wgmma`, of e4m3 `x`; `scale` as packed, but not in words. COLUMNS are a group, or a part of one."""
+    """As `linear_wgmma`, of e4m3 `x`; `scale` as packed, but not in words. COLUMNS are a group, or a part of one.
+
+    Words are read DEPTH steps ahead.
+    """
     TALL: gl.constexpr = ROWS // 16
     WIDE: gl.constexpr = COLUMNS // 64
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, TOKENS, 32])
@@ -84,29 +86,29 @@ def linear_wgmma_bytes(
     high, tiles, spans = gl.cdiv(n, 16), gl.cdiv(k, 64), gl.cdiv(k, GROUP) if GROUP else 1
     kept = ()
     for i in gl.static_range(DEPTH):
-        kept = kept + (lanes(words[0], row, expert, first + i, high, tiles, tiles, 32, 4, 64, TALL, WIDE, num_warps),)
+        kept = kept + (_words(words[0], row, expert, first + i, high, tiles, TALL, WIDE, num_warps),)
+    rows = gl.minimum(row * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA)), n - 1)
+    of_rows = scale + (expert * high + rows // 16).to(gl.int64) * (spans * 16) + rows % 8 * 2 + rows // 8 % 2
+    factor = _factors(of_rows, first, spans, COLUMNS, GROUP)
     # The kernel before rounds the inputs, and this one may start while it does.
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     for i in gl.static_range(STAGES - 1):
         fetch(x, inputs, full, begin, first, i, last, k, COLUMNS, STAGES, DEPTH)
-    rows = gl.minimum(row * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, MMA)), n - 1)
-    of_rows = scale + (expert * high + rows // 16).to(gl.int64) * (spans * 16) + rows % 8 * 2 + rows // 8 % 2
     acc = gl.zeros([ROWS, TOKENS], gl.float32, MMA)
     held = byte_words(kept[0])
     for base in range(0, last - first, DEPTH):
         for u in gl.static_range(DEPTH):
             at = base + u
             ahead = first + at + DEPTH
-            more = lanes(words[0], row, expert, ahead, high, tiles, tiles, 32, 4, 64, TALL, WIDE, num_warps)
-            kept = put(kept, u, more)
+            kept = put(kept, u, _words(words[0], row, expert, ahead, high, tiles, TALL, WIDE, num_warps))
             a = gl.convert_layout(byte_values(held, TALL, WIDE), OPERAND, assert_trivial=True)
             b = inputs_of(inputs, full, at, STAGES)
             if GROUP != 0:
-                span = gl.minimum((first + at) * COLUMNS // GROUP, spans - 1)
-                f = to_float32(gl.load(of_rows + span * 16))
                 new = warpgroup_mma(a, b, gl.zeros([ROWS, TOKENS], gl.float32, MMA), use_acc=False, is_async=True)
             else:
                 new = warpgroup_mma(a, b, acc, is_async=True)
+            times = factor
+            factor = _factors(of_rows, first + at + 1, spans, COLUMNS, GROUP)
             following = byte_words(kept[(u + 1) % DEPTH])
             # The operand's own registers, as words, are kept until products are done with them.
             done = warpgroup_mma_wait(0, deps=(new,) + held)
@@ -115,7 +117,7 @@ def linear_wgmma_bytes(
             barrier()
             fetch(x, inputs, full, begin, first, at + STAGES - 1, last, k, COLUMNS, STAGES, DEPTH)
             if GROUP != 0:
-                acc += new * f[:, None]
+                acc += new * to_float32(times)[:, None]
             else:
                 acc = new
             held = following
@@ -140,3 +142,19 @@ def linear_wgmma_bytes(
             num_warps,
         ),
     )
+
+
+@gluon.jit
+def _words(words, row, expert, step, high, tiles, TALL: gl.constexpr, WIDE: gl.constexpr, WARPS: gl.constexpr):
+    """A lane's words of a step."""
+    return lanes(words, row, expert, step, high, tiles, tiles, 32, 4, 64, TALL, WIDE, WARPS)
+
+
+@gluon.jit
+def _factors(of_rows, step, spans, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
+    """Scales of a step, as they are stored."""
+    if GROUP != 0:
+        found = gl.load(of_rows + gl.minimum(step * COLUMNS // GROUP, spans - 1) * 16)
+    else:
+        found = None
+    return found

@@ -24,6 +24,7 @@ from lowbit.errors import FormatError
 from lowbit.numerics import DEFAULT_MODE
 from lowbit_kernels_cuda.casts import quantize
 from lowbit_kernels_cuda.codes import decode, encode_float, from_float32, to_float32
+from lowbit_kernels_cuda.packed import folds
 from lowbit_kernels_cuda.scaling import (
     from_ordered,
     magnitude,
@@ -34,7 +35,6 @@ from lowbit_kernels_cuda.scaling import (
     scale_value,
     spec,
 )
-from lowbit_kernels_cuda.weight_only import folds
 
 
 @dataclass(frozen=True, slots=True)

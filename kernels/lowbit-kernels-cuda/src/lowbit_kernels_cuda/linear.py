@@ -26,10 +26,10 @@ from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.fragments import Text, lines, text
 from lowbit_kernels_cuda.inputs import Inputs, overlaps, quantized, rounded
 from lowbit_kernels_cuda.lifts import is_lifted, lift, lifted, lowered
+from lowbit_kernels_cuda.packed import meet_as_bytes
 from lowbit_kernels_cuda.plans import Plan, choose, is_slower, plan_of_bytes, ratios, slower_tokens
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
-from lowbit_kernels_cuda.weight_only import meet_as_bytes
 from lowbit_kernels_cuda.weights import (
     ROWS,
     pack_scales,

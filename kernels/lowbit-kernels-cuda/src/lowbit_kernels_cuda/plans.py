@@ -31,7 +31,7 @@ class Kind:
     stages: int
     # Whether scales are of sums of products rather than of codes.
     exact: bool = False
-    # Steps whose words are read ahead, by the kernel for Hopper; 0: `linear_dots`.
+    # Steps whose words are read ahead, by the kernels for Hopper; 0: `linear_dots`.
     depth: int = 0
     # Steps that follow one another as one, in `linear_dots`.
     unroll: int = 1
@@ -160,11 +160,10 @@ def choose(
 def plan_of_bytes(m: int, n: int, k: int, experts: int, multiprocessors: int) -> Plan:
     """The plan for m tokens, of as many experts, whose codes meet those of a weight as 8-bit floats."""
     each = math.ceil(m / min(m, experts)) if experts else m
-    kind = (
-        Kind(64, 64, 128, 4, 4, depth=2, bytes=True) if each <= 64 else Kind(128, 128, 128, 8, 4, depth=2, bytes=True)
-    )
+    kind = Kind(64, 64, 128, 4, 4, depth=4, bytes=True) if each <= 64 else Kind(64, 128, 128, 4, 3, depth=2, bytes=True)
     programs, splits = math.ceil(n / kind.rows) * math.ceil(m / kind.tokens), 1
-    while splits < 4 and not experts and 2 * programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
+    # Two programs share a multiprocessor.
+    while splits < 4 and not experts and programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
         splits *= 2
     return Plan(kind, splits)
 

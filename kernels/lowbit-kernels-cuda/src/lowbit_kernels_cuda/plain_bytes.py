@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.backends import Call, Description
 from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
-from lowbit_kernels_cuda.weight_only import called
+from lowbit_kernels_cuda.packed import called
 
 _ROWS = ((1, WHOLE), (WHOLE, WHOLE))
 
