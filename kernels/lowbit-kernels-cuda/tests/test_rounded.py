@@ -241,6 +241,13 @@ def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, rea
     assert packed.refuses(call).startswith(reason)
 
 
+@pytest.mark.parametrize("activation", ["dynamic:FP8_TENSOR", "dynamic:NVFP4"])
+def test_one_scale_for_each_experts_rows_is_refused(activation):
+    for kernel, weight in ((packed, "INT4_G128"), (plain_bytes, "FP8_TENSOR")):
+        call = Call("grouped_mm", Format.parse(weight), Activation.parse(activation), "cpu", torch.bfloat16, 64, 128)
+        assert kernel.refuses(call).startswith("needs inputs of experts rounded row by row, or under stored scales")
+
+
 def test_a_scale_that_is_missing_is_asked_for():
     q = lowbit.quantize(torch.randn(16, 64), "FP8_ROW", activation="static:FP8_TENSOR")
     description = Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))

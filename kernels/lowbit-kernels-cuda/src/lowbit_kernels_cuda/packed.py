@@ -32,7 +32,8 @@ def refuses(call: Call) -> str | None:
     assert fmt is not None
     assert call.k is not None
     if call.activation is not None:
-        if (reason := _refuses_rounded(call.activation.format, fmt, call.k)) is not None:
+        reason = refuses_experts(call) or _refuses_rounded(call.activation.format, fmt, call.k)
+        if reason is not None:
             return reason
     elif call.x_dtype not in _DTYPES:
         return f"needs inputs in bfloat16 or float16; these are {call.x_dtype}"
@@ -61,6 +62,16 @@ def meet_as_bytes(inputs: Format, weight: Format) -> bool:
         and group % 128 == 0
         and weight.scale.bits > 8
     )
+
+
+def refuses_experts(call: Call) -> str | None:
+    """Why inputs of experts are not rounded together, or None."""
+    how = call.activation
+    if call.op != "grouped_mm" or how is None or how.scaling != "dynamic":
+        return None
+    if how.format.block_for(2)[0] == 1 and not how.format.tensor_scale:
+        return None
+    return f"needs inputs of experts rounded row by row, or under stored scales; {how} has one for each expert's rows"
 
 
 def _refuses_rounded(inputs: Format, weight: Format, k: int) -> str | None:

@@ -14,31 +14,42 @@ from torch import Tensor
 from lowbit.backends import Call, Description
 from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
-from lowbit_kernels_cuda.packed import called
+from lowbit_kernels_cuda.packed import called, refuses_experts
 
 _ROWS = ((1, WHOLE), (WHOLE, WHOLE))
 
 
 def refuses(call: Call) -> str | None:
     """Why a call is not for this kernel, or None."""
-    weight = call.format
-    assert weight is not None
+    assert call.format is not None
     assert call.k is not None
     if call.activation is None:
         return "needs inputs that are rounded, too; these stay as they are"
-    inputs, name = call.activation.format, weight.element.name
-    if name not in {"int8", "e4m3fn"} or inputs.element.name != name or weight.tensor_scale or inputs.tensor_scale:
+    reason = refuses_experts(call) or _refuses_formats(call.activation.format, call.format)
+    if reason is None and call.k % 16:
+        reason = f"needs columns by the 16; this weight has {call.k}"
+    if reason is None and call.format.element.name == "e4m3fn" and call.device == "cuda":
+        reason = _refuses_gpu()
+    return reason
+
+
+def _refuses_formats(inputs: Format, weight: Format) -> str | None:
+    names = {fmt.element.name for fmt in (inputs, weight)}
+    if names not in ({"int8"}, {"e4m3fn"}) or inputs.tensor_scale or weight.tensor_scale:
         return f"needs int8 by int8, or e4m3fn by e4m3fn, without tensor scales; this is {inputs} by {weight}"
-    if any(fmt.scale.bits == 8 for fmt in (inputs, weight)) or not _meet(inputs, weight, name == "int8"):
+    if any(fmt.scale.bits == 8 for fmt in (inputs, weight)) or not _meet(inputs, weight, names == {"int8"}):
         return (
             "needs scales of rows or matrices, or float ones of 128 columns on both sides; these are those of "
             f"{inputs} and {weight}"
         )
-    if call.k % 16:
-        return f"needs columns by the 16; this weight has {call.k}"
-    if name == "e4m3fn" and call.device == "cuda" and (found := torch.cuda.get_device_capability()) < (8, 9):
-        return f"needs tensor cores for e4m3fn, of compute capability 8.9 on; this GPU has {found[0]}.{found[1]}"
     return None
+
+
+def _refuses_gpu() -> str | None:
+    found = torch.cuda.get_device_capability()
+    if found >= (8, 9):
+        return None
+    return f"needs tensor cores for e4m3fn, of compute capability 8.9 on; this GPU has {found[0]}.{found[1]}"
 
 
 def _meet(inputs: Format, weight: Format, integers: bool) -> bool:  # noqa: FBT001 - internal

@@ -318,6 +318,8 @@ class _Use:
         value = torch.zeros(x.shape[0], n, dtype=torch.float64)
         bound = value.clone()
         for e, end in enumerate(ends):
+            # Of other sizes than the next expert's, since each expert's are rounded by themselves.
+            x[start:end] *= 2.0 ** (-2 * e)
             value[start:end], bound[start:end] = self._near(x[start:end], _expert(weight, e), weight, None)
             start = end
         inner = (getattr(weight, name) for name in INNER)
