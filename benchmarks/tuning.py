@@ -146,7 +146,9 @@ def packed(spec: str, n: int, k: int, copies: int) -> tuple[list[tuple[Tensor, .
 def caller(x: Tensor, spec: str, weight: Any, plan: Plan) -> list[Callable[[], Tensor]]:
     """The product with each copy of the weight by one plan."""
     copies, names, shape = weight
-    return [lambda parts=parts: linear.product(x, parts, names, spec, "", shape, None, None, plan=plan) for parts in copies]
+    return [
+        lambda parts=parts: linear.product(x, parts, names, spec, "", shape, None, None, plan=plan) for parts in copies
+    ]
 
 
 def seconds(calls: list[Callable[[], Tensor]]) -> float:

@@ -166,20 +166,11 @@ if __name__ == "__main__":
     many = replace(many, rows=128, tokens=256, warps=8, stages=4, tiled=True)
     for capability, name, tokens, plan, experts in (
         (80, "INT8_ROW", 16, few, 0),
-        (90, "FP8_ROW", 16, few, 0),
         (90, "FP8_ROW", 1024, many, 8),
-        (90, "INT8_ROW", 1024, many, 0),
         (90, "FP8_1x128", 16, replace(few, columns=128, tiled=True), 0),
     ):
         by_bytes(name, tokens, plan, capability, experts)
         sys.stdout.write(f"{capability} {name} by bytes\n")
-    for capability, name in (
-        (80, "FP8_ROW"),
-        (90, "FP8_ROW"),
-        (90, "INT8_ROW_ASYM"),
-        (90, "NVFP4"),
-        (90, "MXFP8"),
-        (90, "FP8_1x128"),
-    ):
-        rounding(f"dynamic:{name}", capability, moved=capability == 90 and name == "FP8_ROW")
+    for capability, name in ((80, "INT8_ROW_ASYM"), (90, "FP8_ROW"), (90, "NVFP4")):
+        rounding(f"dynamic:{name}", capability, moved=name == "FP8_ROW")
         sys.stdout.write(f"{capability} {name} inputs\n")
