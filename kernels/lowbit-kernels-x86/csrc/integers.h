@@ -62,10 +62,11 @@ inline uint32_t four_at(const uint8_t* codes) {
   return four;
 }
 
-// Products of `tokens` tokens, at most M, from the one numbered `token` on.
-template <class Code, int M>
+// Products of `tokens` tokens, at most M, from the one numbered `token` on. `weights` are a tile's sums of codes less
+// zero points, [group][16], which the First tokens find.
+template <class Code, int M, bool First>
 void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, const void* bias, void* out, Type type,
-                  int64_t index) {
+                  int64_t index, uint32_t* weights) {
   using Of = Planes<Code>;
   const Tile tile(w, index);
   const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), words = columns * Of::bits / 32;
@@ -83,8 +84,10 @@ void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, co
       unroll<Of::count>([&](auto j) {
         U plane[H];
         for (int h = 0; h < H; ++h) plane[h] = Of::template plane<j>(now[h]);
-        const U one = all(four_at(ones_at + j * 4));
-        for (int h = 0; h < H; ++h) ones[h] = dot<Of::is_signed>(ones[h], one, plane[h]);
+        if constexpr (First) {
+          const U one = all(four_at(ones_at + j * 4));
+          for (int h = 0; h < H; ++h) ones[h] = dot<Of::is_signed>(ones[h], one, plane[h]);
+        }
         for (int m = 0; m < M; ++m) {
           const U four = all(four_at(codes[m] + j * 4));
           for (int h = 0; h < H; ++h) sums[m][h] = dot<Of::is_signed>(sums[m][h], four, plane[h]);
@@ -96,12 +99,14 @@ void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, co
     for (int h = 0; h < H; ++h) {
       U zero = all(static_cast<uint32_t>(Of::zero));
       if constexpr (Code::offset) zero += (U)__builtin_convertvector(tile.zero(group, h), I);
-      const U weights = (U)ones[h] - zero * static_cast<uint32_t>(here);
+      uint32_t* const kept = weights + (group * H + h) * W;
+      if constexpr (First) store(kept, (U)ones[h] - zero * static_cast<uint32_t>(here));
+      const U sum = load<U>(kept);
       const F scale = tile.scale(group, h);
       for (int m = 0; m < tokens; ++m) {
         // The sum of (x - x's zero) (w - w's zero); unsigned, so that what overflows on the way comes back.
         const uint32_t inputs = x.sums[(token + m) * tile.groups + group], less = x.zero[token + m];
-        const I product = (I)((U)sums[m][h] - zero * inputs - weights * less);
+        const I product = (I)((U)sums[m][h] - zero * inputs - sum * less);
         total[m][h] = fma(__builtin_convertvector(product, F), scale, total[m][h]);
       }
     }
@@ -117,14 +122,16 @@ void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias,
     using Code = decltype(code);
     if constexpr (std::is_same_v<Code, IntCode<Code::bits>> || std::is_same_v<Code, OffsetCode<Code::bits>>) {
       if constexpr (8 % Code::bits == 0) {
+        const std::unique_ptr<uint32_t[]> weights(new uint32_t[w.format.groups(w.k) * TILE]);
         for (int64_t tile = first; tile < last; ++tile) {
           if (tokens == 1) {
-            integer_tile<Code, 1>(w, x, 0, 1, bias, out, type, tile);
+            integer_tile<Code, 1, true>(w, x, 0, 1, bias, out, type, tile, weights.get());
             continue;
           }
           for (int64_t token = 0; token < tokens; token += TOKENS) {
             const int some = static_cast<int>(std::min<int64_t>(TOKENS, tokens - token));
-            integer_tile<Code, TOKENS>(w, x, token, some, bias, out, type, tile);
+            auto run = token ? integer_tile<Code, TOKENS, false> : integer_tile<Code, TOKENS, true>;
+            run(w, x, token, some, bias, out, type, tile, weights.get());
           }
         }
       }
@@ -132,53 +139,91 @@ void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias,
   });
 }
 
-// Where the code of a column is, in the order in which planes of a weight's words meet them.
-inline int64_t place(const Format& weight, int64_t column) {
-  const int planes = 8 / weight.element.bits, word = 32 / weight.element.bits;
-  const int64_t in = column % word;
-  return (column / word * planes + in % planes) * 4 + in / planes;
+// Bytes of columns, k of them and zeros up to whole words of the weight, in the order in which planes of its words meet
+// them: of a word's 4 * Planes columns, every Planes-th.
+template <int Planes>
+void arrange(const uint8_t* bytes, int64_t k, uint8_t* to) {
+  for (int64_t at = 0; at < k; at += 4 * Planes) {
+    for (int j = 0; j < Planes; ++j) {
+      for (int t = 0; t < 4; ++t) to[at + 4 * j + t] = bytes[at + Planes * t + j];
+    }
+  }
 }
 
-// The codes of one token, counted from the lowest that 8 bits have, and their sums by groups of the weight.
+void arrange(const Format& weight, const uint8_t* bytes, int64_t k, uint8_t* to) {
+  switch (weight.element.bits) {
+    case 8: return arrange<1>(bytes, k, to);
+    case 4: return arrange<2>(bytes, k, to);
+    case 2: return arrange<4>(bytes, k, to);
+    default: return arrange<8>(bytes, k, to);
+  }
+}
+
+// The scale and the zero point of a token of `k` numbers, zeros up to STEP.
+void choose_scale(const float* x, int64_t k, const Activation& how, float& scale, int32_t& zero) {
+  const float low = -static_cast<float>(1 << (how.bits - 1)), high = -low - 1, steps = high - low;
+  F lows{}, highs{};
+  I finites = ~I{};
+  for (int64_t i = 0; i < k; i += W) {
+    const F now = load<F>(x + i);
+    lows = least(now, lows);
+    highs = most(now, highs);
+    finites &= (I)(now - now == F{});
+  }
+  float down = 0, top = 0;
+  bool finite = true;
+  for (int i = 0; i < W; ++i) {
+    down = std::min(down, lows[i]);
+    top = std::max(top, highs[i]);
+    finite &= finites[i] != 0;
+  }
+  scale = how.asymmetric ? top / steps - down / steps : std::max(top, -down) / (steps / 2);
+  if (scale == 0) scale = 1;
+  if (!finite) scale = std::numeric_limits<float>::quiet_NaN();
+  zero = 0;
+  if (how.asymmetric && finite) zero = std::clamp(low - std::nearbyint(down / scale), low, high);
+}
+
+// The codes of one token, counted from the lowest that 8 bits have, and their sums by groups of the weight. `x` has
+// zeros up to STEP.
 void round_token(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to) {
   const float low = -static_cast<float>(1 << (how.bits - 1)), high = -low - 1;
   float scale = how.scale;
   int32_t zero = how.zero;
-  if (how.dynamic) {
-    float least = 0, most = 0;
-    bool finite = true;
-    for (int64_t i = 0; i < k; ++i) {
-      least = std::min(least, x[i]);
-      most = std::max(most, x[i]);
-      finite &= x[i] - x[i] == 0;
-    }
-    const float steps = high - low;
-    scale = how.asymmetric ? most / steps - least / steps : std::max(most, -least) / (steps / 2);
-    if (scale == 0) scale = 1;
-    if (!finite) scale = std::numeric_limits<float>::quiet_NaN();
-    zero = 0;
-    if (how.asymmetric && finite) zero = std::clamp(low - std::nearbyint(least / scale), low, high);
-  }
-  uint8_t* const codes = to.codes + token * to.stride;
+  if (how.dynamic) choose_scale(x, k, how, scale, zero);
+  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[up(k, STEP)]());
   const int64_t columns = weight.columns ? weight.columns : std::max<int64_t>(k, 1);
   int32_t* const sums = to.sums + token * weight.groups(k);
+  // Around 1.5 * 2^23 float32 has integers alone.
+  constexpr float integers_from = 12582912.0f;
+  const F by = all(scale), first = all(low), last = all(high);
   for (int64_t group = 0, begin = 0; begin < k; ++group, begin += columns) {
-    int32_t sum = 0;
-    for (int64_t i = begin; i < std::min(k, begin + columns); ++i) {
+    I sum{};
+    for (int64_t i = begin; i < std::min(k, begin + columns); i += W) {
+      const F given = load<F>(x + i) / by;
       // Beyond these it is cut off in any case.
-      const float value = std::nearbyint(std::clamp(x[i] / scale, -1024.0f, 1024.0f));
-      const float code = value == value ? std::clamp(value + static_cast<float>(zero), low, high) : 0.0f;
-      const int32_t byte = static_cast<int32_t>(code) + 128;
-      codes[place(weight, i)] = static_cast<uint8_t>(byte);
+      const F near = most(least(given, all(1024.0f)), all(-1024.0f)) + integers_from - integers_from;
+      const F code = most(least(near + static_cast<float>(zero), last), first);
+      // Of what is no number, the code is 0.
+      I byte = (__builtin_convertvector(code, I) & (I)(given == given)) + 128;
+      if (i + W > k) {
+        for (int64_t j = k - i; j < W; ++j) byte[j] = 0;
+      }
       sum += byte;
+      store(bytes.get() + i, __builtin_convertvector(byte, Bytes));
     }
-    sums[group] = sum;
+    int32_t total = 0;
+    for (int j = 0; j < W; ++j) total += sum[j];
+    sums[group] = total;
   }
+  arrange(weight, bytes.get(), k, to.codes + token * to.stride);
   to.scale[token] = scale;
   to.zero[token] = zero + 128;
 }
 
 // 1 for each column that there is.
 void mark_columns(int64_t k, const Format& weight, uint8_t* ones) {
-  for (int64_t i = 0; i < k; ++i) ones[place(weight, i)] = 1;
+  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[up(k, STEP)]());
+  std::fill(bytes.get(), bytes.get() + k, uint8_t{1});
+  arrange(weight, bytes.get(), k, ones);
 }

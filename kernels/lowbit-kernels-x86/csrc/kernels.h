@@ -75,7 +75,7 @@ struct Kernels {
   // `tensor_scale` is 1 where there is none.
   void (*decode)(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
                  float tensor_scale, int64_t k, void* out, Type type);
-  // x (k,) as token `token` of `to`; and the columns that there are.
+  // x (k,), with zeros up to STEP, as token `token` of `to`; and the columns that there are.
   void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to);
   void (*mark)(int64_t k, const Format& weight, uint8_t* ones);
   // As `few`, of rounded tokens, of which whole `integer_tokens` may be read. Weights are integers of 1, 2, 4 or 8 bits

@@ -133,7 +133,7 @@ void integer_product(const Packed& w, const char* x, Type type, const void* pre_
   for (int64_t token = 0; token < tokens; token += chunk) {
     const int64_t some = std::min(chunk, tokens - token);
     auto round = [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> values(new float[w.k]);
+      const std::unique_ptr<float[]> values(new float[up(w.k, STEP)]());
       for (int64_t row = begin; row < end; ++row) {
         run.widen(x + (token + row) * w.k * size_of(type), type, pre_scale, w.k, values.get());
         run.round(values.get(), w.k, how, w.format, row, to);

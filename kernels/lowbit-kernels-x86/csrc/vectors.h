@@ -68,6 +68,8 @@ inline F least(F a, F b) {
 #endif
 }
 
+inline F most(F a, F b) { return -least(-a, -b); }
+
 template <int... P, class Body>
 inline void each(std::integer_sequence<int, P...>, const Body& body) {
   (body(std::integral_constant<int, P>{}), ...);
