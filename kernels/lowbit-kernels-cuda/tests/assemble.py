@@ -48,7 +48,7 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
         "x": hopper.described(x, kind.tokens, kind.columns) if kind.depth else x,
         "x_step": 0,
         "words": tuple(torch.zeros(1, dtype=torch.int32) for _ in parts(fmt.element.bits)),
-        "scale": torch.zeros(1, dtype=torch.int16 if kind.bytes else torch.int32),
+        "scale": torch.zeros(1, dtype=torch.int16 if kind.bytes and fmt.scale.bits == 16 else torch.int32),
         "tensor_row": 0,
         "tensor_expert": 0,
         "out": torch.zeros(1, dtype=torch.int16),
@@ -151,9 +151,10 @@ if __name__ == "__main__":
     for name in ("INT4_G128", "MXFP4"):
         if all(overlap(compiled(name, 256, many, 90, experts=experts)) for experts in (0, 6)):
             sys.stdout.write(f"90 {name}\n")
-    for each in (plans.plan_of_bytes(m, N, K, 0, 132) for m in (64, 1024)):
-        if overlap(compiled("INT4_G128", each.kind.tokens, each, 90)):
-            sys.stdout.write(f"90 INT4_G128 as bytes, {each.kind.tokens} tokens\n")
+    for name, m in (("INT4_G128", 64), ("int4:1x*:float32", 1024)):
+        each = plans.plan_of_bytes(m, N, K, 0, 132)
+        if overlap(compiled(name, each.kind.tokens, each, 90)):
+            sys.stdout.write(f"90 {name} as bytes\n")
     for capability, name, plan, even, experts in (
         (80, "INT4_G128", Plan(Kind(64, 16, 128, 4, 4, exact=True), 2), True, 128),
         (80, "INT8_ROW", Plan(Kind(64, 64, 128, 4, 3)), False, 0),

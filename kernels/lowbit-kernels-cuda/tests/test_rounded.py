@@ -143,6 +143,7 @@ def test_the_kernels_pass(weight):
     ("weight", "activation", "kernel"),
     [
         ("INT4_G128", "dynamic:FP8_ROW", packed),
+        ("int4:1x*:float32", "dynamic:FP8_ROW", packed),
         ("MXFP4", "dynamic:FP8_ROW", packed),
         ("MXFP8", "dynamic:MXFP8", packed),
         ("NVFP4", "dynamic:NVFP4", packed),
@@ -174,6 +175,35 @@ def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
         # Sums that stay in tensor cores for 8-bit floats keep 13 bits of 2048 products.
         lost = 2e-2 if how.format.element.name == "e4m3fn" else 1e-3
         assert bool((error <= 2.0**-8 * wanted.abs() + lost * wanted.std()).all()), (m, float(error.max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("weight", "activation", "kernel"),
+    [
+        ("INT4_G128", "dynamic:FP8_ROW", packed),
+        ("INT8_ROW", "dynamic:INT8_ROW_ASYM", plain_bytes),
+        ("FP8_ROW", "dynamic:FP8_ROW", plain_bytes),
+        ("FP8_128x128", "dynamic:FP8_1x128", plain_bytes),
+    ],
+)
+def test_experts_with_many_tokens_have_their_own_product(weight, activation, kernel):
+    n, k, how = 384, 512, Activation.parse(activation)
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([300, 300, 301, 1000], dtype=torch.int32)
+    x = torch.randn(1010, k, generator=generator).to("cuda", torch.bfloat16)
+    values = (torch.randn(4, n, k, generator=generator) / k**0.5).to("cuda", torch.bfloat16)
+    q = lowbit.quantize(values, weight, activation=how)
+    parts, description = kernel.pack(q), Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
+    found = kernel.run_grouped(x, parts, description, ends.cuda()).double()
+    start = 0
+    for expert, end in zip(q.dequantize(torch.float32).double(), ends.tolist(), strict=True):
+        if end > start:
+            wanted = quantize_input(x[start:end], how, None, None).values().double() @ expert.T
+            error = (found[start:end] - wanted).abs()
+            assert bool((error <= 2.0**-8 * wanted.abs() + 2e-2 * wanted.std()).all()), (end, float(error.max()))
+        start = end
+    assert not bool(found[start:].any())
 
 
 @pytest.mark.gpu

@@ -123,24 +123,8 @@ def linear_wgmma_bytes(
             held = following
     write(
         *(acc, x_scale, x_step, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count),
-        *(
-            row,
-            expert,
-            begin,
-            routed,
-            end,
-            split,
-            m,
-            n,
-            SPEC,
-            AFTER * UNIT,
-            GROUP,
-            ROWS,
-            TOKENS,
-            SPLITS,
-            MMA,
-            num_warps,
-        ),
+        *(row, expert, begin, routed, end, split, m, n),
+        *(SPEC, AFTER * UNIT, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
     )
 
 
@@ -152,9 +136,5 @@ def _words(words, row, expert, step, high, tiles, TALL: gl.constexpr, WIDE: gl.c
 
 @gluon.jit
 def _factors(of_rows, step, spans, COLUMNS: gl.constexpr, GROUP: gl.constexpr):
-    """Scales of a step, as they are stored."""
-    if GROUP != 0:
-        found = gl.load(of_rows + gl.minimum(step * COLUMNS // GROUP, spans - 1) * 16)
-    else:
-        found = None
-    return found
+    """Scales of a step, as they are stored; without GROUP there is one of each row."""
+    return gl.load(of_rows + gl.minimum(step * COLUMNS // GROUP, spans - 1) * 16 if GROUP != 0 else of_rows)

@@ -163,10 +163,11 @@ def product(
         if activation:
             how = Activation.parse(activation)
             use = how, named.get("act_scale"), named.get("act_zero")
-            if bytes_ := meet_as_bytes(how.format, fmt):
-                # With few tokens 16-bit tensor cores are as fast.
-                bytes_ = plan.kind.bytes if plan else len(tokens) > 32 and k % 16 == 0 and _device(x.device)[1]
-                inputs = _codes(tokens, *use) if bytes_ else rounded(tokens, *use, moved=True)
+            if meet_as_bytes(how.format, fmt):
+                # With few tokens, as experts' are, 16-bit tensor cores are as fast.
+                many = len(tokens) > 32 and offs is None and k % 16 == 0
+                as_bytes = plan.kind.bytes if plan else many and _device(x.device)[1]
+                inputs = _codes(tokens, *use) if as_bytes else rounded(tokens, *use, moved=True)
             else:
                 inputs = rounded(tokens, *use)
         else:
