@@ -34,23 +34,25 @@ inline I pairs(U a, U b) {
 #endif
 }
 
-// sum + the products of four bytes of `x`, which are unsigned, and of `w`, exactly.
-template <bool Signed>
+// Bytes that a code of an input takes: two where it meets signed bytes as 16-bit numbers.
+#if defined(__AVX512VNNI__)
+constexpr int code_size(int) { return 1; }
+#else
+constexpr int code_size(int bits) { return bits == 8 ? 2 : 1; }
+#endif
+
+// sum + the products of four bytes of `x`, which are unsigned, and of `w`, exactly; without VNNI, w has 4 bits or fewer.
 inline I dot(I sum, U x, U w) {
 #if defined(__AVX512VNNI__)
   return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
 #else
-  constexpr uint32_t low = 0x00ff00ffu;
-  if constexpr (Signed) {
-    typedef int16_t Signeds __attribute__((vector_size(4 * W)));
-    return sum + pairs(x & low, (U)((Signeds)w << 8 >> 8)) + pairs((x >> 8) & low, (U)((Signeds)w >> 8));
-  }
   // Two products of 255 and 15 or less are no more than 16 bits hold.
 #if defined(__AVX512BW__)
   return sum + pairs((U)_mm512_maddubs_epi16((__m512i)x, (__m512i)w), all(0x00010001u));
 #elif defined(__AVX2__)
   return sum + pairs((U)_mm256_maddubs_epi16((__m256i)x, (__m256i)w), all(0x00010001u));
 #else
+  constexpr uint32_t low = 0x00ff00ffu;
   return sum + pairs(x & low, w & low) + pairs((x >> 8) & low, (w >> 8) & low);
 #endif
 #endif
@@ -62,12 +64,20 @@ inline uint32_t four_at(const uint8_t* codes) {
   return four;
 }
 
+// Even or odd bytes of a plane of signed ones, as 16-bit numbers.
+template <int Odd>
+inline U signed_bytes(U plane) {
+  typedef int16_t Signeds __attribute__((vector_size(4 * W)));
+  return Odd ? (U)((Signeds)plane >> 8) : (U)((Signeds)plane << 8 >> 8);
+}
+
 // Products of `tokens` tokens, at most M, from the one numbered `token` on. `weights` are a tile's sums of codes less
 // zero points, [group][16], which the First tokens find.
 template <class Code, int M, bool First>
 void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, const void* bias, void* out, Type type,
                   int64_t index, uint32_t* weights) {
   using Of = Planes<Code>;
+  constexpr int SIZE = code_size(Of::bits);
   const Tile tile(w, index);
   const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), words = columns * Of::bits / 32;
   const uint32_t* word = tile.codes(0);
@@ -82,19 +92,28 @@ void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, co
       U now[H];
       for (int h = 0; h < H; ++h) now[h] = load<U>(word + h * W) ^ Of::flip;
       unroll<Of::count>([&](auto j) {
-        U plane[H];
-        for (int h = 0; h < H; ++h) plane[h] = Of::template plane<j>(now[h]);
+        U plane[H], odd[H];
+        for (int h = 0; h < H; ++h) {
+          plane[h] = Of::template plane<j>(now[h]);
+          if constexpr (SIZE == 2) {
+            odd[h] = signed_bytes<1>(plane[h]);
+            plane[h] = signed_bytes<0>(plane[h]);
+          }
+        }
+        auto add = [&](I sum, const uint8_t* with, int h) {
+          const U four = all(four_at(with + j * 4 * SIZE));
+          if constexpr (SIZE == 1) return dot(sum, four, plane[h]);
+          return sum + pairs(four, plane[h]) + pairs(all(four_at(with + j * 8 + 4)), odd[h]);
+        };
         if constexpr (First) {
-          const U one = all(four_at(ones_at + j * 4));
-          for (int h = 0; h < H; ++h) ones[h] = dot<Of::is_signed>(ones[h], one, plane[h]);
+          for (int h = 0; h < H; ++h) ones[h] = add(ones[h], ones_at, h);
         }
         for (int m = 0; m < M; ++m) {
-          const U four = all(four_at(codes[m] + j * 4));
-          for (int h = 0; h < H; ++h) sums[m][h] = dot<Of::is_signed>(sums[m][h], four, plane[h]);
+          for (int h = 0; h < H; ++h) sums[m][h] = add(sums[m][h], codes[m], h);
         }
       });
-      ones_at += Of::count * 4;
-      for (int m = 0; m < M; ++m) codes[m] += Of::count * 4;
+      ones_at += Of::count * 4 * SIZE;
+      for (int m = 0; m < M; ++m) codes[m] += Of::count * 4 * SIZE;
     }
     for (int h = 0; h < H; ++h) {
       U zero = all(static_cast<uint32_t>(Of::zero));
@@ -150,9 +169,18 @@ void arrange(const uint8_t* bytes, int64_t k, uint8_t* to) {
   }
 }
 
+// The same of one plane; as numbers of 16 bits even bytes of four, then odd ones.
+void arrange_bytes(const uint8_t* bytes, int64_t k, uint8_t* to) {
+  if (code_size(8) == 1) return arrange<1>(bytes, k, to);
+  for (int64_t at = 0; at < k; at += 4) {
+    const uint16_t four[] = {bytes[at], bytes[at + 2], bytes[at + 1], bytes[at + 3]};
+    std::memcpy(to + 2 * at, four, sizeof four);
+  }
+}
+
 void arrange(const Format& weight, const uint8_t* bytes, int64_t k, uint8_t* to) {
   switch (weight.element.bits) {
-    case 8: return arrange<1>(bytes, k, to);
+    case 8: return arrange_bytes(bytes, k, to);
     case 4: return arrange<2>(bytes, k, to);
     case 2: return arrange<4>(bytes, k, to);
     default: return arrange<8>(bytes, k, to);

@@ -337,7 +337,7 @@ void decode(const Format& format, const uint8_t* codes, const void* scale, const
 
 extern const Kernels kernels;
 const Kernels kernels{
-    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, widen, few, many, decode, round_token, mark_columns, integers,
+    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, round_token, mark_columns, integers,
 };
 
 }  // namespace LOWBIT_ISA

@@ -47,8 +47,9 @@ struct Activation {
   int32_t zero;
 };
 
-// Rounded tokens, `stride` bytes each: codes counted from -128, in the order in which a word of the weight holds its
-// own, 0 from k on; the sums of those that share a scale of the weight; what codes of 0 are counted as; 1 for each column.
+// Rounded tokens, `stride` bytes each: codes counted from -128, of one byte or two, in the order in which a word of the
+// weight holds its own, 0 from k on; the sums of those that share a scale of the weight; what codes of 0 are counted as;
+// 1 for each column.
 struct Codes {
   uint8_t* codes;
   int64_t stride;
@@ -62,6 +63,8 @@ struct Kernels {
   const char* isa;
   // Tokens of which `few` takes as many at once, and `integers`.
   int few_tokens, integer_tokens;
+  // Bytes that `round` makes of a code, by the bits of the weight's.
+  int (*code_size)(int bits);
   // Values of `count` numbers as float32, times `by` (rounded to their type) where there is one.
   void (*widen)(const void* x, Type type, const void* by, int64_t count, float* to);
   // out[m][n] = bias[n] + sum over k of x[m][k] w[n][k] for the rows of tiles [first, last), rounded to `type`.

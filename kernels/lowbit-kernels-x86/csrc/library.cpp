@@ -122,7 +122,8 @@ void product(const Packed& w, const char* x, Type type, const void* pre_scale, i
 void integer_product(const Packed& w, const char* x, Type type, const void* pre_scale, const lowbit::Activation& how,
                      int64_t tokens, const void* bias, char* out) {
   const lowbit::Kernels& run = lowbit::kernels();
-  const int64_t stride = apart(w.k, 1), groups = w.format.groups(w.k), tiles = up(w.n, TILE) / TILE;
+  const int64_t stride = apart(up(w.k, STEP) * run.code_size(w.format.element.bits), 1);
+  const int64_t groups = w.format.groups(w.k), tiles = up(w.n, TILE) / TILE;
   // Those of a chunk stay in a core's cache while tiles pass.
   const int64_t chunk = std::min<int64_t>(tokens, 256), rows = tokens == 1 ? 1 : up(chunk, run.integer_tokens);
   const std::unique_ptr<uint8_t[]> codes(new uint8_t[(rows + 1) * stride]());
