@@ -152,7 +152,7 @@ if __name__ == "__main__":
         if all(overlap(compiled(name, 256, many, 90, experts=experts)) for experts in (0, 6)):
             sys.stdout.write(f"90 {name}\n")
     for name, m in (("INT4_G128", 64), ("int4:1x*:float32", 1024)):
-        each = plans.plan_of_bytes(m, N, K, 0, 132)
+        each = plans.plan_of_bytes(m, N, K, 132)
         if overlap(compiled(name, each.kind.tokens, each, 90)):
             sys.stdout.write(f"90 {name} as bytes\n")
     for capability, name, plan, even, experts in (

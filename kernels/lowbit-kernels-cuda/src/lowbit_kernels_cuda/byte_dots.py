@@ -1,7 +1,7 @@
 """Products of inputs and weights that both have 8-bit codes, as they are stored: int8 by int8, e4m3 by e4m3.
 
-Codes meet in tensor cores, integers exactly; scales, and zero points of either side, in sums of them. Sums of 8-bit
-floats leave the tensor cores after 128 columns, which keep 13 bits or so below the largest of what they add up.
+Codes meet in tensor cores, integers exactly; scales, and zero points of either side, meet sums of them. Of 8-bit floats
+tensor cores keep 13 bits or so below the largest of what they add up.
 """
 
 # What a constexpr holds is known to Triton alone.

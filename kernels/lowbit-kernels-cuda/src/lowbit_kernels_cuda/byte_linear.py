@@ -118,9 +118,10 @@ def product(
     tokens, sums = x.reshape(-1, k), packed[len(names)] if len(packed) > len(names) else None
     if not len(tokens):
         return x.new_empty(*x.shape[:-1], n)
+    # Before inputs are rounded: products read it while they wait for those.
+    ends = None if offs is None else offs.to(torch.int32).contiguous()
     left = _Side(*quantized(tokens, how, named.get("act_scale"), named.get("act_zero")))
     right = _Side(named["qdata"], named["scale"], named.get("zero"), sums)
-    ends = None if offs is None else offs.to(torch.int32).contiguous()
     return _multiply(left, right, how.format, weight, bias, x.dtype, ends).view(*x.shape[:-1], n)
 
 
@@ -183,8 +184,7 @@ def _multiply(
     if plan.tiled:
         sizes = zip((left, right), (plan.tokens, plan.rows), strict=True)
         codes = [TensorDescriptor.from_tensor(each.codes, [size, plan.columns]) for each, size in sizes]
-    # What makes `sums` lets nothing start before it ends.
-    soon = overlaps(out.device) and sums is None
+    soon = overlaps(out.device)
     kernel: Any = byte_dots
     kernel[blocks, plan.splits](
         *(codes[0], left.scale, left.zero, sums, codes[1], right.scale, right.zero, right.sums),
@@ -260,9 +260,8 @@ def _by_library(left: _Side, right: _Side, bias: Tensor | None, dtype: torch.dty
     codes = left.codes
     if group:
         # The library has tokens side by side, by the four.
-        codes = (
-            torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype) if m % 4 else codes
-        )
+        if m % 4:
+            codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype)
         of_tokens = torch.nn.functional.pad(left.scale, (0, 0, 0, -m % 4)).T.contiguous().T
         of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
     else:

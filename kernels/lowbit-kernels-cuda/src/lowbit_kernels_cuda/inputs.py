@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.activation import Activation
-from lowbit.errors import FormatError
 from lowbit.numerics import DEFAULT_MODE
 from lowbit_kernels_cuda.casts import quantize
 from lowbit_kernels_cuda.codes import decode, encode_float, from_float32, to_float32
@@ -63,13 +62,10 @@ def rounded(
     fmt, (m, k) = activation.format, x.shape
     group = fmt.block[-1]
     whole = given = zero = None
-    _check_stored(activation, act_scale)
     if activation.scaling == "local":
-        assert act_scale is not None
-        whole = act_scale.to(torch.float32).reshape(1)
+        whole = activation.stored(act_scale).to(torch.float32).reshape(1)
     elif activation.scaling == "static":
-        assert act_scale is not None
-        given, zero = act_scale.to(fmt.scale.storage).reshape(1), act_zero
+        given, zero = activation.stored(act_scale).to(fmt.scale.storage), act_zero
     elif fmt.tensor_scale:
         # Known once all of the input is.
         whole = quantize(x, None, None, None, str(fmt), DEFAULT_MODE, "nearest", 0)[-1].reshape(1)
@@ -112,19 +108,11 @@ def quantized(
         FormatError: a stored scale is needed, and there is none.
     """
     scale = zero = None
-    _check_stored(activation, act_scale)
     if activation.scaling == "static":
-        assert act_scale is not None
-        scale = act_scale.to(activation.format.scale.storage).reshape(1, 1)
+        scale = activation.stored(act_scale).to(activation.format.scale.storage).reshape(1, 1)
         zero = None if act_zero is None else act_zero.reshape(1, 1)
     codes, scale, *rest = quantize(x, scale, zero, None, str(activation.format), DEFAULT_MODE, "nearest", 0)
     return codes, scale.float(), rest[0] if rest else None
-
-
-def _check_stored(activation: Activation, act_scale: Tensor | None) -> None:
-    if activation.scaling != "dynamic" and act_scale is None:
-        msg = f"activation {activation} needs a stored act_scale, but the weight carries none; calibrate it"
-        raise FormatError(msg)
 
 
 @cache

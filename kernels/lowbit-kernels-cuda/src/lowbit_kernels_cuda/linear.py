@@ -160,6 +160,8 @@ def product(
     tokens = x.reshape(-1, k).contiguous()
     out = x.new_empty(len(tokens), n)
     if out.numel():
+        # Before inputs are rounded: products read it while they wait for those.
+        ends = None if offs is None else offs.to(torch.int32).contiguous()
         if activation:
             how = Activation.parse(activation)
             use = how, named.get("act_scale"), named.get("act_zero")
@@ -173,7 +175,6 @@ def product(
         else:
             # Sixteen bytes are copied at a time.
             inputs = Inputs(tokens.clone() if tokens.data_ptr() % 16 else tokens)
-        ends = None if offs is None else offs.to(torch.int32).contiguous()
         _launch(inputs, tuple(packed[:count]), named, bias, out, fmt, ends, plan)
     return out.view(*x.shape[:-1], n)
 
@@ -202,7 +203,7 @@ def _launch(
     dtype = torch.bfloat16 if by_bytes else x.dtype
     how = constants(fmt, dtype, x.device if x.is_cuda else None, lifted=large)
     if plan is None and by_bytes:
-        plan = _one(plan_of_bytes(m, n, k, experts, _device(x.device)[0]))
+        plan = _one(plan_of_bytes(m, n, k, _device(x.device)[0]))
     plan = plan or schedule(
         *(fmt, dtype, m, n, k, x.device), lifted=large, experts=experts, exact=inputs.exact, span=inputs.span
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,12 +83,12 @@ def _refuses_rounded(inputs: Format, weight: Format, k: int) -> str | None:
     if group and not folds(inputs) and group % 64:
         return f"needs scales of inputs that are powers of two, or of 64 columns or more; these are {inputs}"
     integers = all(fmt.element.kind == "int" and fmt.block_for(2)[-1] == WHOLE for fmt in (inputs, weight))
-    if integers and k * _largest(inputs) * _largest(weight) > _EXACT:
+    if integers and k * largest(inputs) * largest(weight) > _EXACT:
         return f"needs integers whose sums float32 holds exactly; of {k} columns of {inputs} by {weight} it does not"
     return None
 
 
-def _largest(fmt: Format) -> float:
+def largest(fmt: Format) -> float:
     """The largest magnitude of integer codes less their zero points."""
     element = fmt.element
     return element.max - element.min if fmt.zero is not None else max(-element.min, element.max)
@@ -177,19 +178,9 @@ def _product(
         return product(x, parts, names, fmt, activation, shape, bias, offs, values)
 
 
-def _product_fake(
-    module: str,
-    x: Tensor,
-    parts: Sequence[Tensor],
-    names: Sequence[str],
-    fmt: str,
-    activation: str,
-    shape: Sequence[int],
-    bias: Tensor | None,
-    offs: Tensor | None,
-    values: Tensor | None,
-) -> Tensor:
-    del module, parts, names, fmt, activation, bias, offs, values
+def _product_fake(module: str, x: Tensor, *rest: Any) -> Tensor:
+    del module
+    shape = rest[4]
     return x.new_empty(*x.shape[:-1], shape[-2])
 
 

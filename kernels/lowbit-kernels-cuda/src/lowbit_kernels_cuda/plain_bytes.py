@@ -14,9 +14,11 @@ from torch import Tensor
 from lowbit.backends import Call, Description
 from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
-from lowbit_kernels_cuda.packed import called, refuses_experts
+from lowbit_kernels_cuda.packed import called, largest, refuses_experts
 
 _ROWS = ((1, WHOLE), (WHOLE, WHOLE))
+# Sums of integers are kept in 32 bits.
+_MOST = 2**31
 
 
 def refuses(call: Call) -> str | None:
@@ -25,7 +27,7 @@ def refuses(call: Call) -> str | None:
     assert call.k is not None
     if call.activation is None:
         return "needs inputs that are rounded, too; these stay as they are"
-    reason = refuses_experts(call) or _refuses_formats(call.activation.format, call.format)
+    reason = refuses_experts(call) or _refuses_formats(call.activation.format, call.format, call.k)
     if reason is None and call.k % 16:
         reason = f"needs columns by the 16; this weight has {call.k}"
     if reason is None and call.format.element.name == "e4m3fn" and call.device == "cuda":
@@ -33,15 +35,18 @@ def refuses(call: Call) -> str | None:
     return reason
 
 
-def _refuses_formats(inputs: Format, weight: Format) -> str | None:
+def _refuses_formats(inputs: Format, weight: Format, k: int) -> str | None:
     names = {fmt.element.name for fmt in (inputs, weight)}
     if names not in ({"int8"}, {"e4m3fn"}) or inputs.tensor_scale or weight.tensor_scale:
         return f"needs int8 by int8, or e4m3fn by e4m3fn, without tensor scales; this is {inputs} by {weight}"
-    if any(fmt.scale.bits == 8 for fmt in (inputs, weight)) or not _meet(inputs, weight, names == {"int8"}):
+    integers = names == {"int8"}
+    if any(fmt.scale.bits == 8 for fmt in (inputs, weight)) or not _meet(inputs, weight, integers=integers):
         return (
             "needs scales of rows or matrices, or float ones of 128 columns on both sides; these are those of "
             f"{inputs} and {weight}"
         )
+    if integers and k * largest(inputs) * largest(weight) >= _MOST:
+        return f"needs integers whose sums 32 bits hold; of {k} columns of {inputs} by {weight} they do not"
     return None
 
 
@@ -52,7 +57,7 @@ def _refuses_gpu() -> str | None:
     return f"needs tensor cores for e4m3fn, of compute capability 8.9 on; this GPU has {found[0]}.{found[1]}"
 
 
-def _meet(inputs: Format, weight: Format, integers: bool) -> bool:  # noqa: FBT001 - internal
+def _meet(inputs: Format, weight: Format, *, integers: bool) -> bool:
     """Whether scales of both can wait for sums of as many columns."""
     if inputs.block_for(2) in _ROWS and weight.block_for(2) in _ROWS:
         return True

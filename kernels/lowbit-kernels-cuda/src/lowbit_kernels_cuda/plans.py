@@ -157,13 +157,12 @@ def choose(
     return min(found, key=lambda each: each[0])
 
 
-def plan_of_bytes(m: int, n: int, k: int, experts: int, multiprocessors: int) -> Plan:
-    """The plan for m tokens, of as many experts, whose codes meet those of a weight as 8-bit floats."""
-    each = math.ceil(m / min(m, experts)) if experts else m
-    kind = Kind(64, 64, 128, 4, 4, depth=4, bytes=True) if each <= 64 else Kind(64, 128, 128, 4, 3, depth=2, bytes=True)
+def plan_of_bytes(m: int, n: int, k: int, multiprocessors: int) -> Plan:
+    """The plan for m tokens whose codes meet those of a weight as 8-bit floats."""
+    kind = Kind(64, 64, 128, 4, 4, depth=4, bytes=True) if m <= 64 else Kind(64, 128, 128, 4, 3, depth=2, bytes=True)
     programs, splits = math.ceil(n / kind.rows) * math.ceil(m / kind.tokens), 1
     # Two programs share a multiprocessor.
-    while splits < 4 and not experts and programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
+    while splits < 4 and programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
         splits *= 2
     return Plan(kind, splits)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from lowbit.errors import FormatError
 from lowbit.format import WHOLE, Format
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Scaling = Literal["dynamic", "static", "local"]
 
@@ -53,6 +56,17 @@ class Activation:
             f"a convolution's windows overlap, so that its input has no rows and no blocks of one window each: it is "
             f"rounded under one scale a tensor (block *x*, as INT8_TENSOR and FP8_TENSOR have it), not as {self}"
         )
+
+    def stored(self, act_scale: Tensor | None) -> Tensor:
+        """The scale that static and local scaling take from the weight.
+
+        Raises:
+            FormatError: there is none.
+        """
+        if act_scale is None:
+            msg = f"activation {self} needs a stored act_scale, but the weight carries none; calibrate it"
+            raise FormatError(msg)
+        return act_scale
 
     @staticmethod
     def parse(spec: str) -> Activation:

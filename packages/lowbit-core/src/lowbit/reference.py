@@ -96,14 +96,11 @@ def quantize_input(x: Tensor, activation: Activation, act_scale: Tensor | None, 
     fmt = activation.format
     if activation.scaling == "dynamic":
         scales = choose_scale(x, fmt)
-    elif act_scale is None:
-        msg = f"activation {activation} needs a stored act_scale, but the weight carries none; calibrate it"
-        raise FormatError(msg)
     elif activation.scaling == "local":
-        scales = choose_scale(x, fmt, tensor_scale=act_scale.to(torch.float32).reshape(1, 1))
+        scales = choose_scale(x, fmt, tensor_scale=activation.stored(act_scale).to(torch.float32).reshape(1, 1))
     else:
         zero = None if act_zero is None else act_zero.reshape(1, 1)
-        scales = Scales(act_scale.to(fmt.scale.storage).reshape(1, 1), zero)
+        scales = Scales(activation.stored(act_scale).to(fmt.scale.storage).reshape(1, 1), zero)
     return Matrix(encode(x, fmt, scales), scales, fmt, x.shape[-1])
 
 
