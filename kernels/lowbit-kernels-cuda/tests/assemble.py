@@ -62,7 +62,8 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
         given["offs"] = torch.zeros(1, dtype=torch.int32)
     known_as = constants(fmt, torch.bfloat16, torch.device("cuda:0"), lifted=bool(lift(fmt)))
     known_as = known_as | {name.upper(): value for name, value in asdict(kind).items()}
-    known_as |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "EVEN": even, "num_warps": kind.warps}
+    known_as |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "EVEN": even}
+    known_as["num_warps"] = kind.warps // 2 if kind.bytes else kind.warps
     return built(kernel, given, known_as | {"SPAN": 0, "OVERLAPS": capability >= 90}, capability)
 
 

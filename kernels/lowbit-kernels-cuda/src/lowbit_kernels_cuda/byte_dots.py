@@ -109,6 +109,8 @@ def byte_dots(
             acc = tl.dot(left, right, acc, out_dtype=tl.int32)
         else:
             acc = tl.dot(left, right, acc, max_num_imprecise_acc=IMPRECISE)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     _write(
         *(acc.T if SWAP else acc, x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, out, parts, count),
         *(rows, tokens, expert, routed, end, split, m, n, tall, SPEC, SHARED, GROUP, SPLITS),

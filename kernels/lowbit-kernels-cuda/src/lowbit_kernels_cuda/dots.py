@@ -139,6 +139,9 @@ def linear_dots(
             acc += tl.dot(a, b, input_precision="ieee") * of_tokens
         else:
             acc = _settled(tl.dot(a, b, acc, input_precision="ieee"), TEXT)
+    if OVERLAPS:
+        # What rounds the next product's inputs may start, and wait for what is written here.
+        tl.extra.cuda.gdc_launch_dependents()
     _write(
         *(acc, None if SPAN else x_scale, x_step, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias),
         *(out, parts, count, row, expert, tokens, routed, end, split, m, n, high),

@@ -23,7 +23,7 @@ from lowbit_kernels_cuda.fragments import byte_scale, less_pairs, scale_pairs, v
 from lowbit_kernels_cuda.programs import program_of
 
 # Later Tritons have other names.
-_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
@@ -153,7 +153,8 @@ def linear_wgmma(
     acc, odd = warpgroup_mma_wait(0, deps=[acc, odd])
     write(
         *(acc, x_scale, x_step, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count),
-        *(row, expert, begin, routed, end, split, m, n, SPEC, AFTER, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
+        *(row, expert, begin, routed, end, split, gl.program_id(0), m, n),
+        *(SPEC, AFTER, GROUP, ROWS, TOKENS, SPLITS, MMA, num_warps),
     )
 
 
@@ -171,7 +172,7 @@ def fetch(x, inputs, full, token, first, at, last, k, COLUMNS: gl.constexpr, STA
     waited = at < gl.cdiv(last - first, DEPTH) * DEPTH
     column = step * COLUMNS if step < last else k
     mbarrier.expect(full.index(at % STAGES), x.block_type.nbytes, pred=waited)
-    _load(x, [token, column], full.index(at % STAGES), inputs.index(at % STAGES), pred=waited)
+    load(x, [token, column], full.index(at % STAGES), inputs.index(at % STAGES), pred=waited)
 
 
 @gluon.jit
@@ -290,6 +291,7 @@ def write(
     routed,
     end,
     split,
+    ticket,
     m,
     n,
     SPEC: gl.constexpr,
@@ -311,7 +313,7 @@ def write(
         gl.store(parts + split * whole + place, acc, there)
         # Everyone's part is there before one says so.
         barrier()
-        ticket = count + gl.program_id(0)
+        ticket = count + ticket
         if gl.atomic_add(ticket, 1, sem="acq_rel") < SPLITS - 1:
             return
         gl.store(ticket, 0)

@@ -82,6 +82,7 @@ def rounded(
     else:
         span, scale = group, x.new_empty(m, triton.cdiv(k, group), dtype=torch.float32)
     length = max(group, 1024) if group else min(triton.next_power_of_2(k), 16384)
+    soon = overlaps(x.device)
     kernel: Any = round_inputs
     kernel[m, triton.cdiv(k, length) if group else 1](
         *(raw(x), None if given is None else raw(given.reshape(1)), None if zero is None else raw(zero.reshape(1))),
@@ -92,9 +93,10 @@ def rounded(
         SPAN=span,
         COLUMNS=length,
         MOVED=moved,
-        OVERLAPS=overlaps(x.device),
+        OVERLAPS=soon,
         num_warps=4 if group else min(max(length // 512, 1), 16),
         enable_fp_fusion=False,
+        **({"launch_pdl": True} if soon else {}),
     )
     return Inputs(out, scale, span, exact=True)
 
@@ -146,7 +148,9 @@ def round_inputs(
     x += row.to(tl.int64) * k
     out += row.to(tl.int64) * k
     if OVERLAPS:
-        # The product may start, and wait for what is written here.
+        # The product may start, and wait for what is written here, as this does for the kernel before: first, for a
+        # product reads `offs` before it waits.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if GROUP == 0:
         place = tl.arange(0, COLUMNS)

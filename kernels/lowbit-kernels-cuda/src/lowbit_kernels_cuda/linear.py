@@ -213,7 +213,7 @@ def _launch(
         sums = _sums(inputs, min(how["GROUP"], kind.columns) or k)
     blocks = triton.cdiv(n, kind.rows) * blocks_of_tokens(m, kind.tokens, experts)
     partial = out.new_empty(plan.splits, m, n, dtype=torch.float32) if plan.splits > 1 else None
-    count = counters(blocks, x.device) if plan.splits > 1 else None
+    count = counters(blocks * (2 if by_bytes else 1), x.device) if plan.splits > 1 else None
     of_tokens = (inputs.scale, int(inputs.scale is not None and inputs.scale.numel() > 1))
     then = (whole, *_strides(whole), None if bias is None else raw(bias), raw(out), partial, count, offs, m, n, k)
     constant = how | {"ROWS": kind.rows, "TOKENS": kind.tokens, "COLUMNS": kind.columns, "STAGES": kind.stages}
@@ -223,7 +223,8 @@ def _launch(
         kernel, given = import_module("lowbit_kernels_cuda.hopper_bytes").linear_wgmma_bytes, (raw(scale), None)
         tokens = import_module("lowbit_kernels_cuda.hopper").described(x, kind.tokens, kind.columns)
         constant = {name: value for name, value in constant.items() if name not in _SIXTEEN_BITS}
-        constant |= {"DEPTH": kind.depth, "launch_pdl": True}
+        # Half of a program's warps, which the others join.
+        constant |= {"DEPTH": kind.depth, "launch_pdl": True, "num_warps": kind.warps // 2}
     elif kind.depth:
         hopper = import_module("lowbit_kernels_cuda.hopper")
         kernel, flat = hopper.linear_wgmma, not how["GROUP"]

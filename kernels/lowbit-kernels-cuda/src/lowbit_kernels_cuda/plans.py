@@ -158,11 +158,11 @@ def choose(
 
 
 def plan_of_bytes(m: int, n: int, k: int, multiprocessors: int) -> Plan:
-    """The plan for m tokens whose codes meet those of a weight as 8-bit floats."""
-    kind = Kind(64, 64, 128, 4, 4, depth=4, bytes=True) if m <= 64 else Kind(64, 128, 128, 4, 3, depth=2, bytes=True)
+    """The plan for m tokens whose codes meet those of a weight as 8-bit floats; a program fills a multiprocessor."""
+    few = m <= 64
+    kind = Kind(128, 64 if few else 128, 128, 8, 6, depth=4 if few else 2, bytes=True)
     programs, splits = math.ceil(n / kind.rows) * math.ceil(m / kind.tokens), 1
-    # Two programs share a multiprocessor.
-    while splits < 4 and programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
+    while splits < 4 and 2 * programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
         splits *= 2
     return Plan(kind, splits)
 
