@@ -272,6 +272,27 @@ def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, rea
     assert packed.refuses(call).startswith(reason)
 
 
+@pytest.mark.parametrize(
+    ("weight", "activation", "n", "told"),
+    [
+        ("FP8_ROW", "dynamic:FP8_ROW", 64, "beyond 32 tokens torch's scaled_mm, which is faster there"),
+        ("FP8_128x128", "dynamic:FP8_1x128", 128, "beyond 32 tokens torch's scaled_mm, which is faster there"),
+        ("FP8_128x128", "dynamic:FP8_1x128", 64, None),
+        ("INT8_ROW", "dynamic:INT8_ROW", 64, None),
+        ("INT4_G128", "dynamic:FP8_ROW", 64, "beyond 32 tokens codes become 8-bit floats"),
+        ("INT4_G128", "dynamic:INT8_ROW", 64, None),
+    ],
+)
+def test_what_runs_for_how_many_tokens_is_told(monkeypatch, weight, activation, n, told):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("lowbit_kernels_cuda.linear._device", lambda _: (132, True))
+    call = Call("linear", Format.parse(weight), Activation.parse(activation), "cuda", torch.bfloat16, n, 128)
+    module = packed if plain_bytes.refuses(call) else plain_bytes
+    found = module.how(call)
+    assert found is None if told is None else found.startswith(told)
+
+
 @pytest.mark.parametrize("activation", ["dynamic:FP8_TENSOR", "dynamic:NVFP4"])
 def test_one_scale_for_each_experts_rows_is_refused(activation):
     for kernel, weight in ((packed, "INT4_G128"), (plain_bytes, "FP8_TENSOR")):

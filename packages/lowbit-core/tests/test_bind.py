@@ -274,7 +274,7 @@ def test_kernels_that_keep_plain_values_are_for_those_who_ask():
     class Keeps(Loopback):
         def kernels(self):
             rows = super().kernels()
-            return tuple(replace(k, keeps=k.op == "linear", slower=lambda _: "9 tokens") for k in rows)
+            return tuple(replace(k, keeps=k.op == "linear", slower=lambda _: "9 tokens", how=lambda _: "as it likes") for k in rows)
 
     with installed_backends(Keeps("kept", priority=30, packs=True)):
         rows = {row.name: row for row in bind(Model()).rows}
@@ -285,7 +285,7 @@ def test_kernels_that_keep_plain_values_are_for_those_who_ask():
         lines = str(table).splitlines()
         assert lines[0].endswith("slower than plain at")
         assert all(line.endswith("9 tokens") for line in lines if "kept.linear" in line)
-        assert "slower than a plain weight at 9 tokens" in backends.explain(
+        assert "  as it likes\n  slower than a plain weight at 9 tokens" in backends.explain(
             backends.Call("embedding", model.table.weight.format, None, "cpu", torch.float32, 50, 32)
         )
 

@@ -48,6 +48,7 @@ class Cuda:
             Kernel(
                 *("cuda.linear", "linear", "cuda", 10),
                 *(packed.run, packed.refuses, packed.pack, packed.unpack, packed.slower),
+                how=packed.how,
             ),
             Kernel(
                 *("cuda.linear_or_plain", "linear", "cuda", 11, packed.run_values, packed.refuses_values),
@@ -61,12 +62,16 @@ class Cuda:
             Kernel(
                 *("cuda.linear_bytes", "linear", "cuda", 20, plain_bytes.run, plain_bytes.refuses),
                 *(plain_bytes.pack, plain_bytes.unpack),
+                how=plain_bytes.how,
             ),
             Kernel(
                 *("cuda.grouped_mm_bytes", "grouped_mm", "cuda", 20, plain_bytes.run_grouped, plain_bytes.refuses),
                 *(plain_bytes.pack, plain_bytes.unpack),
             ),
-            Kernel("cuda.scaled_mm", "scaled_mm", "cuda", 10, plain_bytes.run_scaled_mm, plain_bytes.refuses),
+            Kernel(
+                *("cuda.scaled_mm", "scaled_mm", "cuda", 10, plain_bytes.run_scaled_mm, plain_bytes.refuses),
+                how=plain_bytes.how,
+            ),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )
 

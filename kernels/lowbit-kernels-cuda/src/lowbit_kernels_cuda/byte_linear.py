@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.activation import Activation
-from lowbit.backends import Description
+from lowbit.backends import Call, Description
 from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.byte_dots import byte_dots
@@ -251,6 +251,20 @@ def _in_library(
         return False
     blocks = rows == 128 and n % 128 == 0 and k % 128 == 0
     return not group or (blocks and torch.cuda.get_device_capability(device) == (9, 0))
+
+
+def how(call: Call) -> str | None:
+    """Which of torch's `scaled_mm` and lowbit's kernel runs for how many tokens, in words; None: always lowbit's."""
+    assert call.format is not None
+    assert call.activation is not None
+    assert call.n is not None
+    assert call.k is not None
+    group, rows, device = call.activation.format.block_for(2)[-1], call.format.block_for(2)[-2], torch.device("cuda")
+    if call.format.element.kind == "int" or not _in_library(
+        _LIBRARY + 1, call.n, call.k, None, call.x_dtype, device, int(call.op == "grouped_mm"), group, rows
+    ):
+        return None
+    return f"beyond {_LIBRARY} tokens torch's scaled_mm, which is faster there; up to them lowbit's own kernel"
 
 
 def _by_library(left: _Side, right: _Side, bias: Tensor | None, dtype: torch.dtype, group: int, rows: int) -> Tensor:

@@ -42,6 +42,10 @@ from lowbit_kernels_cuda.weights import (
 )
 
 
+# Up to so many tokens, as experts have, 16-bit tensor cores are as fast as those for 8-bit floats.
+_FEW = 32
+
+
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     """Words of tiles, scales and zero points as a lane reads them, and what else the weight has.
 
@@ -166,8 +170,7 @@ def product(
             how = Activation.parse(activation)
             use = how, named.get("act_scale"), named.get("act_zero")
             if meet_as_bytes(how.format, fmt):
-                # With few tokens, as experts' are, 16-bit tensor cores are as fast.
-                many = len(tokens) > 32 and offs is None and k % 16 == 0
+                many = len(tokens) > _FEW and offs is None and k % 16 == 0
                 as_bytes = plan.kind.bytes if plan else many and _device(x.device)[1]
                 inputs = _codes(tokens, *use) if as_bytes else rounded(tokens, *use, moved=True)
             else:
@@ -342,6 +345,17 @@ def schedule(
 def _one(plan: Plan) -> Plan:
     """Of equal plans one, which is known by its identity."""
     return plan
+
+
+def how(call: Call) -> str | None:
+    """How inputs and weights meet at how many tokens, in words; None: always in the same way."""
+    assert call.format is not None
+    assert call.k is not None
+    if call.activation is None or not meet_as_bytes(call.activation.format, call.format):
+        return None
+    if call.k % 16 or not _device(torch.device("cuda", torch.cuda.current_device()))[1]:
+        return None
+    return f"beyond {_FEW} tokens codes become 8-bit floats, up to them 16-bit ones, which is as fast there"
 
 
 def slower(call: Call) -> str | None:

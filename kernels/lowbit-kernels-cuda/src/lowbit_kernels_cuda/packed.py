@@ -101,6 +101,11 @@ def slower(call: Call) -> str | None:
     return import_module("lowbit_kernels_cuda.linear").slower(call)
 
 
+def how(call: Call) -> str | None:
+    """See `lowbit_kernels_cuda.linear.how`."""
+    return import_module("lowbit_kernels_cuda.linear").how(call)
+
+
 def refuses_values(call: Call) -> str | None:
     """Why a call is not for codes with their plain values beside them, or None."""
     if (reason := refuses(call)) is not None:

@@ -64,6 +64,11 @@ def _meet(inputs: Format, weight: Format, *, integers: bool) -> bool:
     return not integers and inputs.block_for(2) == (1, 128) and weight.block_for(2) in {(1, 128), (128, 128)}
 
 
+def how(call: Call) -> str | None:
+    """See `lowbit_kernels_cuda.byte_linear.how`."""
+    return import_module("lowbit_kernels_cuda.byte_linear").how(call)
+
+
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     """See `lowbit_kernels_cuda.byte_linear.pack`."""
     return import_module("lowbit_kernels_cuda.byte_linear").pack(weight)

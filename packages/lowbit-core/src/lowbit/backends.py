@@ -115,6 +115,8 @@ class Kernel:
     slower: Callable[[Call], str | None] | None = None
     # Whether `pack` keeps the plain values, too, for where codes are slower; only bind(policy="fastest") takes such.
     keeps: bool = False
+    # What runs for how many tokens, and why, where that is not always the same; None: it is.
+    how: Callable[[Call], str | None] | None = None
 
 
 @runtime_checkable
@@ -280,6 +282,8 @@ def explain(call: Call, *, prefer: Sequence[str] = ()) -> str:
     except NoKernelError as error:
         return str(error)
     lines = [f"{call}", f"  runs on {choice.kernel.name} (priority {choice.kernel.priority})"]
+    if choice.kernel.how is not None and (how := choice.kernel.how(call)) is not None:
+        lines.append(f"  {how}")
     if (slower := slower_at(choice)) is not None:
         lines.append(f"  slower than a plain weight at {slower}")
     return "\n".join(lines + [f"  refused by {refusal}" for refusal in choice.refusals])
