@@ -274,7 +274,10 @@ def test_kernels_that_keep_plain_values_are_for_those_who_ask():
     class Keeps(Loopback):
         def kernels(self):
             rows = super().kernels()
-            return tuple(replace(k, keeps=k.op == "linear", slower=lambda _: "9 tokens", how=lambda _: "as it likes") for k in rows)
+            return tuple(
+                replace(k, keeps=k.op == "linear", slower=lambda _: "9 tokens", how=lambda _: "as it likes")
+                for k in rows
+            )
 
     with installed_backends(Keeps("kept", priority=30, packs=True)):
         rows = {row.name: row for row in bind(Model()).rows}

@@ -104,7 +104,7 @@ def _bring(x, shared, token, first, last, k, COLUMNS: gl.constexpr, STAGES: gl.c
     """Inputs of all steps, as places become free; beyond the last, zeros."""
     inputs, full, free = shared
     _inputs_are_there()
-    for at in range(0, gl.cdiv(last - first, DEPTH) * DEPTH):
+    for at in range(gl.cdiv(last - first, DEPTH) * DEPTH):
         mbarrier.wait(free.index(at % STAGES), at // STAGES & 1 ^ 1)
         step = first + at
         mbarrier.expect(full.index(at % STAGES), x.block_type.nbytes)

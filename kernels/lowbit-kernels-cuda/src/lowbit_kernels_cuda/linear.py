@@ -41,7 +41,6 @@ from lowbit_kernels_cuda.weights import (
     unpack_tiles,
 )
 
-
 # Up to so many tokens, as experts have, 16-bit tensor cores are as fast as those for 8-bit floats.
 _FEW = 32
 
