@@ -268,17 +268,71 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
   std::memcpy(to + at, &value, (count - at) * sizeof(float));
 }
 
-// W codes of a row from `at` on, which begins a byte, at the top of each lane.
+// W codes of a row from `at` on, which begins a byte, at the top of each lane; of the lanes of a run, those before it.
 template <int Bits>
 U codes_at(const uint8_t* row, int64_t at) {
+  if constexpr (Bits == 8) return widened(load<Bytes>(row + at)) << 24;
   constexpr int some = std::min(W, 8);
-  U top;
+  U top, less;
   for (int begin = 0; begin < W; begin += some) {
     uint64_t run = 0;
     std::memcpy(&run, row + (at + begin) * Bits / 8, up(some * Bits, 8) / 8);
-    for (int i = 0; i < some; ++i) top[begin + i] = static_cast<uint32_t>(run >> (Bits * i)) << (32 - Bits);
+    for (int i = 0; i < some; ++i) {
+      if constexpr (some * Bits <= 32) {
+        top[begin + i] = static_cast<uint32_t>(run);
+        less[begin + i] = 32 - Bits - Bits * i;
+      } else {
+        top[begin + i] = static_cast<uint32_t>(run >> (Bits * i)) << (32 - Bits);
+      }
+    }
   }
+  if constexpr (some * Bits <= 32) top <<= less;
   return top;
+}
+
+// Values, not scaled yet, of W codes of a row from `at` on, which begins a byte; `flip`: of codes that count from the
+// lowest, but are stored as they are.
+template <class Code>
+F values_at(const uint8_t* row, int64_t at, uint32_t flip) {
+  constexpr int Bits = Code::bits;
+  if constexpr (std::is_same_v<Code, IntCode<8>>) return __builtin_convertvector(signed_bytes(row + at), F);
+  U top = codes_at<Bits>(row, at);
+  if constexpr (Code::offset) top ^= flip;
+  return Code::value(top);
+}
+
+// The same of one code, in every lane.
+template <class Code>
+F value_at(const uint8_t* row, int64_t column, uint32_t flip) {
+  constexpr int Bits = Code::bits;
+  const int64_t bit = column * Bits;
+  uint32_t code = row[bit / 8] >> (bit % 8);
+  if (bit % 8 + Bits > 8) code |= uint32_t{row[bit / 8 + 1]} << (8 - bit % 8);
+  U top = all(code << (32 - Bits));
+  if constexpr (Code::offset) top ^= flip;
+  return Code::value(top);
+}
+
+// Codes with zero points are counted from the lowest.
+uint32_t flip_of(const Format& format, const void* zero) {
+  return zero != nullptr && format.element.is_signed ? 0x80000000u : 0;
+}
+
+// Scales are read one at a time, behind which W may not exist.
+float scale_at(const void* scale, Scale kind, int64_t at) {
+  char bytes[4 * W] = {};
+  switch (size_of(kind)) {
+    case 4: std::memcpy(bytes, static_cast<const char*>(scale) + 4 * at, 4); break;
+    case 2: std::memcpy(bytes, static_cast<const char*>(scale) + 2 * at, 2); break;
+    default: bytes[0] = static_cast<const char*>(scale)[at];
+  }
+  return kind == Scale::float32 ? *reinterpret_cast<const float*>(bytes) : load_scale(bytes, kind, 0)[0];
+}
+
+float zero_at(const void* zero, const Format& format, int64_t at) {
+  if (zero == nullptr) return 0;
+  const int code = format.zero_signed ? static_cast<const int8_t*>(zero)[at] : static_cast<const uint8_t*>(zero)[at];
+  return static_cast<float>(format.element.is_signed ? code + (1 << (format.element.bits - 1)) : code);
 }
 
 template <class Code>
@@ -286,33 +340,19 @@ void decode_row(const Format& format, const uint8_t* codes, const void* scale, c
                 float tensor_scale, int64_t k, void* out, Type type) {
   constexpr int Bits = Code::bits;
   const int64_t group_columns = format.columns ? format.columns : std::max<int64_t>(k, 1);
-  // Scales are read one at a time, behind which W may not exist.
-  auto one_scale = [&](int64_t group) {
-    char bytes[4 * W] = {};
-    std::memcpy(bytes, static_cast<const char*>(scale) + (at + group) * size_of(format.scale), size_of(format.scale));
-    return load_scale(bytes, format.scale, 0)[0] * tensor_scale;
-  };
-  auto one_zero = [&](int64_t group) {
-    if (zero == nullptr) return 0.0f;
-    char bytes[W] = {static_cast<const char*>(zero)[at + group]};
-    return load_zero(bytes, format, 0)[0];
-  };
-  // Codes with zero points are counted from the lowest.
-  const uint32_t flip = zero != nullptr && format.element.is_signed ? 0x80000000u : 0;
+  const uint32_t flip = flip_of(format, zero);
   for (int64_t group = 0, begin = 0; begin < k; ++group, begin += group_columns) {
     const int64_t end = std::min(k, begin + group_columns);
-    const F by = all(one_scale(group)), less = all(one_zero(group));
+    const F by = all(scale_at(scale, format.scale, at + group) * tensor_scale);
+    const F less = all(zero_at(zero, format, at + group));
     int64_t column = begin;
     for (; column + W <= end && column * Bits % 8 == 0; column += W) {
-      F value = Code::value(codes_at<Bits>(codes, column) ^ flip);
+      F value = values_at<Code>(codes, column, flip);
       if constexpr (Code::offset) value -= less;
       store_as(out, type, column, value * by);
     }
     for (; column < end; ++column) {
-      const int64_t bit = column * Bits;
-      uint32_t code = codes[bit / 8] >> (bit % 8);
-      if (bit % 8 + Bits > 8) code |= uint32_t{codes[bit / 8 + 1]} << (8 - bit % 8);
-      F value = Code::value(all((code << (32 - Bits)) ^ flip));
+      F value = value_at<Code>(codes, column, flip);
       if constexpr (Code::offset) value -= less;
       char lanes[4 * W];
       store_as(lanes, type, 0, value * by);
@@ -328,6 +368,91 @@ void decode(const Format& format, const uint8_t* codes, const void* scale, const
   });
 }
 
+// A NaN is larger than anything.
+inline F larger(F a, F b) {
+  const U takes = (U)(b > a) | (U)(b != b);
+  return (F)((takes & (U)b) | (~takes & (U)a));
+}
+
+// The sums of C vectors of columns stay in registers while the rows of a bag pass.
+template <class Code, bool Largest, int C>
+void pool_block(const Member* members, int64_t count, const float* scale, const float* zero, int64_t groups,
+                int64_t column, uint32_t flip, float* sums) {
+  F sum[C];
+  for (int c = 0; c < C; ++c) sum[c] = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
+  for (int64_t i = 0; i < count; ++i) {
+    const F by = all(scale[i * groups]), less = all(zero[i * groups]);
+    const uint8_t* codes = members[i].codes;
+    // What the next block reads.
+    __builtin_prefetch(codes + (column + C * W) * Code::bits / 8);
+    for (int c = 0; c < C; ++c) {
+      F value = values_at<Code>(codes, column + c * W, flip);
+      if constexpr (Code::offset) value -= less;
+      sum[c] = Largest ? larger(sum[c], value * by) : fma(value, by, sum[c]);
+    }
+  }
+  for (int c = 0; c < C; ++c) store(sums + column + c * W, sum[c]);
+}
+
+template <class Code, bool Largest>
+void pool_rows(const Format& format, const Member* members, int64_t count, const void* scale, const void* zero,
+               int64_t k, float* scratch, float* sums) {
+  constexpr int C = 8, Bits = Code::bits;
+  const int64_t groups = format.groups(k), group_columns = format.columns ? format.columns : k;
+  const uint32_t flip = flip_of(format, zero);
+  float *scales = scratch, *zeros = scratch + count * groups;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t group = 0; group < groups; ++group) {
+      scales[i * groups + group] = scale_at(scale, format.scale, members[i].at + group) * members[i].factor;
+      zeros[i * groups + group] = zero_at(zero, format, members[i].at + group);
+    }
+  }
+  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += group_columns) {
+    const int64_t end = std::min(k, begin + group_columns);
+    const float *by = scales + group, *less = zeros + group;
+    int64_t column = begin;
+    if constexpr (W * Bits % 8 == 0) {
+      for (; column + C * W <= end; column += C * W) {
+        pool_block<Code, Largest, C>(members, count, by, less, groups, column, flip, sums);
+      }
+      for (; column + W <= end; column += W) {
+        pool_block<Code, Largest, 1>(members, count, by, less, groups, column, flip, sums);
+      }
+    }
+    for (; column < end; ++column) {
+      F sum = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
+      for (int64_t i = 0; i < count; ++i) {
+        F value = value_at<Code>(members[i].codes, column, flip);
+        if constexpr (Code::offset) value -= all(less[i * groups]);
+        sum = Largest ? larger(sum, value * all(by[i * groups])) : fma(value, all(by[i * groups]), sum);
+      }
+      sums[column] = sum[0];
+    }
+  }
+}
+
+void pool(const Format& format, const Member* members, int64_t count, const void* scale, const void* zero, int64_t k,
+          bool largest, float* scratch, float* sums) {
+  with_code(format, [&](auto code) {
+    using Code = decltype(code);
+    if (largest) {
+      pool_rows<Code, true>(format, members, count, scale, zero, k, scratch, sums);
+    } else {
+      pool_rows<Code, false>(format, members, count, scale, zero, k, scratch, sums);
+    }
+  });
+}
+
+void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
+  int64_t at = 0;
+  for (; at + W <= k; at += W) store_as(out, type, at, load<F>(sums + at) * by);
+  for (; at < k; ++at) {
+    char lanes[4 * W];
+    store_as(lanes, type, 0, all(sums[at]) * by);
+    std::memcpy(static_cast<char*>(out) + at * size_of(type), lanes, size_of(type));
+  }
+}
+
 #include "integers.h"
 
 #define LOWBIT_TEXT(name) LOWBIT_QUOTED(name)
@@ -337,7 +462,7 @@ void decode(const Format& format, const uint8_t* codes, const void* scale, const
 
 extern const Kernels kernels;
 const Kernels kernels{
-    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, round_token, mark_columns, integers,
+    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, pool, narrow, round_token, mark_columns, integers,
 };
 
 }  // namespace LOWBIT_ISA

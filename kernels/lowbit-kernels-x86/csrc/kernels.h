@@ -59,6 +59,13 @@ struct Codes {
   uint8_t* ones;
 };
 
+// A row of a bag: codes, the first of its scales, and what all its values are multiplied by.
+struct Member {
+  const uint8_t* codes;
+  int64_t at;
+  float factor;
+};
+
 struct Kernels {
   const char* isa;
   // Tokens of which `few` takes as many at once, and `integers`.
@@ -78,6 +85,12 @@ struct Kernels {
   // `tensor_scale` is 1 where there is none.
   void (*decode)(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
                  float tensor_scale, int64_t k, void* out, Type type);
+  // sums (k,) of the same values of `count` rows, or with `largest` the largest of them; `scratch` has room for two
+  // numbers of each of their groups.
+  void (*pool)(const Format& format, const Member* members, int64_t count, const void* scale, const void* zero,
+               int64_t k, bool largest, float* scratch, float* sums);
+  // sums times `by`, rounded to `type`.
+  void (*narrow)(const float* sums, int64_t k, float by, void* out, Type type);
   // x (k,), with zeros up to STEP, as token `token` of `to`; and the columns that there are.
   void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to);
   void (*mark)(int64_t k, const Format& weight, uint8_t* ones);

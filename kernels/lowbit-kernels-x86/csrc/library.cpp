@@ -8,6 +8,7 @@
 #include <numeric>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "isa.h"
 
@@ -67,6 +68,9 @@ void check_zero(const std::optional<Tensor>& zero, const Format& format, int64_t
   check(*zero, "zero", {format.zero_signed ? ScalarType::Char : ScalarType::Byte});
   check_numel(*zero, "zero", numel);
 }
+
+// Rows that are on their way while one is read.
+constexpr int64_t AHEAD = 8;
 
 const void* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
@@ -266,66 +270,103 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   return out;
 }
 
-// Values (.., K) of rows of canonical parts: of all of them, or of those that `ids` (any shape) name.
-Tensor decode(const std::optional<Tensor>& ids, const Tensor& qdata, const Tensor& scale,
-              const std::optional<Tensor>& zero, const std::optional<Tensor>& tensor_scale, const std::string& spec,
-              int64_t k, ScalarType dtype) {
-  const Format format = lowbit::parse(spec);
-  const Type type = type_of(dtype);
-  STD_TORCH_CHECK(qdata.dim() > 0, "qdata must have a dimension");
-  STD_TORCH_CHECK(k >= 0, "k must not be negative; it is ", k);
-  check(qdata, "qdata", {ScalarType::Byte, ScalarType::Char, ScalarType::Float8_e4m3fn, ScalarType::Float8_e5m2});
-  // Codes are padded to whole runs that end on a byte.
-  const int64_t bytes = up(k, 8 / std::gcd(format.element.bits, 8)) * format.element.bits / 8;
-  STD_TORCH_CHECK(qdata.size(qdata.dim() - 1) == bytes, "qdata must have rows of ", bytes, " bytes for ", k,
-                  " values; it has ", told(qdata));
-  const int64_t matrix = qdata.dim() > 1 ? qdata.size(qdata.dim() - 2) : 1;
-  const int64_t rows = bytes ? qdata.numel() / bytes : 0, matrices = matrix ? rows / matrix : 0;
-  const int64_t groups = format.groups(k);
-  const int64_t block = format.rows ? format.rows : std::max<int64_t>(matrix, 1);
-  const int64_t blocks = up(matrix, block) / block;
-  check_scale(scale, format.scale, matrices * blocks * groups);
-  check_zero(zero, format, matrices * blocks * groups);
-  STD_TORCH_CHECK(tensor_scale.has_value() == format.tensor_scale,
-                  "a tensor scale must be given where the format has one, and only there");
-  int64_t each = 0;
-  if (tensor_scale) {
-    check(*tensor_scale, "tensor_scale", {ScalarType::Float});
-    each = tensor_scale->numel() == matrices ? 1 : blocks;
-    check_numel(*tensor_scale, "tensor_scale", matrices * each);
+// Canonical parts of a table, or of matrices one after another, once they are checked.
+struct Table {
+  Format format;
+  int64_t k, bytes, rows, matrix, matrices, groups, block, blocks, factors;
+  const uint8_t* codes;
+  const void* scale;
+  const void* zero;
+  const float* factor;
+
+  Table(const Tensor& qdata, const Tensor& of_scale, const std::optional<Tensor>& of_zero,
+        const std::optional<Tensor>& tensor_scale, const std::string& spec, int64_t columns)
+      : format(lowbit::parse(spec)), k(columns) {
+    STD_TORCH_CHECK(qdata.dim() > 0, "qdata must have a dimension");
+    STD_TORCH_CHECK(k >= 0, "k must not be negative; it is ", k);
+    check(qdata, "qdata",
+          {ScalarType::Byte, ScalarType::Char, ScalarType::Float8_e4m3fn, ScalarType::Float8_e5m2});
+    // Codes are padded to whole runs that end on a byte.
+    bytes = up(k, 8 / std::gcd(format.element.bits, 8)) * format.element.bits / 8;
+    STD_TORCH_CHECK(qdata.size(qdata.dim() - 1) == bytes, "qdata must have rows of ", bytes, " bytes for ", k,
+                    " values; it has ", told(qdata));
+    matrix = qdata.dim() > 1 ? qdata.size(qdata.dim() - 2) : 1;
+    rows = bytes ? qdata.numel() / bytes : 0;
+    matrices = matrix ? rows / matrix : 0;
+    groups = format.groups(k);
+    block = format.rows ? format.rows : std::max<int64_t>(matrix, 1);
+    blocks = up(matrix, block) / block;
+    check_scale(of_scale, format.scale, matrices * blocks * groups);
+    check_zero(of_zero, format, matrices * blocks * groups);
+    STD_TORCH_CHECK(tensor_scale.has_value() == format.tensor_scale,
+                    "a tensor scale must be given where the format has one, and only there");
+    factors = 0;
+    if (tensor_scale) {
+      check(*tensor_scale, "tensor_scale", {ScalarType::Float});
+      factors = tensor_scale->numel() == matrices ? 1 : blocks;
+      check_numel(*tensor_scale, "tensor_scale", matrices * factors);
+    }
+    codes = static_cast<const uint8_t*>(qdata.const_data_ptr());
+    scale = of_scale.const_data_ptr();
+    zero = pointer(of_zero);
+    factor = static_cast<const float*>(pointer(tensor_scale));
   }
-  std::vector<int64_t> shape;
-  int64_t count = rows;
-  if (ids) {
-    check(*ids, "ids", {ScalarType::Int, ScalarType::Long});
-    STD_TORCH_CHECK(qdata.dim() == 2, "a table must be a matrix; it has ", told(qdata));
-    shape.assign(ids->sizes().begin(), ids->sizes().end());
-    count = ids->numel();
-  } else {
-    shape.assign(qdata.sizes().begin(), qdata.sizes().end() - 1);
+
+  // Calls run(codes, first scale, tensor scale) of a row.
+  template <class Run>
+  void row(int64_t row, const Run& run) const {
+    const int64_t of = row / matrix, at = of * blocks + row % matrix / block;
+    run(codes + row * bytes, at * groups, factor == nullptr ? 1.0f : factor[factors == 1 ? of : at]);
   }
-  shape.push_back(k);
-  auto row_of = [&, wide = ids && ids->scalar_type() == ScalarType::Long](int64_t i) -> int64_t {
-    if (!ids) return i;
-    const void* data = ids->const_data_ptr();
+
+  // Into the cache, what a table's row begins with.
+  void fetch(int64_t row) const {
+    // The compiler drops calls of functions that do nothing but __builtin_prefetch.
+    auto line = [](const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); };
+    for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 256); byte += 64) line(codes + row * bytes + byte);
+    line(static_cast<const char*>(scale) + row / block * groups * size_of(format.scale));
+  }
+};
+
+// Integers of 32 or 64 bits.
+struct Ids {
+  const void* data;
+  bool wide;
+  int64_t count;
+
+  Ids(const Tensor& ids, const char* name) : data(ids.const_data_ptr()), count(ids.numel()) {
+    check(ids, name, {ScalarType::Int, ScalarType::Long});
+    wide = ids.scalar_type() == ScalarType::Long;
+  }
+
+  int64_t operator[](int64_t i) const {
     return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
-  };
-  for (int64_t i = 0; ids && i < count; ++i) {
-    const int64_t row = row_of(i);
-    STD_TORCH_CHECK(0 <= row && row < rows, "row ", row, " is not in the table, which has ", rows, " rows");
   }
+
+  void check_rows(const Table& table) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = (*this)[i];
+      STD_TORCH_CHECK(0 <= row && row < table.rows, "row ", row, " is not in the table, which has ", table.rows,
+                      " rows");
+    }
+  }
+};
+
+// Values (.., K) of rows of a table: of all, or of those that `ids` name.
+Tensor decode(const Table& table, const Ids* ids, std::vector<int64_t> shape, ScalarType dtype) {
+  const Type type = type_of(dtype);
+  const int64_t count = ids == nullptr ? table.rows : ids->count, k = table.k;
+  shape.push_back(k);
   Tensor out = torch::stable::empty(shape, dtype);
   if (out.numel() == 0) return out;
   const lowbit::Kernels& kernels = lowbit::kernels();
   char* to = static_cast<char*>(out.mutable_data_ptr());
-  const uint8_t* codes = static_cast<const uint8_t*>(qdata.const_data_ptr());
-  const float* whole = static_cast<const float*>(pointer(tensor_scale));
-  const int64_t grain = std::max<int64_t>(1, 16384 / k);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = row_of(i), of = row / matrix, at = of * blocks + row % matrix / block;
-      const float factor = whole == nullptr ? 1.0f : whole[each == 1 ? of : at];
-      kernels.decode(format, codes + row * bytes, scale.const_data_ptr(), pointer(zero), at * groups, factor, k, to + i * k * size_of(type), type);
+      if (ids != nullptr && i + AHEAD < end) table.fetch((*ids)[i + AHEAD]);
+      table.row(ids == nullptr ? i : (*ids)[i], [&](const uint8_t* codes, int64_t at, float factor) {
+        kernels.decode(table.format, codes, table.scale, table.zero, at, factor, k, to + i * k * size_of(type), type);
+      });
     }
   });
   return out;
@@ -333,12 +374,73 @@ Tensor decode(const std::optional<Tensor>& ids, const Tensor& qdata, const Tenso
 
 Tensor dequantize(const Tensor& qdata, const Tensor& scale, const std::optional<Tensor>& zero,
                   const std::optional<Tensor>& tensor_scale, const std::string& spec, int64_t k, ScalarType dtype) {
-  return decode(std::nullopt, qdata, scale, zero, tensor_scale, spec, k, dtype);
+  const Table table(qdata, scale, zero, tensor_scale, spec, k);
+  return decode(table, nullptr, {qdata.sizes().begin(), qdata.sizes().end() - 1}, dtype);
 }
 
 Tensor embedding(const Tensor& ids, const Tensor& qdata, const Tensor& scale, const std::optional<Tensor>& zero,
                  const std::optional<Tensor>& tensor_scale, const std::string& spec, int64_t k, ScalarType dtype) {
-  return decode(ids, qdata, scale, zero, tensor_scale, spec, k, dtype);
+  const Ids rows(ids, "ids");
+  STD_TORCH_CHECK(qdata.dim() == 2, "a table must be a matrix; it has ", told(qdata));
+  const Table table(qdata, scale, zero, tensor_scale, spec, k);
+  rows.check_rows(table);
+  return decode(table, &rows, {ids.sizes().begin(), ids.sizes().end()}, dtype);
+}
+
+// ids (M,), offsets (B,), or (B + 1,) with the end of the last bag -> the sum, mean or maximum (B, K) of each bag.
+Tensor embedding_bag(const Tensor& ids, const Tensor& offsets, const std::optional<Tensor>& weights,
+                     const Tensor& qdata, const Tensor& scale, const std::optional<Tensor>& zero,
+                     const std::optional<Tensor>& tensor_scale, const std::string& mode, int64_t padding, bool last,
+                     const std::string& spec, int64_t k, ScalarType dtype) {
+  const Ids rows(ids, "ids"), begins(offsets, "offsets");
+  const Type type = type_of(dtype);
+  STD_TORCH_CHECK(qdata.dim() == 2, "a table must be a matrix; it has ", told(qdata));
+  STD_TORCH_CHECK(mode == "sum" || mode == "mean" || mode == "max", "mode must be sum, mean or max; it is ", mode);
+  STD_TORCH_CHECK(!last || begins.count > 0, "include_last_offset needs an offset at least");
+  if (weights) {
+    check(*weights, "per_sample_weights", {ScalarType::Float});
+    check_numel(*weights, "per_sample_weights", rows.count);
+    STD_TORCH_CHECK(mode == "sum", "per_sample_weights are for the sum; the mode is ", mode);
+  }
+  const Table table(qdata, scale, zero, tensor_scale, spec, k);
+  rows.check_rows(table);
+  for (int64_t i = 0, before = 0; i < begins.count; before = begins[i++]) {
+    STD_TORCH_CHECK(before <= begins[i] && begins[i] <= rows.count && (i > 0 || begins[i] == 0),
+                    "offsets must begin with 0, not fall, and not pass the ", rows.count, " rows that are picked");
+  }
+  const int64_t bags = begins.count - last;
+  Tensor out = torch::stable::empty({bags, k}, dtype);
+  if (out.numel() == 0) return out;
+  const lowbit::Kernels& kernels = lowbit::kernels();
+  const float* by = static_cast<const float*>(pointer(weights));
+  char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t grain = std::max<int64_t>(1, 16384 * bags / (k * std::max<int64_t>(rows.count, 1)));
+  torch::stable::parallel_for(0, bags, grain, [&](int64_t first, int64_t end) {
+    std::vector<lowbit::Member> members;
+    std::vector<float> sums(k), scratch;
+    for (int64_t bag = first; bag < end; ++bag) {
+      const int64_t stop = bag + 1 < begins.count ? begins[bag + 1] : rows.count;
+      members.clear();
+      for (int64_t i = begins[bag]; i < stop; ++i) {
+        if (i + AHEAD < rows.count) table.fetch(rows[i + AHEAD]);
+        if (rows[i] == padding) continue;
+        table.row(rows[i], [&](const uint8_t* codes, int64_t at, float factor) {
+          members.push_back({codes, at, by == nullptr ? factor : factor * by[i]});
+        });
+      }
+      const int64_t count = members.size();
+      if (count == 0) {
+        std::fill(sums.begin(), sums.end(), 0.0f);
+      } else {
+        scratch.resize(2 * count * table.groups);
+        kernels.pool(table.format, members.data(), count, table.scale, table.zero, k, mode == "max", scratch.data(),
+                     sums.data());
+      }
+      const float share = mode == "mean" && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
+      kernels.narrow(sums.data(), k, share, to + bag * k * size_of(type), type);
+    }
+  });
+  return out;
 }
 
 std::string isa() { return lowbit::kernels().isa; }
@@ -356,12 +458,17 @@ STABLE_TORCH_LIBRARY(lowbit_x86, library) {
   library.def(
       "dequantize(Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale, str format, SymInt k, "
       "ScalarType dtype) -> Tensor");
+  library.def(
+      "embedding_bag(Tensor ids, Tensor offsets, Tensor? per_sample_weights, Tensor qdata, Tensor scale, Tensor? zero, "
+      "Tensor? tensor_scale, str mode, int padding_idx, bool include_last_offset, str format, SymInt k, "
+      "ScalarType dtype) -> Tensor");
   library.def("isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_x86, CPU, library) {
   library.impl("linear", TORCH_BOX(&linear));
   library.impl("embedding", TORCH_BOX(&embedding));
+  library.impl("embedding_bag", TORCH_BOX(&embedding_bag));
   library.impl("dequantize", TORCH_BOX(&dequantize));
 }
 

@@ -30,7 +30,6 @@ typedef int32_t I __attribute__((vector_size(4 * W)));
 typedef uint32_t U __attribute__((vector_size(4 * W)));
 typedef uint16_t Halves __attribute__((vector_size(2 * W)));
 typedef uint8_t Bytes __attribute__((vector_size(W)));
-typedef int8_t SignedBytes __attribute__((vector_size(W)));
 
 template <class V>
 inline V load(const void* from) {
@@ -69,6 +68,38 @@ inline F least(F a, F b) {
 }
 
 inline F most(F a, F b) { return -least(-a, -b); }
+
+// Unsigned numbers as wide as a lane; the compiler takes them apart one by one.
+inline U widened(Bytes bytes) {
+#if defined(__AVX512F__)
+  return (U)_mm512_cvtepu8_epi32((__m128i)bytes);
+#elif defined(__AVX2__)
+  return (U)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((int64_t)bytes));
+#else
+  return __builtin_convertvector(bytes, U);
+#endif
+}
+
+inline U widened(Halves halves) {
+#if defined(__AVX512F__)
+  return (U)_mm512_cvtepu16_epi32((__m256i)halves);
+#elif defined(__AVX2__)
+  return (U)_mm256_cvtepu16_epi32((__m128i)halves);
+#else
+  return __builtin_convertvector(halves, U);
+#endif
+}
+
+// W signed bytes.
+inline I signed_bytes(const void* from) {
+#if defined(__AVX512F__)
+  return (I)_mm512_cvtepi8_epi32((__m128i)load<Bytes>(from));
+#elif defined(__AVX2__)
+  return (I)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128((int64_t)load<Bytes>(from)));
+#else
+  return (I)(widened(load<Bytes>(from)) << 24) >> 24;
+#endif
+}
 
 template <int... P, class Body>
 inline void each(std::integer_sequence<int, P...>, const Body& body) {
@@ -146,7 +177,7 @@ inline U field(const Word& word) {
   }
 }
 
-inline F from_bfloat16(Halves bits) { return (F)(__builtin_convertvector(bits, U) << 16); }
+inline F from_bfloat16(Halves bits) { return (F)(widened(bits) << 16); }
 
 inline F from_float16(Halves bits) {
 #if defined(__AVX512F__)
@@ -218,21 +249,21 @@ inline F load_scale(const void* from, Scale scale, int64_t at) {
     case Scale::bfloat16: return load_as(from, Type::bfloat16, at);
     case Scale::float16: return load_as(from, Type::float16, at);
     case Scale::e8m0: {
-      const U code = __builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from) + at), U);
+      const U code = widened(load<Bytes>(static_cast<const uint8_t*>(from) + at));
       const U nan = (U)(code == 255u), least = (U)(code == 0u);
       return (F)((code << 23) | (nan & 0x00400000u) | (least & 0x00400000u));
     }
     default:
       return FloatCode<4, 3, 7>::value(
-          __builtin_convertvector(load<Bytes>(static_cast<const uint8_t*>(from) + at), U) << 24);
+          widened(load<Bytes>(static_cast<const uint8_t*>(from) + at)) << 24);
   }
 }
 
 // W zero points from `at` on, counted from the lowest code.
 inline F load_zero(const void* from, const Format& format, int64_t at) {
   const char* bytes = static_cast<const char*>(from) + at;
-  const F zero = format.zero_signed ? __builtin_convertvector(load<SignedBytes>(bytes), F)
-                                    : __builtin_convertvector(load<Bytes>(bytes), F);
+  const I code = (I)widened(load<Bytes>(bytes));
+  const F zero = __builtin_convertvector(format.zero_signed ? code << 24 >> 24 : code, F);
   return format.element.is_signed ? zero + static_cast<float>(1 << (format.element.bits - 1)) : zero;
 }
 

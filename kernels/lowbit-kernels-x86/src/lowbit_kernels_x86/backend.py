@@ -35,12 +35,18 @@ class X86:
                 *(weights.run_grouped, weights.refuses, weights.pack, weights.unpack),
             ),
             Kernel("x86.embedding", "embedding", "cpu", 10, _embedding, _refuses_values),
+            Kernel("x86.embedding_bag", "embedding_bag", "cpu", 10, _embedding_bag, _refuses_values),
             Kernel("x86.dequantize", "dequantize", "cpu", 10, _dequantize, _refuses_values),
         )
 
 
 def _embedding(*args: Any) -> Any:
     return torch.ops.lowbit_x86.embedding.default(*_contiguous(args))
+
+
+def _embedding_bag(ids: Any, offsets: Any, weights: Any, *rest: Any) -> Any:
+    by = None if weights is None else weights.float()
+    return torch.ops.lowbit_x86.embedding_bag.default(*_contiguous((ids, offsets, by, *rest)))
 
 
 def _dequantize(*args: Any) -> Any:

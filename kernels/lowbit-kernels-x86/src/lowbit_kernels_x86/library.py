@@ -29,11 +29,16 @@ def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
 
 
+def _embedding_bag(ids: Tensor, offsets: Tensor, weights: Tensor | None, qdata: Tensor, *rest: Any) -> Tensor:
+    del ids, weights
+    return qdata.new_empty((offsets.shape[0] - rest[-4], rest[-2]), dtype=rest[-1])
+
+
 def _dequantize(qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*qdata.shape[:-1], rest[-2]), dtype=rest[-1])
 
 
 if FILE.exists():
     torch.ops.load_library(FILE)
-    for _name, _fake in (("linear", _linear), ("embedding", _embedding), ("dequantize", _dequantize)):
-        torch.library.register_fake(f"lowbit_x86::{_name}", _fake)
+    for _fake in (_linear, _embedding, _embedding_bag, _dequantize):
+        torch.library.register_fake(f"lowbit_x86::{_fake.__name__[1:]}", _fake)

@@ -156,8 +156,8 @@ def unbind(model: nn.Module) -> None:
 
 def use_of(module: nn.Module, rank: int) -> str:
     """The op through which a module of this kind uses a quantized parameter of `rank` dims."""
-    if isinstance(module, nn.Embedding):
-        return "embedding"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "embedding" if isinstance(module, nn.Embedding) else "embedding_bag"
     return "grouped_mm" if rank == 3 else "linear"
 
 
@@ -207,7 +207,7 @@ def _call(module: nn.Module, weight: Tensor) -> Call:
     local = _local(weight)
     assert isinstance(local, QuantizedTensor)
     *_, n, k = (1, *(weight.shape[local.permutation.index(d)] for d in range(weight.dim())))
-    activation = None if op == "embedding" else local.activation
+    activation = None if op.startswith("embedding") else local.activation
     return Call(op, local.format, activation, local.device.type, local.dtype, n, k)
 
 

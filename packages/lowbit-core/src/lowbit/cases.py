@@ -1,7 +1,7 @@
 """Calls of every operator, with arguments and what they must give: what a backend is checked against.
 
-The specification fixes the bits of quantize, dequantize and embedding. A product may differ from the exact one (of the
-same values, in float64) by what an honest kernel loses:
+The specification fixes the bits of quantize, dequantize and embedding. A bag's rows may be summed in float32, in any
+order. A product may differ from the exact one (of the same values, in float64) by what an honest kernel loses:
 
 - integer codes on both sides, under scales that do not vary along K: a float32 epilogue;
 - any other rounded input: a float32 sum in any order, with scales applied to the values or to sums;
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowbit.activation import Activation
 from lowbit.backends import Call
+from lowbit.bags import pool
 from lowbit.element import E8M0
 from lowbit.errors import FormatError
 from lowbit.format import INT8_ROW, Format
@@ -92,6 +93,7 @@ def calls(
             if len(shape) == 2:
                 yield Call("quantize_groups", fmt, None, device, dtype, k=k), weight.quantize_groups
                 yield Call("embedding", fmt, None, device, dtype, *shape), weight.embedding
+                yield Call("embedding_bag", fmt, None, device, dtype, *shape), weight.embedding_bag
             if len(shape) in {2, 3}:
                 yield from _products(weight, activations, device)
 
@@ -270,6 +272,30 @@ class _Weight:
                 arguments = (ids, *_parts(weight), str(self.format), self.shape[-1], self.dtype)
                 words = f"{ids.dtype} ids {_shown(ids)}, table {_shown(weight)}, {told}"
                 yield Case(words, arguments, _bits(values[ids.long()]), weight)
+
+
+    def embedding_bag(self) -> Iterator[Case]:
+        rows, k = self.shape
+        ids = torch.arange(11) * 7 % rows
+        some = torch.tensor([0, 4, 4, 5])
+        for told, weight in _variants(self.canonical):
+            values = _values(weight)[ids]
+            for mode, offsets, padding, last, weighted in (
+                ("sum", some, -1, False, False),
+                ("sum", some.int(), 7 % rows, True, True),
+                ("mean", some, 7 % rows, False, False),
+                ("max", some, -1, True, False),
+                ("mean", torch.zeros(0).long(), -1, False, False),
+            ):
+                by = sample((len(ids),), seed=3, dtype=torch.float32) if weighted else None
+                picked = ids.to(offsets.dtype)
+                arguments = (picked, offsets, by, *_parts(weight), mode, padding, last, str(self.format), k, self.dtype)
+                words = f"{mode} of {offsets.dtype} bags {offsets.tolist()}, {padding=}, {last=}, {weighted=}, table "
+                value = pool(values, ids, offsets, by, mode, padding, last=last)
+                size = pool(values.abs(), ids, offsets, None if by is None else by.abs(), mode, padding, last=last)
+                lost = 0 if mode == "max" else (len(ids) + _FEW) * _UNIT
+                value, bound = _rounded(value, lost * size, None, self.dtype)
+                yield Case(f"{words}{_shown(weight)}, {told}", arguments, (Wanted(value, self.dtype, bound),), weight)
 
 
 class _Use:

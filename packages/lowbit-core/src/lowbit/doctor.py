@@ -26,6 +26,7 @@ _DISTRIBUTIONS = {
 }
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
 _SHAPE = (4096, 4096)
+_OPS = ("quantize", "dequantize", "linear", "embedding", "embedding_bag")
 
 
 def main(argv: list[str]) -> int:
@@ -76,7 +77,7 @@ def examine(formats: dict[str, Format], device: str) -> dict[str, Any]:
 def _kernels(name: str, fmt: Format, device: str) -> list[dict[str, Any]]:
     """What each op would run for a weight of `fmt`, weight-only and with the input in the same kind of format."""
     n, k = _SHAPE
-    uses: list[tuple[str, Activation | None]] = [(op, None) for op in ("quantize", "dequantize", "linear", "embedding")]
+    uses: list[tuple[str, Activation | None]] = [(op, None) for op in _OPS]
     uses += [("grouped_mm", None)]
     if fmt.block[0] <= 1:
         uses += [(op, Activation(fmt)) for op in ("linear", "scaled_mm")]

@@ -73,6 +73,11 @@ _SCHEMAS = {
     "unpad_groups": "(Tensor x, Tensor offs, int align, SymInt rows) -> Tensor",
     # ids (..), weight (V, D) -> (.., D)
     "embedding": f"(Tensor ids, {_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
+    # ids (M,), offsets (B,) of bags, or (B + 1,) with the end of the last, weights (M,), weight (V, D) -> (B, D)
+    "embedding_bag": (
+        f"(Tensor ids, Tensor offsets, Tensor? per_sample_weights, {_WEIGHT}, str mode, int padding_idx, "
+        "bool include_last_offset, str format, SymInt k, ScalarType dtype) -> Tensor"
+    ),
 }
 
 
@@ -113,6 +118,8 @@ def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch
         return args[4], "", first.device, args[-1], None, args[-2]
     if op == "embedding":
         return args[5], "", args[1].device, args[-1], args[1].shape[0], args[-2]
+    if op == "embedding_bag":
+        return args[10], "", args[3].device, args[-1], args[3].shape[0], args[-2]
     if op == "scaled_mm":
         a_format, b_format, k, dtype = args[-4:]
         return b_format, str(Activation(Format.parse(a_format))), first.device, dtype, args[4].shape[0], k
@@ -254,6 +261,11 @@ def _embedding_fake(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
 
 
+def _embedding_bag_fake(ids: Tensor, offsets: Tensor, weights: Any, qdata: Tensor, *rest: Any) -> Tensor:
+    del ids, weights
+    return qdata.new_empty((offsets.shape[0] - rest[-4], rest[-2]), dtype=rest[-1])
+
+
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, qdata, scale, zero, tensor_scale, _, _, pre_scale, bias, fmt, _ = inputs
     del output
@@ -330,6 +342,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scaled_mm": _scaled_mm_fake,
     "grouped_mm": _grouped_mm_fake,
     "embedding": _embedding_fake,
+    "embedding_bag": _embedding_bag_fake,
     "pad_groups": _pad_groups_fake,
     "unpad_groups": _unpad_groups_fake,
 }

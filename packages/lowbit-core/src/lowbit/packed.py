@@ -212,6 +212,15 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm:
     return _run(input, _operand(weight, "embedding"), None)
 
 
+def _embedding_bag(input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:  # noqa: A002
+    """F.embedding_bag with a table for which a kernel was chosen; none packs it."""
+    w = _operand(weight, "embedding_bag")
+    layout, named = w.description.layout, _named(w)
+    ids, offsets, weights, *how = bag_arguments(w.shape[0], input, *rest, **options)
+    fixed = (*how, layout.format, w.description.shape[-1], layout.dtype)
+    return kernel(w.kernel_name).run(ids, offsets, weights, *(named.get(name) for name in INNER[:4]), *fixed)
+
+
 class _Linear(torch.autograd.Function):
     """The kernel forwards; backwards as the neutral op: to the input through rounding as if it were the identity."""
 
@@ -313,6 +322,7 @@ _ALIASES = {aten.detach.default, aten.alias.default, aten.t.default, aten.transp
 _USES = {
     torch.nn.functional.linear: _linear,
     torch.nn.functional.embedding: _embedding,
+    torch.nn.functional.embedding_bag: _embedding_bag,
     torch.nn.functional.grouped_mm: _grouped_mm,
     vars(torch)["_grouped_mm"]: _grouped_mm,
 }

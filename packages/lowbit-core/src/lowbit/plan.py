@@ -264,7 +264,7 @@ def _axis_misfit(group: Sequence[Parameter], rule: Rule, weight: Format, by: str
         if any(_convolves(p) for p in group):
             why = rule.activation.convolution_misfit
             return None if why is None else f"is the weight of a convolution, and {by}: {why}"
-        if any(_op(p) != "embedding" for p in group):
+        if not all(_op(p).startswith("embedding") for p in group):
             misfit = _shape_misfit(first, rule, rule.activation.format, (1, canonical[-1]), by)
     return misfit
 
@@ -292,7 +292,9 @@ def _other_axis(parameter: Parameter, rest: tuple[int, ...], group: int) -> str:
 
 def _sums_last(parameter: Parameter) -> bool:
     """Whether what the parameter is says where its columns are."""
-    return parameter.name.rpartition(".")[2] == "weight" and not {"Linear", "Embedding"}.isdisjoint(parameter.modules)
+    return parameter.name.rpartition(".")[2] == "weight" and not {"Linear", "Embedding", "EmbeddingBag"}.isdisjoint(
+        parameter.modules
+    )
 
 
 def _rows(group: Sequence[Parameter], rule: Rule | None, *, fits: bool, device: str) -> dict[str, Row]:
@@ -309,8 +311,8 @@ def _rows(group: Sequence[Parameter], rule: Rule | None, *, fits: bool, device: 
     rows: dict[str, Row] = {}
     for parameter in group:
         op = _op(parameter)
-        # An embedding is indexed by its input, and has nothing to round.
-        activation = None if rule is None or fmt is None or op == "embedding" else rule.activation
+        # A table is indexed by its input, and has nothing to round.
+        activation = None if rule is None or fmt is None or op.startswith("embedding") else rule.activation
         tied = None if parameter is first else first.name
         kernel, reason = None, why
         if fmt is not None:
@@ -342,9 +344,10 @@ def _convolves(parameter: Parameter) -> bool:
 
 def _op(parameter: Parameter) -> str:
     """The op of lowbit's own that uses the parameter; empty if none does."""
-    if "Embedding" in parameter.modules:
-        return "embedding"
-    if len(parameter.shape) > 3 or not {"EmbeddingBag", "_ConvNd"}.isdisjoint(parameter.modules):
+    for module, op in (("Embedding", "embedding"), ("EmbeddingBag", "embedding_bag")):
+        if module in parameter.modules:
+            return op
+    if len(parameter.shape) > 3 or "_ConvNd" in parameter.modules:
         return ""
     return "grouped_mm" if len(parameter.shape) == 3 else "linear"
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowbit.activation import Activation
 from lowbit.backends import Call, Description, Kernel
+from lowbit.bags import check_bags, pool
 from lowbit.blocked import to_blocked
 from lowbit.element import Element
 from lowbit.errors import FormatError
@@ -297,6 +298,26 @@ def _embedding(
     return decode(_pick(qdata, rows), parsed, scales, k, dtype).view(*ids.shape, k)
 
 
+def _embedding_bag(
+    ids: Tensor,
+    offsets: Tensor,
+    weights: Tensor | None,
+    qdata: Tensor,
+    scale: Tensor,
+    zero: Any,
+    tensor_scale: Any,
+    mode: str,
+    padding: int,
+    last: bool,  # noqa: FBT001 - as the operator has it
+    fmt: str | Format,
+    k: int,
+    dtype: Any,
+) -> Tensor:
+    check_bags(ids, offsets, last)
+    values = _embedding(ids, qdata, scale, zero, tensor_scale, fmt, k, torch.float32)
+    return pool(values, ids, offsets, weights, mode, padding, last=last).to(dtype)
+
+
 def _pick(part: Tensor | None, rows: Tensor) -> Any:
     """Rows of `part`, as bytes where fp8 tensors cannot be indexed."""
     if part is None:
@@ -399,6 +420,7 @@ class Reference:
             "scaled_mm": _scaled_mm,
             "grouped_mm": _grouped_mm,
             "embedding": _embedding,
+            "embedding_bag": _embedding_bag,
             "quantize_blocked": _quantize_blocked,
             "quantize_groups": _quantize_groups,
             "quantize_rotated": _quantize_rotated,

@@ -1,4 +1,4 @@
-"""What uses a QuantizedTensor's values: linear, embedding and grouped_mm, handed to the neutral operators.
+"""What uses a QuantizedTensor's values: linear, embedding, embedding_bag and grouped_mm, handed to the neutral operators.
 
 Convolutions are no operators of lowbit's own, but PyTorch's, of values that those operators round and decode.
 Where nothing but the kernel takes part (`ops.unwatched`), it is called straight, and a weight remembers how: a decoded
@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
 from lowbit.backends import generation, kernel_for, under_autocast
+from lowbit.bags import bag_arguments
 from lowbit.element import FLOAT32
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import Format
@@ -110,6 +111,15 @@ def _embedding(
         return way.run(input, *way.weight[:4], *way.tail)
     layout = w.storage_layout
     return torch.ops.lowbit.embedding(input, *w.stored, layout.format, w.canonical_shape[1], layout.dtype)
+
+
+def _embedding_bag(input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:  # noqa: A002
+    """F.embedding_bag with a quantized table (V, D)."""
+    w = _operand(weight, "embedding_bag", (0, 1), input)
+    layout = w.storage_layout
+    ids, offsets, weights, *how = bag_arguments(w.shape[0], input, *rest, **options)
+    fixed = (*how, layout.format, w.canonical_shape[1], layout.dtype)
+    return torch.ops.lowbit.embedding_bag(ids, offsets, weights, *w.stored, *fixed)
 
 
 @rule_of(aten.linear.default, aten.embedding.default, aten._grouped_mm.default)
@@ -223,6 +233,7 @@ def _codes(data: Tensor, zero: Tensor | None, fmt: Format, k: int) -> Tensor:
 
 
 FUNCTIONS.update({torch.nn.functional.linear: _linear, torch.nn.functional.embedding: _embedding})
+FUNCTIONS.update({torch.nn.functional.embedding_bag: _embedding_bag})
 FUNCTIONS.update({torch.nn.functional.grouped_mm: _grouped_mm, vars(torch)["_grouped_mm"]: _grouped_mm})
 
 
@@ -246,7 +257,7 @@ def _operand(
         )
         raise UnsupportedOpError(msg)
     # Packed rows may hold room for more codes than the weight has, so their length alone would let a wrong K pass.
-    if op != "embedding" and x.shape[-1] != weight.canonical_shape[-1]:
+    if not op.startswith("embedding") and x.shape[-1] != weight.canonical_shape[-1]:
         msg = f"the input has {x.shape[-1]} columns, but {weight!r} contracts {weight.canonical_shape[-1]}"
         raise FormatError(msg)
     return weight
