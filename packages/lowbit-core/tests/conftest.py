@@ -1,13 +1,30 @@
-"""Tests of operators run once more through a backend that hands every call on to the reference."""
+"""Tests of operators run once more through a backend that hands every call on to the reference.
+
+Backends of other members, which are installed beside this one here, are not found: each has tests of its own.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from lowbit import bind
+from lowbit import backends, bind
 from lowbit.testing import Loopback, installed_backends
 
 THROUGH = ["reference", "loopback", "packed loopback"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def alone():
+    """No entry points but those of the distribution under test."""
+    found = backends.entry_points
+
+    def own(**which):
+        return [point for point in found(**which) if point.dist is None or point.dist.name == "lowbit-core"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "entry_points", own)
+        backends.forget()
+        yield
 
 
 @pytest.fixture(params=THROUGH[:2])

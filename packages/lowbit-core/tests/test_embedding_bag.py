@@ -9,7 +9,9 @@ from torch.nn import functional
 
 import lowbit
 from lowbit.errors import FormatError, UnsupportedOpError
+from lowbit.packed import PackedTensor
 from lowbit.recipe import Recipe, Rule
+from lowbit.tensor import QuantizedTensor
 from lowbit.testing import Loopback, installed_backends, sample
 
 FORMATS = ("INT8_ROW", "UINT2_G32", "MXFP4", "NVFP4", "FP8_128x128", "int3:1x32:float16", "int1:1x*:float32")
@@ -113,12 +115,15 @@ def bound(q):
 def test_recipes_quantize_tables_and_bind_finds_kernels_for_them():
     model = nn.Sequential(nn.EmbeddingBag(50, 64, mode="sum"))
     lowbit.quantize_(model, Recipe((Rule.of("0.weight", "INT4_G32"),)))
-    with installed_backends(Loopback("other")):
-        (row,) = lowbit.bind(model).rows
-        assert (row.op, row.kernel) == ("embedding_bag", "other.embedding_bag")
-        found = model[0](IDS, OFFSETS)
-        lowbit.unbind(model)
-    near(found, model[0].weight, IDS, OFFSETS, mode="sum")
+    # One that would run anyway leaves the weight as it is; another one it carries.
+    for prefer, priority, kind in (((), 10, QuantizedTensor), (["other"], -1, PackedTensor)):
+        with installed_backends(Loopback("other", priority=priority)):
+            (row,) = lowbit.bind(model, prefer=prefer).rows
+            assert type(model[0].weight) is kind
+            assert (row.op, row.kernel) == ("embedding_bag", "other.embedding_bag")
+            found = model[0](IDS, OFFSETS)
+            lowbit.unbind(model)
+        near(found, model[0].weight, IDS, OFFSETS, mode="sum")
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -68,6 +68,9 @@ def calls(fmt, dtype=torch.bfloat16):
     yield "pad_groups", (sample((5, k), dtype=dtype), torch.tensor([4, 0, 0, 2, 1]), OFFSETS, 8)
     yield "unpad_groups", (sample((40, k), dtype=dtype), OFFSETS, 8, 5)
     yield "embedding", (torch.tensor([[1, 0, 5]]), *parts(weight), spec, k, dtype)
+    by = torch.tensor([0.5, -2.0, 3.0])
+    bags = (torch.tensor([1, 0, 5]), torch.tensor([0, 2, 2]))
+    yield "embedding_bag", (*bags, by, *parts(weight), "sum", -1, False, spec, k, dtype)
     for activation in activations(fmt):
         yield "linear", (x, *parts(weight), *use(activation), bias, spec, activation)
         yield "linear", (x.view(1, 5, k), *parts(weight), *use(activation), None, spec, activation)

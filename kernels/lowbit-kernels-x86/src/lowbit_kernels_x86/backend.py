@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lowbit.backends import Call, Kernel
+from lowbit.bags import check_bags
 from lowbit_kernels_x86 import library, weights
 
 
@@ -45,6 +46,8 @@ def _embedding(*args: Any) -> Any:
 
 
 def _embedding_bag(ids: Any, offsets: Any, weights: Any, *rest: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        check_bags(ids, offsets)
     by = None if weights is None else weights.float()
     return torch.ops.lowbit_x86.embedding_bag.default(*_contiguous((ids, offsets, by, *rest)))
 

@@ -41,16 +41,21 @@ def bag_arguments(
         msg = "embedding_bag with max_norm rewrites its table, which quantized codes cannot take"
         raise UnsupportedOpError(msg)
     if mode not in MODES or (per_sample_weights is not None and mode != "sum"):
-        msg = f"embedding_bag has the modes {', '.join(MODES)}, and per_sample_weights for the sum; the mode is {mode!r}"
+        msg = (
+            f"embedding_bag has the modes {', '.join(MODES)}, and per_sample_weights for the sum; the mode is {mode!r}"
+        )
         raise UnsupportedOpError(msg)
     if per_sample_weights is not None and per_sample_weights.shape != input.shape:
-        msg = f"per_sample_weights need the shape of the input, {tuple(input.shape)}; they have {tuple(per_sample_weights.shape)}"
+        given = tuple(per_sample_weights.shape)
+        msg = f"per_sample_weights need the shape of the input, {tuple(input.shape)}; they have {given}"
         raise FormatError(msg)
     if input.dim() == 2 and offsets is None and not include_last_offset:
         offsets = torch.arange(input.shape[0], device=input.device) * input.shape[1]
     elif input.dim() != 1 or offsets is None or offsets.dim() != 1:
-        told = "none" if offsets is None else f"of shape {tuple(offsets.shape)}"
-        msg = f"embedding_bag takes rows (M,) with offsets (B,), or (B, L) without; these are {tuple(input.shape)}, offsets {told}"
+        msg = (
+            "embedding_bag takes rows (M,) with offsets (B,), or (B, L) without; these are "
+            f"{tuple(input.shape)}, offsets {'none' if offsets is None else tuple(offsets.shape)}"
+        )
         raise FormatError(msg)
     if input.dtype not in _INDICES or offsets.dtype not in _INDICES:
         msg = f"rows and offsets must be int32 or int64; these are {input.dtype} and {offsets.dtype}"
@@ -94,7 +99,7 @@ def pool(
     return pooled[:count]
 
 
-def check_bags(ids: Tensor, offsets: Tensor, last: bool) -> None:  # noqa: FBT001 - as the operator has it
+def check_bags(ids: Tensor, offsets: Tensor) -> None:
     """Refuse offsets that are not 0 first, fall, or pass the end; where they can be read, and without waiting.
 
     Raises:

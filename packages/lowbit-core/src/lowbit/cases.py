@@ -273,7 +273,6 @@ class _Weight:
                 words = f"{ids.dtype} ids {_shown(ids)}, table {_shown(weight)}, {told}"
                 yield Case(words, arguments, _bits(values[ids.long()]), weight)
 
-
     def embedding_bag(self) -> Iterator[Case]:
         rows, k = self.shape
         ids = torch.arange(11) * 7 % rows

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from lowbit.backends import Description, generation, kernel, under_autocast, without_autocast
+from lowbit.bags import bag_arguments
 from lowbit.errors import FormatError, NotPortableError, UnsupportedOpError
 from lowbit.experts import by_expert
 from lowbit.ops import unwatched

@@ -313,7 +313,7 @@ def _embedding_bag(
     k: int,
     dtype: Any,
 ) -> Tensor:
-    check_bags(ids, offsets, last)
+    check_bags(ids, offsets)
     values = _embedding(ids, qdata, scale, zero, tensor_scale, fmt, k, torch.float32)
     return pool(values, ids, offsets, weights, mode, padding, last=last).to(dtype)
 

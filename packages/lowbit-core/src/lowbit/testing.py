@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import Any
 from unittest import mock
 
@@ -78,9 +77,10 @@ class Loopback:
 @contextmanager
 def installed_backends(*given: Backend) -> Generator[None]:
     """Let `given` backends be found beside the installed ones inside the `with`, as their entry points would be."""
+    before: Any = vars(backends)["entry_points"]
 
     def found(*, group: str) -> list[Any]:
-        return [*entry_points(group=group), *(_Point(backend.name, backend) for backend in given)]
+        return [*before(group=group), *(_Point(backend.name, backend) for backend in given)]
 
     with mock.patch.object(backends, "entry_points", found):
         backends.forget()

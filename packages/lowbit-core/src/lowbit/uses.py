@@ -1,4 +1,4 @@
-"""What uses a QuantizedTensor's values: linear, embedding, embedding_bag and grouped_mm, handed to the neutral operators.
+"""What uses a QuantizedTensor's values: linear, embedding(_bag) and grouped_mm, handed to the neutral operators.
 
 Convolutions are no operators of lowbit's own, but PyTorch's, of values that those operators round and decode.
 Where nothing but the kernel takes part (`ops.unwatched`), it is called straight, and a weight remembers how: a decoded
