@@ -7,23 +7,15 @@ from __future__ import annotations
 
 import pytest
 
-from lowbit import backends, bind
-from lowbit.testing import Loopback, installed_backends
+from lowbit import bind
+from lowbit.testing import Loopback, installed_backends, only_backends
 
 THROUGH = ["reference", "loopback", "packed loopback"]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def alone():
-    """No entry points but those of the distribution under test."""
-    found = backends.entry_points
-
-    def own(**which):
-        return [point for point in found(**which) if point.dist is None or point.dist.name == "lowbit-core"]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backends, "entry_points", own)
-        backends.forget()
+    with only_backends("reference"):
         yield
 
 

@@ -53,6 +53,19 @@ def test_it_tells_every_op_and_format_in_json(capsys):
     assert all(row["refusals"] for row in report["kernels"] if row["op"] == "linear")
 
 
+def test_a_backend_may_say_what_it_found(capsys):
+    class Found(Loopback):
+        def detail(self):
+            return "avx9"
+
+    with installed_backends(Found("found"), Loopback("silent"), Loopback("idle", reason="needs a moon")):
+        _, out = run(capsys, "--format", "INT8_ROW", "--device", "cpu")
+    states = dict(line.strip().split(None, 1) for line in out.splitlines() if line.startswith("  ") and ":" in line)
+    assert states["found"].endswith("kernels by avx9")
+    assert states["silent"].endswith("kernels")
+    assert states["idle"].endswith(": needs a moon")
+
+
 def test_a_line_that_every_format_shares_is_one_line(capsys):
     code, out = run(capsys, "--device", "cpu")
     lines = [line.strip() for line in out.splitlines()]

@@ -27,6 +27,10 @@ class X86:
             return str(error)
         return None
 
+    def detail(self) -> str:
+        """The instruction set whose kernels run here."""
+        return library.isa()
+
     def kernels(self) -> tuple[Kernel, ...]:
         """Every kernel."""
         return (

@@ -121,7 +121,10 @@ class Kernel:
 
 @runtime_checkable
 class Backend(Protocol):
-    """What an entry point of the group `lowbit.backends` resolves to."""
+    """What an entry point of the group `lowbit.backends` resolves to.
+
+    It may have a method `detail`, whose text `lowbit doctor` shows: what it found on this machine.
+    """
 
     name: str
 

@@ -56,6 +56,7 @@ def examine(formats: dict[str, Format], device: str) -> dict[str, Any]:
             "distribution": entry.distribution,
             "problem": entry.problem,
             "kernels": [kernel.name for kernel in entry.kernels],
+            "detail": None if entry.problem else getattr(entry.backend, "detail", str)() or None,
         }
         for name, entry in loaded.items()
     }
@@ -133,7 +134,8 @@ def _render(report: dict[str, Any]) -> str:
         lines.append(f"  {name:<22} {hint}")
     lines.append("backends")
     for name, entry in report["backends"].items():
-        state = entry["problem"] or f"ready, {len(entry['kernels'])} kernels"
+        by = f" by {entry['detail']}" if entry["detail"] else ""
+        state = entry["problem"] or f"ready, {len(entry['kernels'])} kernels{by}"
         lines.append(f"  {name:<22} {entry['distribution']}: {state}")
     lines.append(f"kernels on {report['device']} (bf16 input, weight {_SHAPE[0]} x {_SHAPE[1]})")
     idle = {f"{name}: {entry['problem']}" for name, entry in report["backends"].items() if entry["problem"]}

@@ -23,6 +23,7 @@ __all__ = [
     "Loopback",
     "check_backend",
     "installed_backends",
+    "only_backends",
     "product_bound",
     "rounding_bound",
     "sample",
@@ -77,12 +78,22 @@ class Loopback:
 @contextmanager
 def installed_backends(*given: Backend) -> Generator[None]:
     """Let `given` backends be found beside the installed ones inside the `with`, as their entry points would be."""
+    with _finding(lambda points: [*points, *(_Point(backend.name, backend) for backend in given)]):
+        yield
+
+
+@contextmanager
+def only_backends(*names: str) -> Generator[None]:
+    """Let no installed backends but these be found inside the `with`; `installed_backends` may add others there."""
+    with _finding(lambda points: [point for point in points if point.name in names]):
+        yield
+
+
+@contextmanager
+def _finding(change: Callable[[list[Any]], list[Any]]) -> Generator[None]:
+    """Find what `change` makes of the backends found before."""
     before: Any = vars(backends)["entry_points"]
-
-    def found(*, group: str) -> list[Any]:
-        return [*before(group=group), *(_Point(backend.name, backend) for backend in given)]
-
-    with mock.patch.object(backends, "entry_points", found):
+    with mock.patch.object(backends, "entry_points", lambda *, group: change([*before(group=group)])):
         backends.forget()
         try:
             yield

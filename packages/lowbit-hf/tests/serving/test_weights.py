@@ -14,6 +14,7 @@ from torch import nn
 import lowbit
 import lowbit_hf.serving
 from lowbit.tensor import QuantizedTensor
+from lowbit.testing import only_backends
 from lowbit_hf.layout import to_compressed
 from lowbit_hf.schemes import quantization_config, scheme
 from lowbit_hf.serving.weights import Place, group_of, hold, hold_experts, stored_tensors
@@ -24,6 +25,13 @@ NAMES = [
 ]
 ROWS, K = (96, 32), 256
 PLACE = Place(ROWS, K, torch.bfloat16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def canonical():
+    """Weights stay as they are stored, whatever kernels are installed."""
+    with only_backends("reference"):
+        yield
 
 
 def fused(name, scales=(1.0, 1.0), seed=0):
