@@ -31,7 +31,7 @@ def _embedding(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
 
 def _embedding_bag(ids: Tensor, offsets: Tensor, weights: Tensor | None, qdata: Tensor, *rest: Any) -> Tensor:
     del ids, weights
-    return qdata.new_empty((offsets.shape[0] - rest[-4], rest[-2]), dtype=rest[-1])
+    return qdata.new_empty((offsets.shape[0] - (1 if rest[-4] else 0), rest[-2]), dtype=rest[-1])
 
 
 def _dequantize(qdata: Tensor, *rest: Any) -> Tensor:

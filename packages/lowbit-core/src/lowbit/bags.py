@@ -80,7 +80,7 @@ def pool(
 
     With `last`, the last of `offsets` ends the last bag. Rows that are `padding` count as if they were not there.
     """
-    count = offsets.shape[0] - last
+    count = offsets.shape[0] - (1 if last else 0)
     ends = offsets[1:] if last else torch.cat([offsets[1:], offsets.new_full((min(count, 1),), ids.shape[0])])
     bag = torch.searchsorted(ends, torch.arange(ids.shape[0], device=ids.device), right=True)
     # What belongs to no bag goes to one that is dropped.

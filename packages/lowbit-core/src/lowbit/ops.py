@@ -263,7 +263,7 @@ def _embedding_fake(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
 
 def _embedding_bag_fake(ids: Tensor, offsets: Tensor, weights: Any, qdata: Tensor, *rest: Any) -> Tensor:
     del ids, weights
-    return qdata.new_empty((offsets.shape[0] - rest[-4], rest[-2]), dtype=rest[-1])
+    return qdata.new_empty((offsets.shape[0] - (1 if rest[-4] else 0), rest[-2]), dtype=rest[-1])
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
