@@ -93,7 +93,11 @@ def only_backends(*names: str) -> Generator[None]:
 def _finding(change: Callable[[list[Any]], list[Any]]) -> Generator[None]:
     """Find what `change` makes of the backends found before."""
     before: Any = vars(backends)["entry_points"]
-    with mock.patch.object(backends, "entry_points", lambda *, group: change([*before(group=group)])):
+
+    def found(*, group: str) -> list[Any]:
+        return change([*before(group=group)])
+
+    with mock.patch.object(backends, "entry_points", found):
         backends.forget()
         try:
             yield
