@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,7 +57,7 @@ class CustomBuildHook(BuildHookInterface):
         compile_library(Path(self.root, "csrc"), package / LIBRARY)
         if version != "editable":
             build_data["force_include"][str(package / LIBRARY)] = f"lowbit_kernels_x86/{LIBRARY}"
-            build_data["tag"] = f"py3-none-linux_{platform.machine()}"
+            build_data["tag"] = f"py3-none-{platform_tag(package / LIBRARY)}"
         build_data["pure_python"] = False
 
 
@@ -85,6 +87,19 @@ def compile_library(source: Path, target: Path) -> None:
         libraries = (f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch")
         _run(*compiler, "-shared", *map(str, jobs), "-Wl,--no-as-needed", *libraries, "-o", str(whole))
         whole.replace(target)
+
+
+def platform_tag(library: Path) -> str:
+    """The tag of Linux systems that a library runs on: those with the newest glibc of which it uses anything.
+
+    Source: PEP 600.
+    """
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        raise SystemExit("a wheel of lowbit-kernels-x86 is tagged by what objdump tells: install binutils")
+    told = subprocess.run((objdump, "-T", str(library)), check=True, capture_output=True, text=True).stdout
+    newest = max(int(minor) for minor in re.findall(r"GLIBC_2\.(\d+)", told))
+    return f"manylinux_2_{max(newest, 17)}_{platform.machine()}"
 
 
 def _run(*command: str) -> None:
