@@ -5,14 +5,13 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 
-from lowbit import INT8_ROW, MXFP8, BackendError, NoKernelError, backends, explain, quantize, select, testing
+from lowbit import INT8_ROW, MXFP8, BackendError, NoKernelError, backends, explain, quantize, select
 from lowbit.activation import Activation
 from lowbit.backends import Call, Kernel
 from lowbit.testing import FORMAT_GRID, Loopback, installed_backends, sample, shapes
@@ -41,14 +40,7 @@ def points(monkeypatch, *given):
 
 
 @pytest.fixture(autouse=True)
-def _installed_alone(monkeypatch):
-    """Core as it is without the backends of other distributions, which may be there."""
-
-    def ours(*, group):
-        return [point for point in entry_points(group=group) if point.dist.name == "lowbit-core"]
-
-    for module in (backends, testing):
-        monkeypatch.setattr(module, "entry_points", ours)
+def _found_anew():
     backends.forget()
     yield
     backends.forget()
