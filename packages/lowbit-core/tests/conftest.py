@@ -13,7 +13,8 @@ from lowbit.testing import Loopback, installed_backends, only_backends
 THROUGH = ["reference", "loopback", "packed loopback"]
 
 
-@pytest.fixture(autouse=True, scope="session")
+# A fixture of a session would outlast these tests.
+@pytest.fixture(autouse=True, scope="module")
 def alone():
     with only_backends("reference"):
         yield
