@@ -19,12 +19,19 @@ import lowbit as lb
 from lowbit import backends
 from lowbit.backends import Call
 from lowbit.packed import PackedTensor
-from lowbit.testing import check_backend, product_bound, sample
+from lowbit.testing import check_backend, only_backends, product_bound, sample
 
 SOURCE = Path(__file__).parent / "third_party_backend"
 CALL = Call("linear", lb.INT8_ROW, None, "cpu", torch.float32, 64, 256)
 OTHER = ('name = "lowbit-demo"', 'name = "other-demo"')
 BROKEN = ("import torch\n", "import torch\nimport moon_driver\n")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def alone():
+    """Beside the reference, whatever kernels for this machine are installed."""
+    with only_backends("reference", "demo", "other"):
+        yield
 
 
 @pytest.fixture(scope="session")
