@@ -85,6 +85,24 @@ def test_the_products_that_linear_decomposes_to(spec):
     torch.testing.assert_close(found[1], found[0], rtol=0, atol=6 * 2.0**-23 * float(found[0].abs().max()))
 
 
+def test_a_weight_that_lies_sideways_is_multiplied_as_it_lies():
+    """As transformers' Conv1D has it: (K, N), and K is what is summed over."""
+    q = quantize(sample((32, 6)), "INT8_ROW_ASYM", axis=0, activation="dynamic:INT8_ROW_ASYM")
+    packed, bias, x = PackedTensor.from_quantized(q, ROW_SUMS), sample((6,), seed=2), sample((5, 32), seed=1)
+    assert packed.shape == (32, 6)
+    assert torch.equal(x @ packed, x @ q)
+    assert torch.equal(torch.addmm(bias, x, packed), torch.addmm(bias, x, q))
+    assert torch.equal(functional.linear(x, packed.t(), bias), functional.linear(x, q.t(), bias))
+    check_parts(packed.unpack(), q)
+    y = x.clone().requires_grad_()
+    (y @ packed).backward(sample((5, 6), seed=3))
+    wanted = sample((5, 6), seed=3) @ q.dequantize().t()
+    torch.testing.assert_close(y.grad, wanted, rtol=0, atol=6 * 2.0**-23 * float(wanted.abs().max()))
+    for refused in (lambda: functional.linear(torch.zeros(2, 6), packed), lambda: torch.zeros(2, 6) @ packed.t()):
+        with pytest.raises(NotPortableError):
+            refused()
+
+
 def test_gradient_to_the_bias_alone():
     bias = sample((6,), seed=2).requires_grad_()
     functional.linear(sample((5, 32)), PackedTensor.from_quantized(weight(), ROW_SUMS), bias).sum().backward()

@@ -193,13 +193,15 @@ def _grouped_mm(
 
 
 def _mm(*operands: Tensor) -> Tensor:
-    """`x @ w.t()` with or without a bias before it, and in a backward pass `g @ w`."""
+    """`x @ w.t()` with or without a bias before it, where w reads as (N, K), and in a backward pass `g @ w`."""
     *bias, x, weight = operands
-    if not bias and isinstance(weight, PackedTensor) and not weight.transposed and in_backward():
-        return _decoded(x, weight)
-    if not isinstance(weight, PackedTensor) or not weight.transposed:
+    if not isinstance(weight, PackedTensor):
         raise NotPortableError(_refusal("x @ w"))
-    return _linear(x, weight.seen(transposed=False), *bias)
+    if _reads(weight, "linear"):
+        if bias or not in_backward():
+            raise NotPortableError(_refusal("x @ w"))
+        return _decoded(x, weight)
+    return _linear(x, weight.seen(transposed=not weight.transposed), *bias)
 
 
 def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any) -> Any:  # noqa: A002
@@ -258,7 +260,8 @@ class _GroupedMM(torch.autograd.Function):
 def _decoded(grad: Tensor, weight: PackedTensor) -> Tensor:
     """`grad @ w` with the values of the canonical weight, smoothed as the forward pass smooths its input."""
     canonical = weight.unpack()
-    to_x = grad @ canonical.dequantize(grad.dtype)
+    values = canonical.dequantize(grad.dtype)
+    to_x = grad @ (values.t() if _sideways(weight) else values)
     return to_x if canonical.pre_scale is None else to_x * canonical.pre_scale.to(to_x.dtype)
 
 
@@ -305,8 +308,15 @@ def _operand(weight: Tensor, op: str) -> PackedTensor:
 
 
 def _reads(weight: PackedTensor, op: str) -> bool:
-    """Whether a weight lies as the op takes it: experts as (E, K, N), others as they are stored."""
+    """Whether a weight lies as the op takes it: experts as (E, K, N), the weight of a linear as (N, K), a table by rows."""
+    if op == "linear":
+        return weight.transposed == _sideways(weight)
     return weight.transposed == (op == "grouped_mm" and weight.description.layout.permutation == (0, 1, 2))
+
+
+def _sideways(weight: PackedTensor) -> bool:
+    """Whether a matrix is a parameter of shape (K, N), as that of transformers' Conv1D."""
+    return weight.description.layout.permutation == (1, 0)
 
 
 def _refusal(func: Any) -> str:
