@@ -308,7 +308,7 @@ def _operand(weight: Tensor, op: str) -> PackedTensor:
 
 
 def _reads(weight: PackedTensor, op: str) -> bool:
-    """Whether a weight lies as the op takes it: experts as (E, K, N), the weight of a linear as (N, K), a table by rows."""
+    """Whether a weight lies as the op takes it: experts as (E, K, N), that of a linear as (N, K), a table by rows."""
     if op == "linear":
         return weight.transposed == _sideways(weight)
     return weight.transposed == (op == "grouped_mm" and weight.description.layout.permutation == (0, 1, 2))
