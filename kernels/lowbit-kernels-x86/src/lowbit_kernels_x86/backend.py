@@ -50,10 +50,13 @@ def _embedding(*args: Any) -> Any:
 
 
 def _embedding_bag(ids: Any, offsets: Any, weights: Any, *rest: Any) -> Any:
-    if not torch.compiler.is_compiling():
-        check_bags(ids, offsets)
     by = None if weights is None else weights.float()
-    return torch.ops.lowbit_x86.embedding_bag.default(*_contiguous((ids, offsets, by, *rest)))
+    try:
+        return torch.ops.lowbit_x86.embedding_bag.default(*_contiguous((ids, offsets, by, *rest)))
+    except RuntimeError:
+        # The library has looked; lowbit's own words for what it found, if it is that.
+        check_bags(ids, offsets)
+        raise
 
 
 def _dequantize(*args: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.compiler import is_exporting
@@ -74,7 +72,7 @@ def bag_arguments(
 
 
 def pool(
-    values: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, mode: Any, padding: int, *, last: bool
+    values: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor | None, mode: str, padding: int, *, last: bool
 ) -> Tensor:
     """Float64 (B, D) of rows' values (M, D), row ids (M,): the sum, mean or maximum of each bag's; of an empty one 0.
 

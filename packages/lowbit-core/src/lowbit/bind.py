@@ -156,8 +156,10 @@ def unbind(model: nn.Module) -> None:
 
 def use_of(module: nn.Module, rank: int) -> str:
     """The op through which a module of this kind uses a quantized parameter of `rank` dims."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "embedding" if isinstance(module, nn.Embedding) else "embedding_bag"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if isinstance(module, nn.EmbeddingBag):
+        return "embedding_bag"
     return "grouped_mm" if rank == 3 else "linear"
 
 

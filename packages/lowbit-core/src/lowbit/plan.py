@@ -31,6 +31,9 @@ from lowbit.tensor import QuantizedTensor
 
 _QUANTIZABLE: Final = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+# Modules that look rows up in a table, which have nothing to round, and their ops.
+_TABLES = {"Embedding": "embedding", "EmbeddingBag": "embedding_bag"}
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -264,7 +267,7 @@ def _axis_misfit(group: Sequence[Parameter], rule: Rule, weight: Format, by: str
         if any(_convolves(p) for p in group):
             why = rule.activation.convolution_misfit
             return None if why is None else f"is the weight of a convolution, and {by}: {why}"
-        if not all(_op(p).startswith("embedding") for p in group):
+        if any(_op(p) not in _TABLES.values() for p in group):
             misfit = _shape_misfit(first, rule, rule.activation.format, (1, canonical[-1]), by)
     return misfit
 
@@ -292,9 +295,7 @@ def _other_axis(parameter: Parameter, rest: tuple[int, ...], group: int) -> str:
 
 def _sums_last(parameter: Parameter) -> bool:
     """Whether what the parameter is says where its columns are."""
-    return parameter.name.rpartition(".")[2] == "weight" and not {"Linear", "Embedding", "EmbeddingBag"}.isdisjoint(
-        parameter.modules
-    )
+    return parameter.name.rpartition(".")[2] == "weight" and not {"Linear", *_TABLES}.isdisjoint(parameter.modules)
 
 
 def _rows(group: Sequence[Parameter], rule: Rule | None, *, fits: bool, device: str) -> dict[str, Row]:
@@ -312,7 +313,7 @@ def _rows(group: Sequence[Parameter], rule: Rule | None, *, fits: bool, device: 
     for parameter in group:
         op = _op(parameter)
         # A table is indexed by its input, and has nothing to round.
-        activation = None if rule is None or fmt is None or op.startswith("embedding") else rule.activation
+        activation = None if rule is None or fmt is None or op in _TABLES.values() else rule.activation
         tied = None if parameter is first else first.name
         kernel, reason = None, why
         if fmt is not None:
@@ -344,7 +345,7 @@ def _convolves(parameter: Parameter) -> bool:
 
 def _op(parameter: Parameter) -> str:
     """The op of lowbit's own that uses the parameter; empty if none does."""
-    for module, op in (("Embedding", "embedding"), ("EmbeddingBag", "embedding_bag")):
+    for module, op in _TABLES.items():
         if module in parameter.modules:
             return op
     if len(parameter.shape) > 3 or "_ConvNd" in parameter.modules:
