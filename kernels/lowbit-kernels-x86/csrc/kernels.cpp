@@ -318,21 +318,19 @@ uint32_t flip_of(const Format& format, const void* zero) {
   return zero != nullptr && format.element.is_signed ? 0x80000000u : 0;
 }
 
-// Scales are read one at a time, behind which W may not exist.
+// Scales and zero points are read one at a time, behind which W may not exist.
 float scale_at(const void* scale, Scale kind, int64_t at) {
+  const char* const from = static_cast<const char*>(scale) + at * size_of(kind);
+  if (kind == Scale::float32) return load<float>(from);
   char bytes[4 * W] = {};
-  switch (size_of(kind)) {
-    case 4: std::memcpy(bytes, static_cast<const char*>(scale) + 4 * at, 4); break;
-    case 2: std::memcpy(bytes, static_cast<const char*>(scale) + 2 * at, 2); break;
-    default: bytes[0] = static_cast<const char*>(scale)[at];
-  }
-  return kind == Scale::float32 ? *reinterpret_cast<const float*>(bytes) : load_scale(bytes, kind, 0)[0];
+  std::memcpy(bytes, from, size_of(kind));
+  return load_scale(bytes, kind, 0)[0];
 }
 
 float zero_at(const void* zero, const Format& format, int64_t at) {
   if (zero == nullptr) return 0;
-  const int code = format.zero_signed ? static_cast<const int8_t*>(zero)[at] : static_cast<const uint8_t*>(zero)[at];
-  return static_cast<float>(format.element.is_signed ? code + (1 << (format.element.bits - 1)) : code);
+  char bytes[W] = {static_cast<const char*>(zero)[at]};
+  return load_zero(bytes, format, 0)[0];
 }
 
 template <class Code>
@@ -462,7 +460,8 @@ void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
 
 extern const Kernels kernels;
 const Kernels kernels{
-    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, pool, narrow, round_token, mark_columns, integers,
+    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, pool, narrow, round_token,
+    mark_columns, integers,
 };
 
 }  // namespace LOWBIT_ISA
