@@ -77,14 +77,15 @@ const void* pointer(const std::optional<Tensor>& tensor) { return tensor ? tenso
 // The rows of one expert, or of the only matrix.
 struct Experts {
   Packed first;
-  int64_t tiles, words, groups;
+  // Of one's tensor scales to the next's: 0 where all share them.
+  int64_t tiles, words, groups, tensor_scales;
 
   Packed at(int64_t expert) const {
     Packed w = first;
     w.codes += expert * tiles * words * TILE;
     w.scale = static_cast<const char*>(w.scale) + expert * tiles * groups * TILE * size_of(w.format.scale);
     if (w.zero != nullptr) w.zero = static_cast<const char*>(w.zero) + expert * tiles * groups * TILE;
-    if (w.tensor_scale != nullptr) w.tensor_scale += expert * (w.tensor_scales == 1 ? 1 : tiles * TILE);
+    if (w.tensor_scale != nullptr) w.tensor_scale += expert * tensor_scales;
     return w;
   }
 };
@@ -188,7 +189,7 @@ lowbit::Activation activation_of(const std::string& spec, const std::optional<Te
   return how;
 }
 
-// x (.., K), codes (E, tiles, words, 16), scale and zero (E, tiles, groups, 16), tensor_scale (E, 1 or tiles * 16)
+// x (.., K), codes (E, tiles, words, 16), scale and zero (E, tiles, groups, 16), tensor_scale (1 or E, 1 or tiles * 16)
 // -> (.., N); with offs (E,), the ends of experts' rows.
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& zero,
               const std::optional<Tensor>& tensor_scale, const std::optional<Tensor>& pre_scale,
@@ -213,8 +214,11 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
                   "a tensor scale must be given where the format has one, and only there");
   if (tensor_scale) {
     check(*tensor_scale, "tensor_scale", {ScalarType::Float});
-    tensor_scales = tensor_scale->numel() == experts ? 1 : tiles * TILE;
-    check_numel(*tensor_scale, "tensor_scale", experts * tensor_scales);
+    STD_TORCH_CHECK(tensor_scale->dim() == 2 && (tensor_scale->size(0) == 1 || tensor_scale->size(0) == experts) &&
+                        (tensor_scale->size(1) == 1 || tensor_scale->size(1) == tiles * TILE),
+                    "tensor_scale must be of 1 or ", experts, " experts and 1 or ", tiles * TILE, " rows; it has ",
+                    told(*tensor_scale));
+    tensor_scales = tensor_scale->size(1);
   }
   if (pre_scale) {
     check(*pre_scale, "pre_scale", {x.scalar_type()});
@@ -248,7 +252,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   if (out.numel() == 0) return out;
   const Experts of{{format, n, k, static_cast<const uint32_t*>(codes.const_data_ptr()), scale.const_data_ptr(),
                     pointer(zero), static_cast<const float*>(pointer(tensor_scale)), tensor_scales},
-                   tiles, words, groups};
+                   tiles, words, groups, tensor_scale && tensor_scale->size(0) > 1 ? tensor_scales : 0};
   const Type type = type_of(x.scalar_type());
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());

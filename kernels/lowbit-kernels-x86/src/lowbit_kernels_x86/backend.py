@@ -59,8 +59,11 @@ def _embedding_bag(ids: Any, offsets: Any, weights: Any, *rest: Any) -> Any:
         raise
 
 
-def _dequantize(*args: Any) -> Any:
-    return torch.ops.lowbit_x86.dequantize.default(*_contiguous(args))
+def _dequantize(qdata: torch.Tensor, scale: Any, zero: Any, tensor_scale: Any, *rest: Any) -> Any:
+    if tensor_scale is not None:
+        # One that matrices share is each one's.
+        tensor_scale = tensor_scale.expand(*qdata.shape[:-2], *tensor_scale.shape[-2:])
+    return torch.ops.lowbit_x86.dequantize.default(*_contiguous((qdata, scale, zero, tensor_scale, *rest)))
 
 
 def _contiguous(args: tuple[Any, ...]) -> list[Any]:

@@ -90,7 +90,8 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
             inner[name] = found.reshape(*stack, *found.shape[-2:])
         elif name == "tensor_scale":
             found = part[..., None] if part.shape[-1] == 1 else _rows(part[:, :n, None], rows)
-            inner[name] = found.reshape(*stack, -1, 1)
+            shared = part.shape[0] == 1
+            inner[name] = found.reshape(*((1,) * len(stack) if shared else stack), -1, 1)
         else:
             inner[name] = part
     return {name: part.contiguous() for name, part in inner.items()}

@@ -485,6 +485,9 @@ def _variants(weight: QuantizedTensor) -> list[tuple[str, QuantizedTensor]]:
         rows = 2.0 ** (torch.arange(weight.scale.shape[-2]) % 3)
         unequal = weight.tensor_scale * rows.view(-1, 1)
         found.append(("a tensor scale a row", weight.with_inner({**inner, "tensor_scale": unequal})))
+        if weight.dim() > 2:
+            shared = weight.tensor_scale[(slice(1),) * (weight.dim() - 2)]
+            found.append(("a tensor scale of all matrices", weight.with_inner({**inner, "tensor_scale": shared})))
     return found
 
 
