@@ -238,7 +238,7 @@ void round_token(const float* x, int64_t k, const Activation& how, const Format&
         for (int64_t j = k - i; j < W; ++j) byte[j] = 0;
       }
       sum += byte;
-      store(bytes.get() + i, __builtin_convertvector(byte, Bytes));
+      store(bytes.get() + i, narrowed((U)byte));
     }
     int32_t total = 0;
     for (int j = 0; j < W; ++j) total += sum[j];

@@ -1,8 +1,10 @@
 // Compiled once for each instruction set, LOWBIT_ISA, with that set's flags.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <memory>
+#include <numeric>
 
 #include "vectors.h"
 
@@ -246,8 +248,8 @@ void many(const Packed& w, const float* x, int64_t stride, int64_t tokens, const
   });
 }
 
-void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
-  int64_t at = 0;
+template <Type type>
+void widen_as(const void* x, const void* by, int64_t count, float* to) {
   auto some = [&](const void* x, const void* by, int64_t at) {
     F value = load_as(x, type, at);
     if (by == nullptr) return value;
@@ -257,6 +259,10 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
     store_as(rounded, type, 0, value);
     return load_as(rounded, type, 0);
   };
+  int64_t at = 0;
+  if (by == nullptr) {
+    for (; at + W <= count; at += W) store(to + at, load_as(x, type, at));
+  }
   for (; at + W <= count; at += W) store(to + at, some(x, by, at));
   if (at == count) return;
   char rest[4 * W] = {}, factors[4 * W] = {};
@@ -266,6 +272,14 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
   }
   const F value = some(rest, by == nullptr ? nullptr : factors, 0);
   std::memcpy(to + at, &value, (count - at) * sizeof(float));
+}
+
+void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
+  switch (type) {
+    case Type::float32: return widen_as<Type::float32>(x, by, count, to);
+    case Type::bfloat16: return widen_as<Type::bfloat16>(x, by, count, to);
+    default: return widen_as<Type::float16>(x, by, count, to);
+  }
 }
 
 // W codes of a row from `at` on, which begins a byte, at the top of each lane; of the lanes of a run, those before it.
@@ -318,20 +332,27 @@ uint32_t flip_of(const Format& format, const void* zero) {
   return zero != nullptr && format.element.is_signed ? 0x80000000u : 0;
 }
 
-// Scales and zero points are read one at a time, behind which W may not exist.
-float scale_at(const void* scale, Scale kind, int64_t at) {
-  const char* const from = static_cast<const char*>(scale) + at * size_of(kind);
-  if (kind == Scale::float32) return load<float>(from);
+// `count` scales or zero points from `at` on, behind which W may not exist.
+F scales_at(const void* scale, Scale kind, int64_t at, int64_t count) {
+  if (count >= W) return load_scale(scale, kind, at);
   char bytes[4 * W] = {};
-  std::memcpy(bytes, from, size_of(kind));
-  return load_scale(bytes, kind, 0)[0];
+  std::memcpy(bytes, static_cast<const char*>(scale) + at * size_of(kind), count * size_of(kind));
+  return load_scale(bytes, kind, 0);
 }
 
-float zero_at(const void* zero, const Format& format, int64_t at) {
-  if (zero == nullptr) return 0;
-  char bytes[W] = {static_cast<const char*>(zero)[at]};
-  return load_zero(bytes, format, 0)[0];
+F zeros_at(const void* zero, const Format& format, int64_t at, int64_t count) {
+  if (zero == nullptr) return F{};
+  if (count >= W) return load_zero(zero, format, at);
+  char bytes[W] = {};
+  std::memcpy(bytes, static_cast<const char*>(zero) + at, count);
+  return load_zero(bytes, format, 0);
 }
+
+float scale_at(const void* scale, Scale kind, int64_t at) {
+  return kind == Scale::float32 ? static_cast<const float*>(scale)[at] : scales_at(scale, kind, at, 1)[0];
+}
+
+float zero_at(const void* zero, const Format& format, int64_t at) { return zeros_at(zero, format, at, 1)[0]; }
 
 template <class Code>
 void decode_row(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
@@ -451,6 +472,7 @@ void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
   }
 }
 
+#include "casts.h"
 #include "integers.h"
 
 #define LOWBIT_TEXT(name) LOWBIT_QUOTED(name)
@@ -461,7 +483,7 @@ void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
 extern const Kernels kernels;
 const Kernels kernels{
     LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, pool, narrow, round_token,
-    mark_columns, integers,
+    mark_columns, integers, extents, choose, draw, encode,
 };
 
 }  // namespace LOWBIT_ISA

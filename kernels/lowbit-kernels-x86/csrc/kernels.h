@@ -59,6 +59,24 @@ struct Codes {
   uint8_t* ones;
 };
 
+// How scales come of what blocks extend to: of largest magnitudes, or of ranges where there are zero points.
+struct Rounding {
+  // What they are divided by; of powers of two the exponent of the format's largest number, and the 23 bits of mantissa
+  // beyond which the next power is taken.
+  float divisor;
+  int top_exponent;
+  int32_t mantissa_bound;
+};
+
+// What `encode` writes to on its way: numbers of a row's blocks, in whole STEPs, and k + 8 bytes. And what is read
+// next, in numbers of `size` bytes: as many as the row has.
+struct Scratch {
+  float *low, *high;
+  uint8_t* codes;
+  const char* next;
+  int64_t size;
+};
+
 // A row of a bag: codes, the first of its scales, and what all its values are multiplied by.
 struct Member {
   const uint8_t* codes;
@@ -98,6 +116,17 @@ struct Kernels {
   // with scales of multiples of 32 columns, or of all.
   void (*integers)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
                    int64_t first, int64_t last);
+  // Of blocks of one row x, `k` numbers and zeros up to STEP: the largest magnitude, or what is not finite, in `high`;
+  // with zero points the lowest number and the highest, neither beyond 0, or NaN in both. Both have room for whole STEPs.
+  void (*extents)(const float* x, int64_t k, const Format& format, float* low, float* high);
+  // Scales and zero points from the one numbered `at` on, for those of `groups` blocks.
+  void (*choose)(const float* low, const float* high, int64_t groups, const Format& format, const Rounding& how,
+                 float tensor_scale, void* scale, void* zero, int64_t at);
+  // What rounds stochastically `count` numbers from the one numbered `first` on.
+  void (*draw)(uint64_t seed, uint64_t first, int64_t count, float* noise);
+  // The codes of such a row, by `noise`, in whole STEPs, where it is not null.
+  void (*encode)(const float* x, int64_t k, const Format& format, const void* scale, const void* zero, int64_t at,
+                 float tensor_scale, const float* noise, const Scratch& scratch, uint8_t* codes);
 };
 
 }  // namespace lowbit

@@ -4,10 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -332,6 +335,118 @@ struct Table {
   }
 };
 
+float largest_of(const lowbit::Element& element) {
+  if (!element.is_float) return static_cast<float>((1 << (element.bits - element.is_signed)) - 1);
+  const bool has_infinity = element.exponent == 5;
+  // Of e4m3fn the last code is NaN.
+  const float fraction = element.exponent == 4 ? 1.75f : 2 - std::ldexp(1.0f, -element.mantissa);
+  return std::ldexp(fraction, (1 << element.exponent) - 1 - has_infinity - element.bias);
+}
+
+// Unbiased exponent and mantissa of a number that is not negative.
+std::pair<int, int32_t> fields(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return {(bits >> 23) - 127, bits & 0x7fffff};
+}
+
+lowbit::Rounding rounding_of(const Format& format, const std::string& mode) {
+  const lowbit::Element& element = format.element;
+  const float largest = largest_of(element), steps = static_cast<float>((1 << element.bits) - 1);
+  const bool halves = !element.is_float && element.is_signed;
+  const auto [exponent, mantissa] = fields(largest);
+  const int kept = element.is_float ? element.mantissa : element.bits - 1 - element.is_signed;
+  constexpr int32_t full = 1 << 23;
+  lowbit::Rounding how{format.zero ? steps : halves ? steps / 2 : largest, exponent, full};
+  if (mode == "ceil") {
+    how.mantissa_bound = 0;
+  } else if (mode == "even") {
+    how.mantissa_bound = full - (full >> (kept + 1)) - 1;
+  } else if (mode == "rceil") {
+    how.mantissa_bound = mantissa;
+  } else {
+    STD_TORCH_CHECK(mode == "floor", "mode must be floor, ceil, even or rceil; it is ", mode);
+  }
+  return how;
+}
+
+// The least power of two by which a scale of that largest number fits the scales' range.
+float tensor_scale_of(float amax, const Format& format) {
+  if (!(amax > 0)) return 1;
+  const auto [exponent, mantissa] = fields(amax);
+  const auto [limit, limit_mantissa] = fields(largest_of(format.element) * 448);
+  return std::ldexp(1.0f, std::clamp(exponent - limit + (mantissa > limit_mantissa), -126, 127));
+}
+
+// Rounds x (.., K) into its parts: `choose` the scales and zero points, or take them as they are; so the tensor scale,
+// one a matrix or one a row. With a seed to the next code up or down, by chance.
+void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const std::optional<Tensor>& zero,
+              const std::optional<Tensor>& tensor_scale, const std::string& spec, const std::string& mode, bool choose,
+              bool choose_tensor_scale, std::optional<int64_t> seed) {
+  STD_TORCH_CHECK(x.dim() > 0, "x must have a dimension");
+  check(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  const int64_t k = x.size(x.dim() - 1);
+  const Table table(data, scale, zero, tensor_scale, spec, k);
+  const Format& format = table.format;
+  STD_TORCH_CHECK(format.rows == 1, "scales must be of one row; this is ", spec);
+  STD_TORCH_CHECK(table.rows * k == x.numel(), "data must have a row for each of x, which has ", told(x), "; it has ",
+                  told(data));
+  if (x.numel() == 0) return;
+  const lowbit::Rounding how = rounding_of(format, mode);
+  const lowbit::Kernels& kernels = lowbit::kernels();
+  const Type type = type_of(x.scalar_type());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  uint8_t* codes = static_cast<uint8_t*>(data.mutable_data_ptr());
+  void* scales = scale.mutable_data_ptr();
+  void* zeros = zero ? zero->mutable_data_ptr() : nullptr;
+  const int64_t groups = table.groups, room = up(groups, STEP), grain = std::max<int64_t>(1, 16384 / k);
+  std::vector<float> highs;
+  auto widened = [&](int64_t row, std::vector<float>& values) {
+    values.resize(up(k, STEP));
+    kernels.widen(from + row * k * size_of(type), type, nullptr, k, values.data());
+  };
+  if (choose_tensor_scale) {
+    highs.resize(table.rows * room);
+    torch::stable::parallel_for(0, table.rows, grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> values;
+      for (int64_t row = begin; row < end; ++row) {
+        widened(row, values);
+        kernels.extents(values.data(), k, format, nullptr, highs.data() + row * room);
+      }
+    });
+    float* const chosen = static_cast<float*>(tensor_scale->mutable_data_ptr());
+    for (int64_t matrix = 0; matrix < table.matrices; ++matrix) {
+      float amax = 0;
+      for (int64_t row = matrix * table.matrix; row < (matrix + 1) * table.matrix; ++row) {
+        for (int64_t group = 0; group < groups; ++group) {
+          const float here = highs[row * room + group];
+          if (std::isfinite(here)) amax = std::max(amax, here);
+        }
+      }
+      chosen[matrix] = tensor_scale_of(amax, format);
+    }
+  }
+  torch::stable::parallel_for(0, table.rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> values, low(room), high(room), noise(seed ? up(k, STEP) : 0);
+    std::vector<uint8_t> bytes(k + 8);
+    lowbit::Scratch scratch{low.data(), high.data(), bytes.data(), from, size_of(type)};
+    for (int64_t row = begin; row < end; ++row) {
+      widened(row, values);
+      scratch.next = from + std::min(row + 1, end - 1) * k * size_of(type);
+      table.row(row, [&](const uint8_t*, int64_t at, float factor) {
+        if (choose) {
+          if (!choose_tensor_scale) kernels.extents(values.data(), k, format, low.data(), high.data());
+          const float* tops = choose_tensor_scale ? highs.data() + row * room : high.data();
+          kernels.choose(low.data(), tops, groups, format, how, factor, scales, zeros, at);
+        }
+        if (seed) kernels.draw(*seed, row * k, k, noise.data());
+        kernels.encode(values.data(), k, format, scales, zeros, at, factor, seed ? noise.data() : nullptr, scratch,
+                       codes + row * table.bytes);
+      });
+    }
+  });
+}
+
 // Integers of 32 or 64 bits.
 struct Ids {
   const void* data;
@@ -466,6 +581,9 @@ STABLE_TORCH_LIBRARY(lowbit_x86, library) {
       "embedding_bag(Tensor ids, Tensor offsets, Tensor? per_sample_weights, Tensor qdata, Tensor scale, Tensor? zero, "
       "Tensor? tensor_scale, str mode, int padding_idx, bool include_last_offset, str format, SymInt k, "
       "ScalarType dtype) -> Tensor");
+  library.def(
+      "quantize(Tensor x, Tensor(a!) data, Tensor(b!) scale, Tensor(c!)? zero, Tensor(d!)? tensor_scale, str format, "
+      "str mode, bool choose, bool choose_tensor_scale, int? seed) -> ()");
   library.def("isa() -> str");
 }
 
@@ -474,6 +592,7 @@ STABLE_TORCH_LIBRARY_IMPL(lowbit_x86, CPU, library) {
   library.impl("embedding", TORCH_BOX(&embedding));
   library.impl("embedding_bag", TORCH_BOX(&embedding_bag));
   library.impl("dequantize", TORCH_BOX(&dequantize));
+  library.impl("quantize", TORCH_BOX(&quantize));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lowbit_x86, CompositeExplicitAutograd, library) { library.impl("isa", TORCH_BOX(&isa)); }

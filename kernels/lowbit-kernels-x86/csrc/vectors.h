@@ -57,6 +57,7 @@ inline F fma(F a, F b, F c) {
 #endif
 }
 
+// b where one is no number.
 inline F least(F a, F b) {
 #if defined(__AVX512F__)
   return _mm512_min_ps(a, b);
@@ -67,7 +68,15 @@ inline F least(F a, F b) {
 #endif
 }
 
-inline F most(F a, F b) { return -least(-a, -b); }
+inline F most(F a, F b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return _mm_max_ps(a, b);
+#endif
+}
 
 // Unsigned numbers as wide as a lane; the compiler takes them apart one by one.
 inline U widened(Bytes bytes) {
@@ -90,6 +99,36 @@ inline U widened(Halves halves) {
 #endif
 }
 
+// The lowest byte of each lane, which the compiler takes apart too.
+inline Bytes narrowed(U x) {
+#if defined(__AVX512F__)
+  return (Bytes)_mm512_cvtepi32_epi8((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i first = _mm256_set1_epi32(0x0c080400);
+  const __m256i fours = _mm256_shuffle_epi8((__m256i)x, first);
+  const __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+  return (Bytes)_mm_cvtsi128_si64(both);
+#else
+  return __builtin_convertvector(x, Bytes);
+#endif
+}
+
+// The same of four vectors, one after another.
+inline void store_bytes(void* to, const U (&x)[4]) {
+#if defined(__AVX512F__)
+  for (int i = 0; i < 4; ++i) store(static_cast<uint8_t*>(to) + i * W, narrowed(x[i]));
+#elif defined(__AVX2__)
+  const __m256i a = _mm256_packs_epi32((__m256i)(x[0] & 255u), (__m256i)(x[1] & 255u));
+  const __m256i b = _mm256_packs_epi32((__m256i)(x[2] & 255u), (__m256i)(x[3] & 255u));
+  const __m256i halves = _mm256_packus_epi16(a, b);
+  store(to, _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#else
+  const __m128i a = _mm_packs_epi32((__m128i)(x[0] & 255u), (__m128i)(x[1] & 255u));
+  const __m128i b = _mm_packs_epi32((__m128i)(x[2] & 255u), (__m128i)(x[3] & 255u));
+  store(to, _mm_packus_epi16(a, b));
+#endif
+}
+
 // W signed bytes.
 inline I signed_bytes(const void* from) {
 #if defined(__AVX512F__)
@@ -100,6 +139,9 @@ inline I signed_bytes(const void* from) {
   return (I)(widened(load<Bytes>(from)) << 24) >> 24;
 #endif
 }
+
+// Into the cache; the compiler drops what is left of functions that do nothing but __builtin_prefetch.
+inline void fetch(const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); }
 
 template <int... P, class Body>
 inline void each(std::integer_sequence<int, P...>, const Body& body) {
@@ -115,7 +157,9 @@ inline void unroll(const Body& body) {
 // Values of codes whose highest bit stands in bit 31; what stands below the code does not count.
 template <int E, int M, int Bias>
 struct FloatCode {
-  static constexpr int bits = 1 + E + M;
+  static constexpr int bits = 1 + E + M, mantissa = M, bias = Bias;
+  // The code of the largest number: beyond stand infinity and NaN.
+  static constexpr int largest = (1 << (E + M)) - (E == 5 ? 5 : E == 4 ? 2 : 1);
   static constexpr bool offset = false;
   static inline F value(U top) {
     const U sign = top & 0x80000000u;

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import lowbit
-from lowbit.backends import Description
+from lowbit.backends import Description, kernel
+from lowbit.errors import FormatError
 from lowbit.testing import sample
-from lowbit_kernels_x86 import library, weights
+from lowbit_kernels_x86 import casts, library, weights
 from lowbit_kernels_x86.backend import backend
 
 FLAGS = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
@@ -110,6 +111,60 @@ def test_products_of_integers_are_exact(isa):
     """Scales of 1, sums below 2^24: float32 has every bit, of the largest codes and of those that are cut off."""
     done = in_process(EXACT, isa)
     assert done.returncode == 0, done.stderr
+
+
+SPECS = [
+    *("int8:1x*:float32", "int4:1x40:bfloat16", "uint3:1x8:float16:zero=uint3", "int5:1x24:float32:zero=int8"),
+    *("uint1:1x5:float32", "int1:1x16:e8m0", "e2m1:1x16:e4m3fn:tensor", "e2m3:1x32:e8m0", "e5m2:1x*:float32"),
+    *("e4m3fn:1x48:e8m0", "e3m2:1x64:e4m3fn", "uint4:1x128:e4m3fn:zero=uint4"),
+]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_codes_are_the_references(spec, rounding):
+    """To the bit, of rows that end within a vector, of tiny and huge numbers and of those halfway between codes."""
+    run, reference, fmt = casts.quantize, kernel("reference.quantize").run, lowbit.Format.parse(spec)
+    group = fmt.block[-1] or 7
+    generator = torch.Generator().manual_seed(0)
+    for trial, magnitude in enumerate((1.0, 3e-38, 2e38, 1e-3, 40.0)):
+        shape = (*((2, 3)[: trial % 3]), group * (2 * trial + 1))
+        x = torch.randn(shape, generator=generator) * magnitude
+        x = x.round() / 2 if magnitude == 40 else x
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            # Of what is not finite any codes will do.
+            most = torch.finfo(dtype).max / 4
+            values = x.clamp(-most, most).to(dtype)
+            for mode in ("floor", "ceil", "even", "rceil") if fmt.scale.powers_of_two else ("even",):
+                how = spec, mode, rounding, trial - 2
+                found, wanted = run(values, None, None, None, *how), reference(values, None, None, None, *how)
+                assert all(map(same_bits, found, wanted)), (shape, dtype, mode)
+            scale, *rest = wanted[1:]
+            given = scale, rest.pop(0) if fmt.zero else None, rest.pop(0) if fmt.tensor_scale else None
+            assert all(map(same_bits, run(values * 2, *given, *how), reference(values * 2, *given, *how)))
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_values_without_a_row_and_bad_arguments():
+    for shape in ((0, 32), (3, 0), (2, 0, 32)):
+        spec = "int8:1x*:float32" if shape[-1] == 0 else "e2m1:1x32:e8m0"
+        arguments = torch.ones(shape), None, None, None, spec, "even", "nearest", 0
+        assert all(map(same_bits, casts.quantize(*arguments), kernel("reference.quantize").run(*arguments)))
+    x, scale = torch.ones(2, 64), torch.ones(2, 1)
+    for words, arguments in {
+        "scale mode 'up' is unknown": (x, None, None, None, "e2m1:1x32:e8m0", "up", "nearest", 0),
+        "rounding 'up' is unknown": (x, None, None, None, "e2m1:1x32:e8m0", "even", "up", 0),
+        "not a multiple of block 32": (x[:, :40], None, None, None, "e2m1:1x32:e8m0", "even", "nearest", 0),
+        "scale is torch.float32": (x, scale, None, None, "int8:1x32:float32", "even", "nearest", 0),
+        "has no tensor scale": (x, None, None, scale, "int8:1x*:float32", "even", "nearest", 0),
+        "needs zero points": (x, scale, None, None, "int8:1x*:float32:zero=int8", "even", "nearest", 0),
+        "needs tensor scale": (x, torch.ones(2, 4).to(torch.float8_e4m3fn), None, None, "NVFP4", "even", "nearest", 0),
+    }.items():
+        with pytest.raises(FormatError, match=re.escape(words)):
+            casts.quantize(*arguments)
 
 
 def test_values_that_are_not_finite_stay():

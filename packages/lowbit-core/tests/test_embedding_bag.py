@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 import lowbit
-from lowbit.errors import FormatError, UnsupportedOpError
+from lowbit.errors import FormatError, RowError, UnsupportedOpError
 from lowbit.packed import PackedTensor
 from lowbit.recipe import Recipe, Rule
 from lowbit.tensor import QuantizedTensor
@@ -101,7 +101,7 @@ def test_what_makes_no_bags_is_refused(arguments, options, kind, told):
 
 def test_a_row_that_is_not_there_is_refused():
     for row in (20, -1):
-        with pytest.raises((IndexError, RuntimeError)):
+        with pytest.raises(RowError, match=f"row {row} is not in the table, which has 20 rows"):
             functional.embedding_bag(torch.tensor([0, row]), table("INT8_ROW"), torch.tensor([0]))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowbit import FormatError, UnsupportedOpError, quantize
+from lowbit import FormatError, RowError, UnsupportedOpError, quantize
 from lowbit.testing import FORMAT_GRID, product_bound, sample, shapes
 
 pytestmark = pytest.mark.usefixtures("through")
@@ -101,7 +101,7 @@ def test_embedding(fmt, mode, through):
 def test_embedding_refuses_what_f_embedding_refuses():
     q = quantize(sample((6, 32)), "INT4_G32")
     for wrong in (-1, 6):
-        with pytest.raises(IndexError):
+        with pytest.raises(RowError, match=f"row {wrong} is not in the table, which has 6 rows"):
             functional.embedding(torch.tensor([wrong]), q)
     with pytest.raises(UnsupportedOpError, match="max_norm"):
         functional.embedding(torch.tensor([0]), q, max_norm=1.0)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from lowbit.backends import Call, Kernel
-from lowbit.bags import check_bags
-from lowbit_kernels_x86 import library, weights
+from lowbit.bags import check_bags, check_rows
+from lowbit_kernels_x86 import casts, library, weights
+from lowbit_kernels_x86.library import contiguous
 
 
 class X86:
@@ -41,33 +42,28 @@ class X86:
             ),
             Kernel("x86.embedding", "embedding", "cpu", 10, _embedding, _refuses_values),
             Kernel("x86.embedding_bag", "embedding_bag", "cpu", 10, _embedding_bag, _refuses_values),
-            Kernel("x86.dequantize", "dequantize", "cpu", 10, _dequantize, _refuses_values),
+            Kernel("x86.dequantize", "dequantize", "cpu", 10, casts.dequantize, _refuses_values),
+            Kernel("x86.quantize", "quantize", "cpu", 10, casts.quantize, casts.refuses),
         )
 
 
-def _embedding(*args: Any) -> Any:
-    return torch.ops.lowbit_x86.embedding.default(*_contiguous(args))
-
-
-def _embedding_bag(ids: Any, offsets: Any, weights: Any, *rest: Any) -> Any:
-    by = None if weights is None else weights.float()
+def _embedding(ids: Any, qdata: Any, *rest: Any) -> Any:
     try:
-        return torch.ops.lowbit_x86.embedding_bag.default(*_contiguous((ids, offsets, by, *rest)))
+        return torch.ops.lowbit_x86.embedding.default(*contiguous((ids, qdata, *rest)))
     except RuntimeError:
         # The library has looked; lowbit's own words for what it found, if it is that.
-        check_bags(ids, offsets)
+        check_rows(ids, qdata.shape[0])
         raise
 
 
-def _dequantize(qdata: torch.Tensor, scale: Any, zero: Any, tensor_scale: Any, *rest: Any) -> Any:
-    if tensor_scale is not None:
-        # One that matrices share is each one's.
-        tensor_scale = tensor_scale.expand(*qdata.shape[:-2], *tensor_scale.shape[-2:])
-    return torch.ops.lowbit_x86.dequantize.default(*_contiguous((qdata, scale, zero, tensor_scale, *rest)))
-
-
-def _contiguous(args: tuple[Any, ...]) -> list[Any]:
-    return [arg.contiguous() if isinstance(arg, torch.Tensor) else arg for arg in args]
+def _embedding_bag(ids: Any, offsets: Any, weights: Any, qdata: Any, *rest: Any) -> Any:
+    by = None if weights is None else weights.float()
+    try:
+        return torch.ops.lowbit_x86.embedding_bag.default(*contiguous((ids, offsets, by, qdata, *rest)))
+    except RuntimeError:
+        check_bags(ids, offsets)
+        check_rows(ids, qdata.shape[0])
+        raise
 
 
 def _refuses_values(call: Call) -> str | None:

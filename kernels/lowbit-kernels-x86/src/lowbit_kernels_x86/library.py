@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ def isa() -> str:
     return torch.ops.lowbit_x86.isa()
 
 
+def contiguous(args: Sequence[Any]) -> list[Any]:
+    """Arguments of an operator with every tensor contiguous, as all of them need it."""
+    return [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
+
+
 def _linear(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], rest[8])
 
@@ -38,7 +44,11 @@ def _dequantize(qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*qdata.shape[:-1], rest[-2]), dtype=rest[-1])
 
 
+def _quantize(*args: Any) -> None:
+    del args
+
+
 if FILE.exists():
     torch.ops.load_library(FILE)
-    for _fake in (_linear, _embedding, _embedding_bag, _dequantize):
+    for _fake in (_linear, _embedding, _embedding_bag, _dequantize, _quantize):
         torch.library.register_fake(f"lowbit_x86::{_fake.__name__[1:]}", _fake)

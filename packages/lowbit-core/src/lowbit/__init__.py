@@ -17,6 +17,7 @@ from lowbit.errors import (
     NoKernelError,
     NotPortableError,
     RecipeError,
+    RowError,
     UnsupportedOpError,
 )
 from lowbit.format import (
@@ -87,6 +88,7 @@ __all__ = [
     "QuantizedTensor",
     "Recipe",
     "RecipeError",
+    "RowError",
     "Rule",
     "Scales",
     "UnsupportedOpError",

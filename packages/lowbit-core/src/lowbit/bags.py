@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_exporting
 
-from lowbit.errors import FormatError, UnsupportedOpError
+from lowbit.errors import FormatError, RowError, UnsupportedOpError
 
 MODES = ("sum", "mean", "max")
 _INDICES = (torch.int32, torch.int64)
@@ -95,6 +95,20 @@ def pool(
         members = values.new_zeros(count + 1).index_add(0, bag, torch.ones_like(bag, dtype=values.dtype))
         pooled = pooled / members.clamp_min(1)[:, None]
     return pooled[:count]
+
+
+def check_rows(ids: Tensor, rows: int) -> None:
+    """Refuse ids (any shape) of rows that a table of so many does not have; where they can be read, without waiting.
+
+    Raises:
+        RowError: one is negative or too large.
+    """
+    if is_exporting() or ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = (int(end) for end in torch.aminmax(ids))
+    if low < 0 or high >= rows:
+        msg = f"row {low if low < 0 else high} is not in the table, which has {rows} rows, from 0 on"
+        raise RowError(msg)
 
 
 def check_bags(ids: Tensor, offsets: Tensor) -> None:

@@ -19,6 +19,10 @@ class CheckpointError(LowbitError, ValueError):
     """A checkpoint is damaged, hostile, incomplete, of a newer schema, or cannot be written."""
 
 
+class RowError(LowbitError, IndexError):
+    """A row is picked that the table does not have."""
+
+
 class BackendError(LowbitError, RuntimeError):
     """Two backends claim one name, or a backend breaks its contract."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowbit.activation import Activation
 from lowbit.backends import Call, Description, Kernel
-from lowbit.bags import check_bags, pool
+from lowbit.bags import check_bags, check_rows, pool
 from lowbit.blocked import to_blocked
 from lowbit.element import Element
 from lowbit.errors import FormatError
@@ -283,6 +283,7 @@ def _embedding(
 ) -> Tensor:
     if ids.numel() == 0:
         return scale.new_empty((*ids.shape, k), dtype=dtype)
+    check_rows(ids, qdata.shape[0])
     rows = ids.reshape(-1)
     parsed = _format(fmt)
     block, group = parsed.block_for(2)

@@ -1,0 +1,309 @@
+// Rounding rows to codes: what their blocks extend to, scales that fit that, codes by those.
+// Included by kernels.cpp, once for each instruction set.
+
+inline I lane_numbers() {
+  I lanes;
+  for (int i = 0; i < W; ++i) lanes[i] = i;
+  return lanes;
+}
+
+// All bits of the first `count` lanes.
+inline U first_lanes(int64_t count) { return (U)(lane_numbers() < static_cast<int32_t>(std::min<int64_t>(count, W))); }
+
+inline F where(U take, F a, F b) { return (F)((take & (U)a) | (~take & (U)b)); }
+
+inline U finite(F x) { return (U)(((U)x & 0x7f800000u) != 0x7f800000u); }
+
+inline F infinity_free(F x) { return where(finite(x), x, all(std::numeric_limits<float>::quiet_NaN())); }
+
+// Of each block of x, `k` numbers and zeros up to STEP: the largest magnitude, or what is not finite, in `high`; with
+// zero points the lowest and the highest, none beyond 0, or NaN in both.
+void extents(const float* x, int64_t k, const Format& format, float* low, float* high) {
+  const int64_t columns = format.columns ? format.columns : std::max<int64_t>(k, 1);
+  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += columns) {
+    const int64_t end = std::min(k, begin + columns);
+    if (!format.zero) {
+      // Without their sign, floats order as integers, NaN above infinity.
+      I top{}, other{};
+      auto larger_of = [](I a, I b) { return a > b ? a : b; };
+      int64_t i = begin;
+      for (; i + 2 * W <= end; i += 2 * W) {
+        top = larger_of(top, load<I>(x + i) & 0x7fffffff);
+        other = larger_of(other, load<I>(x + i + W) & 0x7fffffff);
+      }
+      top = larger_of(top, other);
+      for (; i < end; i += W) top = larger_of(top, load<I>(x + i) & (I)first_lanes(end - i) & 0x7fffffff);
+      int32_t largest = 0;
+      for (int i = 0; i < W; ++i) largest = std::max(largest, top[i]);
+      std::memcpy(high + group, &largest, 4);
+      continue;
+    }
+    F lows{}, highs{};
+    U whole = ~U{};
+    for (int64_t i = begin; i < end; i += W) {
+      F now = load<F>(x + i);
+      if (i + W > end) now = (F)((U)now & first_lanes(end - i));
+      lows = least(now, lows);
+      highs = most(now, highs);
+      whole &= finite(now);
+    }
+    float lowest = 0, highest = 0;
+    bool is_finite = true;
+    for (int i = 0; i < W; ++i) {
+      lowest = std::min(lowest, lows[i]);
+      highest = std::max(highest, highs[i]);
+      is_finite &= whole[i] != 0;
+    }
+    low[group] = is_finite ? lowest : std::numeric_limits<float>::quiet_NaN();
+    high[group] = is_finite ? highest : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+template <class Code>
+inline F largest_value() {
+  return Code::value(all(static_cast<uint32_t>(Code::largest) << (32 - Code::bits)));
+}
+
+// The code of a magnitude, with x's sign; NaN where x is and the format has it, else 0.
+template <class Code>
+inline U signed_code(F x, I magnitude) {
+  const I code = magnitude | ((I)((U)x >> (32 - Code::bits)) & (1 << (Code::bits - 1)));
+  return (U)(x == x ? code : I{} + (Code::bits == 8 ? 0x7f : 0));
+}
+
+// Codes of floats, to nearest even, saturating: at the bottom of each lane.
+template <class Code>
+inline U float_codes(F x) {
+  constexpr int drop = 23 - Code::mantissa, first = (128 - Code::bias) << 23;
+  const F magnitude = least(largest_value<Code>(), (F)((I)x & 0x7fffffff));
+  // The power of two below, or that of the subnormal numbers.
+  I power = (I)magnitude & 0x7f800000;
+  power = power > first ? power : I{} + first;
+  // Added to a number that much larger, the magnitude is rounded to steps of the last bit kept.
+  const I beside = power + (drop << 23);
+  const I steps = (I)(magnitude + (F)beside) - beside;
+  return signed_code<Code>(x, steps + ((power - first) >> drop));
+}
+
+// Scales rounded to what they are stored as: 1 for 0, no less than the smallest, NaN if not finite.
+inline void store_scales(void* to, const Format& format, int64_t at, F scale, int64_t count) {
+  char lanes[4 * W];
+  const U is_finite = finite(scale);
+  auto kept = [&](float smallest, float largest) {
+    const F inside = least(most(scale, all(smallest)), all(largest));
+    return infinity_free(where((U)(scale == F{}), all(1.0f), where(is_finite, inside, scale)));
+  };
+  switch (format.scale) {
+    case Scale::float32: store(lanes, kept(0, std::numeric_limits<float>::max())); break;
+    case Scale::bfloat16: store_as(lanes, Type::bfloat16, 0, kept(0x1p-133f, 0x1.fep127f)); break;
+    case Scale::float16: store_as(lanes, Type::float16, 0, kept(0x1p-24f, 65504)); break;
+    default: {
+      const U codes = float_codes<FloatCode<4, 3, 7>>(kept(0x1p-9f, 448));
+      store(lanes, narrowed(codes));
+    }
+  }
+  const int64_t size = size_of(format.scale);
+  std::memcpy(static_cast<char*>(to) + at * size, lanes, count * size);
+}
+
+// Stored scales and zero points, from `at` on, for what `extents` found of `groups` blocks.
+void choose(const float* low, const float* high, int64_t groups, const Format& format, const Rounding& how,
+            float tensor_scale, void* scale, void* zero, int64_t at) {
+  const Element& e = format.element;
+  for (int64_t group = 0; group < groups; group += W) {
+    const int64_t count = std::min<int64_t>(W, groups - group);
+    const F top = load<F>(high + group);
+    if (format.scale == Scale::e8m0) {
+      const I bits = (I)top;
+      I code = (bits >> 23) - how.top_exponent + (((bits & 0x7fffff) > how.mantissa_bound) & 1);
+      code = code < 0 ? I{} : code;
+      code = code > 254 ? I{} + 254 : code;
+      code = (I)((finite(top) & (U)code) | (~finite(top) & 255u));
+      const Bytes bytes = narrowed((U)code);
+      std::memcpy(static_cast<uint8_t*>(scale) + at + group, &bytes, count);
+      continue;
+    }
+    if (!format.zero) {
+      store_scales(scale, format, at + group, top / all(how.divisor) / all(tensor_scale), count);
+      continue;
+    }
+    const F bottom = load<F>(low + group), steps = all(how.divisor);
+    store_scales(scale, format, at + group, top / steps - bottom / steps, count);
+    const float least_code = e.is_signed ? -static_cast<float>(1 << (e.bits - 1)) : 0;
+    const F by = bottom / scales_at(scale, format.scale, at + group, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const float zero_point = least_code - std::nearbyint(by[i]);
+      // A block that is not finite has none.
+      const float inside = zero_point == zero_point ? std::clamp(zero_point, least_code, least_code + how.divisor) : 0;
+      const float lowest = format.zero_signed ? -128 : 0;
+      static_cast<uint8_t*>(zero)[at + group + i] =
+          static_cast<uint8_t>(static_cast<int>(std::clamp(inside, lowest, lowest + 255)));
+    }
+  }
+}
+
+// Whole numbers next to x, ties to even; below 2^22.
+inline F nearest(F x) {
+  constexpr float integers_from = 12582912.0f;
+  return x + integers_from - integers_from;
+}
+
+// The whole number below x, or where the rest is larger than `noise` the one above.
+inline F by_noise(F x, F noise) {
+  const F near = nearest(x);
+  const F floor = where((U)(near > x), near - 1.0f, near);
+  return where((U)(x - floor > noise), floor + 1.0f, floor);
+}
+
+// 2^exponent.
+inline F power_of_two(I exponent) { return (F)((exponent + 127) << 23); }
+
+// Codes at the bottom of each lane, with what stands above them undefined.
+template <class Code>
+inline U codes_of(const Element& e, F x, F zero) {
+  if constexpr (requires { Code::mantissa; }) {
+    return float_codes<Code>(x);
+  } else {
+    const float lowest = Code::offset && !e.is_signed ? 0 : -static_cast<float>(1 << (Code::bits - 1));
+    const F low = all(lowest), high = all(lowest + ((1 << Code::bits) - 1));
+    // What is no number stays so.
+    if constexpr (Code::offset) x = nearest(most(all(-4096.0f), least(all(4096.0f), x))) + zero;
+    // The lowest bits of what is added to are those of the number.
+    return (U)(most(low, least(high, x)) + 12582912.0f) & (U)(x == x);
+  }
+}
+
+// The same, rounded by `noise`.
+template <class Code>
+inline U codes_by(const Element& e, F x, F zero, F noise) {
+  if constexpr (requires { Code::mantissa; }) {
+    constexpr int lowest = 1 - Code::bias;
+    const F magnitude = least((F)((U)x & 0x7fffffffu), largest_value<Code>());
+    I exponent = ((I)magnitude >> 23) - 127;
+    exponent = exponent < lowest ? I{} + lowest : exponent;
+    const F steps = by_noise(magnitude * power_of_two(Code::mantissa - exponent), noise);
+    return signed_code<Code>(x, __builtin_convertvector(steps, I) + ((exponent - lowest) << Code::mantissa));
+  } else {
+    return codes_of<Code>(e, by_noise(most(all(-4096.0f), least(all(4096.0f), x)), noise), zero);
+  }
+}
+
+// Noise in [0, 1) of numbers `first`, ..., `first + count - 1`: Philox4x32-10, four to a counter.
+void draw(uint64_t seed, uint64_t first, int64_t count, float* noise) {
+  for (int64_t i = -static_cast<int64_t>(first % 4); i < count; i += 4) {
+    const uint64_t counter = (first + i) / 4;
+    uint32_t words[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
+    uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t a = uint64_t{words[0]} * 0xD2511F53u, b = uint64_t{words[2]} * 0xCD9E8D57u;
+      const uint32_t next[4] = {static_cast<uint32_t>(b >> 32) ^ words[1] ^ key[0], static_cast<uint32_t>(b),
+                                static_cast<uint32_t>(a >> 32) ^ words[3] ^ key[1], static_cast<uint32_t>(a)};
+      std::memcpy(words, next, sizeof words);
+      key[0] += 0x9E3779B9u;
+      key[1] += 0xBB67AE85u;
+    }
+    for (int64_t j = std::max<int64_t>(0, -i); j < std::min<int64_t>(4, count - i); ++j) {
+      noise[i + j] = static_cast<float>(words[j] >> 8) * 0x1p-24f;
+    }
+  }
+}
+
+// A bit stream of the lowest `Bits` of each byte; whole runs of 8 may be read.
+template <int Bits>
+void pack_bytes(const uint8_t* codes, int64_t k, uint8_t* to) {
+  int64_t at = 0;
+  if constexpr (Bits == 4) {
+    typedef uint16_t Pairs __attribute__((vector_size(2 * W)));
+    typedef uint8_t Packed __attribute__((vector_size(W)));
+    for (; at + 2 * W <= k; at += 2 * W) {
+      const Pairs pairs = load<Pairs>(codes + at) & 0x0f0f;
+      store(to + at / 2, __builtin_convertvector((pairs & 15) | (pairs >> 4), Packed));
+    }
+  }
+  const int64_t bytes = up(k, 8 / std::gcd(Bits, 8)) * Bits / 8;
+  for (; at < k; at += 8) {
+    uint64_t run;
+    std::memcpy(&run, codes + at, 8);
+    // The upper half of each 16, 32 and 64 bits slides down to the lower one's codes.
+    run &= 0x0101010101010101u * ((1u << Bits) - 1);
+    uint64_t lower = 0x00ff00ff00ff00ffu;
+    run = (run & lower) | (run & ~lower) >> (8 - Bits);
+    lower = 0x0000ffff0000ffffu;
+    run = (run & lower) | (run & ~lower) >> (16 - 2 * Bits);
+    lower = 0x00000000ffffffffu;
+    run = (run & lower) | (run & ~lower) >> (32 - 4 * Bits);
+    std::memcpy(to + at * Bits / 8, &run, std::min<int64_t>(Bits, bytes - at * Bits / 8));
+  }
+}
+
+// Codes of the columns [begin, end) of a row: `value(i)` and `zero(i)` are of W of them, of one block.
+template <class Code, class Value, class Zero>
+void encode_columns(const Element& e, int64_t begin, int64_t end, const float* noise, const Scratch& scratch,
+                    uint8_t* to, const Value& value, const Zero& zero) {
+  int64_t i = begin;
+  if (noise == nullptr) {
+    for (; i + 4 * W <= end; i += 4 * W) {
+      // While this row is computed with, the next one comes.
+      for (int line = 0; line < 4 * W * scratch.size; line += 64) fetch(scratch.next + i * scratch.size + line);
+      U codes[4];
+      unroll<4>([&](auto c) { codes[c] = codes_of<Code>(e, value(i + c * W), zero(i + c * W)); });
+      store_bytes(to + i, codes);
+    }
+  }
+  auto one = [&](int64_t i) {
+    return narrowed(noise == nullptr ? codes_of<Code>(e, value(i), zero(i))
+                                     : codes_by<Code>(e, value(i), zero(i), load<F>(noise + i)));
+  };
+  for (; i + W <= end; i += W) store(to + i, one(i));
+  if (i == end) return;
+  const Bytes rest = one(i);
+  std::memcpy(to + i, &rest, end - i);
+}
+
+template <class Code>
+void encode_row(const float* x, int64_t k, const Format& format, const void* scale, const void* zero, int64_t at,
+                float tensor_scale, const float* noise, const Scratch& scratch, uint8_t* codes) {
+  constexpr bool whole_bytes = Code::bits == 8;
+  const int64_t columns = format.columns ? format.columns : std::max<int64_t>(k, 1), groups = format.groups(k);
+  // Reciprocals of powers of two are exact.
+  const bool multiplies = format.scale == Scale::e8m0;
+  // Counted from the lowest code.
+  const float lowest = format.element.is_signed ? static_cast<float>(1 << (format.element.bits - 1)) : 0;
+  for (int64_t group = 0; group < groups; group += W) {
+    const F by = scales_at(scale, format.scale, at + group, groups - group) * tensor_scale;
+    store(scratch.low + group, multiplies ? 1 / by : by);
+    if (zero != nullptr) store(scratch.high + group, zeros_at(zero, format, at + group, groups - group) - lowest);
+  }
+  uint8_t* const to = whole_bytes ? codes : scratch.codes;
+  const Element& e = format.element;
+  auto each = [&](int64_t begin, int64_t end, const auto& group_of) {
+    auto number = [&](const float* of, int64_t i) { return all(of[group_of(i)]); };
+    auto zero_of = [&](int64_t i) { return Code::offset && zero != nullptr ? number(scratch.high, i) : F{}; };
+    if (multiplies) {
+      auto product = [&](int64_t i) { return load<F>(x + i) * number(scratch.low, i); };
+      encode_columns<Code>(e, begin, end, noise, scratch, to, product, zero_of);
+    } else {
+      auto quotient = [&](int64_t i) { return load<F>(x + i) / number(scratch.low, i); };
+      encode_columns<Code>(e, begin, end, noise, scratch, to, quotient, zero_of);
+    }
+  };
+  if (columns % W == 0 && columns < 4 * W && std::has_single_bit(static_cast<uint64_t>(columns))) {
+    const int shift = std::countr_zero(static_cast<uint64_t>(columns));
+    each(0, k, [&](int64_t i) { return i >> shift; });
+  } else {
+    for (int64_t group = 0, begin = 0; begin < k; ++group, begin += columns) {
+      each(begin, std::min(k, begin + columns), [&](int64_t) { return group; });
+    }
+  }
+  if constexpr (!whole_bytes) {
+    std::memset(scratch.codes + k, 0, 8);
+    pack_bytes<Code::bits>(scratch.codes, k, codes);
+  }
+}
+
+void encode(const float* x, int64_t k, const Format& format, const void* scale, const void* zero, int64_t at,
+            float tensor_scale, const float* noise, const Scratch& scratch, uint8_t* codes) {
+  with_code(format, [&](auto code) {
+    encode_row<decltype(code)>(x, k, format, scale, zero, at, tensor_scale, noise, scratch, codes);
+  });
+}
