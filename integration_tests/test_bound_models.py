@@ -60,7 +60,8 @@ def test_bound_models_give_the_references_greedy_tokens(models, quantized, model
     bound = load(folder, device=device)
     lowbit.bind(bound, prefer=("reference",))
     wanted = greedy(bound, ids)
-    for backend in (["packing", "x86"] if device == "cpu" else ["cuda"]):
+    # The one that is here for a moment comes last, since nothing else undoes its packing.
+    for backend in ["x86", "packing"] if device == "cpu" else ["cuda"]:
         if backend == "x86" and installed()[backend].problem is not None:
             continue
         loopback = installed_backends(Loopback(backend, packs=True)) if backend == "packing" else nullcontext()
