@@ -12,7 +12,7 @@ import torch
 import lowbit
 from lowbit import FORMATS, Format
 from lowbit.backends import Refusal
-from lowbit.bench import Given, Use, attention, cast, embedding, grouped, linear, optimizer, pad, peers, timing
+from lowbit.bench import Given, Use, attention, bags, cast, embedding, grouped, linear, optimizer, pad, peers, timing
 from lowbit.bench.case import footprint
 from lowbit.bench.inputs import EXACT, normal
 from lowbit.testing import Loopback, installed_backends
@@ -20,6 +20,7 @@ from lowbit.testing import Loopback, installed_backends
 CPU = torch.device("cpu")
 BENCHMARKS = {
     "attention": attention.benchmark,
+    "bags": bags.benchmark,
     "cast": cast.benchmark,
     "embedding": embedding.benchmark,
     "grouped": grouped.benchmark,
@@ -150,6 +151,7 @@ def test_linear_beside_bfloat16_on_a_bound_kernel(bench):
         ("grouped", (10, 64, 128, 3), "MXFP4", "reference.grouped_mm"),
         ("grouped", (2, 64, 128, 3), "FP8_ROW/FP8_ROW", "reference.grouped_mm"),
         ("embedding", (10, 64, 128), "NVFP4", "reference.embedding"),
+        ("bags", (5, 3, 64, 128), "INT4_G32", "reference.embedding_bag"),
         *(("cast", (256, 128), name, "reference.quantize") for name in FORMATS),
     ],
 )
@@ -225,9 +227,27 @@ def test_peers_are_named_with_the_reason_where_they_are_not(monkeypatch):
     assert found[0].reason.startswith("ModuleNotFoundError: ")
     assert found[1].reason == "needs an NVIDIA GPU; this benchmark runs on cpu"
     (case,) = cases("linear", (3, 64, 128), "INT4_G128", peers=True)
-    assert {peer.kernel for peer in case.peers} == {"humming", "torchao tinygemm", "mslk"}
+    assert {peer.kernel for peer in case.peers if isinstance(peer, Refusal)} == {"humming", "torchao tinygemm", "mslk"}
     (case,) = cases("grouped", (3, 64, 128, 2), "FP8_ROW/FP8_ROW", peers=True)
     assert {peer.kernel for peer in case.peers} == {"torch scaled_grouped_mm", "mslk"}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "spec", "peer", "least"),
+    [
+        ("linear", (3, 64, 256), "INT4_G128", "torch int4pack", 18),
+        ("linear", (3, 64, 256), "INT8_ROW/INT8_ROW", "oneDNN qlinear", 35),
+        ("bags", (5, 7, 64, 128), "INT8_ROW", "torch quantized byte", 40),
+        ("bags", (5, 7, 64, 128), "MXFP4", "torch quantized 4bit", 18),
+        ("bags", (5, 7, 64, 128), "int2:1x*:float32", "torch quantized 2bit", 4),
+    ],
+)
+def test_torchs_own_peers_on_a_cpu_compute_the_same(name, shape, spec, peer, least):
+    (case,) = cases(name, shape, spec, peers=True)
+    (found,) = (each for each in case.peers if getattr(each, "name", "") == peer)
+    data = case.data("normal")
+    result = found.decode(found.run(*found.prepare(*data)(0)))
+    assert decibels(case.exact(*data).double(), result.double()) > least
 
 
 @pytest.mark.parametrize("spec", ["MXFP8", "MXFP4", "NVFP4"])

@@ -32,19 +32,19 @@ def _case(given: Given, shape: Shape, use: Use) -> Case:
         return lowbit.quantize(weight, use.format)
 
     def bound(weight: Tensor) -> nn.Embedding:
-        return _bound(quantized(weight))
+        return bound_table(quantized(weight))
 
-    def by_lowbit(picked: Tensor, table: nn.Embedding) -> Tensor:
-        return table(picked)
+    def by_lowbit(ids: Tensor, table: nn.Embedding) -> Tensor:
+        return table(ids)
 
-    def by_reference(picked: Tensor, q: QuantizedTensor) -> Tensor:
-        return run(picked, *q.stored, str(use.format), d, q.dtype)
+    def by_reference(ids: Tensor, q: QuantizedTensor) -> Tensor:
+        return run(ids, *q.stored, str(use.format), d, q.dtype)
 
     def exact(weight: Tensor) -> Tensor:
-        return weight[_ids(m, weight, 0)]
+        return weight[picked(m, weight, 0)]
 
     def contender(name: str, made: Callable[[Tensor], Any], work: Callable[..., Tensor], row: float) -> Contender:
-        return Contender(name, partial(_picking, made, m), work, out + m * row, plain, touched=round(m * row))
+        return Contender(name, partial(picking, made, m), work, out + m * row, plain, touched=round(m * row))
 
     candidate, reference = lowbits(
         Call("embedding", use.format, None, device.type, dtype, v, d),
@@ -63,13 +63,13 @@ def _case(given: Given, shape: Shape, use: Use) -> Case:
     )
 
 
-def _ids(m: int, weight: Tensor, i: int) -> Tensor:
+def picked(m: int, weight: Tensor, i: int) -> Tensor:
     """Rows of a table that the i-th call picks: others each time."""
     generator = torch.Generator(weight.device).manual_seed(i)
     return torch.randint(len(weight), (m,), generator=generator, device=weight.device)
 
 
-def _picking(made: Callable[[Tensor], Any], m: int, weight: Tensor) -> Make:
+def picking(made: Callable[[Tensor], Any], m: int, weight: Tensor) -> Make:
     """Operands of calls that pick `m` rows of what is made of a table."""
     tables = [made(weight)]
     count = copies_of(footprint(tables[0]))
@@ -78,15 +78,15 @@ def _picking(made: Callable[[Tensor], Any], m: int, weight: Tensor) -> Make:
         # A large table is not copied, since calls pick other rows; a small one would be in a cache before long.
         while len(tables) <= i % count:
             tables.append(made(weight))
-        return _ids(m, weight, i), tables[i % count]
+        return picked(m, weight, i), tables[i % count]
 
     return make
 
 
-def _bound(weight: QuantizedTensor) -> nn.Embedding:
+def bound_table(weight: QuantizedTensor, kind: Callable[..., Any] = nn.Embedding) -> Any:
     """A table that is packed for the kernel that lowbit chooses."""
     v, d = weight.shape
-    table = nn.Embedding(v, d, device="meta")
+    table = kind(v, d, device="meta")
     table.weight = nn.Parameter(weight, requires_grad=False)
     lowbit.bind(table)
     return table

@@ -24,6 +24,7 @@ from lowbit.numerics import Scales, decode
 
 _E4M3 = torch.float8_e4m3fn
 _FP8_ROW, _FP8_1X128, _FP8_128X128 = (FORMATS[name] for name in ("FP8_ROW", "FP8_1X128", "FP8_128X128"))
+_INT8_ROW = FORMATS["INT8_ROW"]
 _INT4, _MXFP8, _MXFP4, _NVFP4 = (FORMATS[name] for name in ("INT4_G128", "MXFP8", "MXFP4", "NVFP4"))
 _ops: Any = torch.ops
 
@@ -66,7 +67,12 @@ def linears(use: Use, shape: tuple[int, int], moved: float, device: torch.device
         found |= {"torch scaled_mm": lambda: _scaled_mm(moved), "torchao, compiled": lambda: _torchao_fp8(moved)}
     if (fmt, given) == (_FP8_128X128, _FP8_1X128):
         found |= {"torch scaled_mm": lambda: _block_scaled_mm(moved), "deep_gemm": lambda: _deep_gemm(moved)}
-    return _all({name: _on_gpu(device, build) for name, build in found.items()})
+    checked = {name: _on_gpu(device, build) for name, build in found.items()}
+    if (fmt, given) == (_INT4, None):
+        checked["torch int4pack"] = _on_cpu(device, lambda: _int4pack(moved))
+    if (fmt, given) == (_INT8_ROW, _INT8_ROW):
+        checked["oneDNN qlinear"] = _on_cpu(device, lambda: _qlinear(moved))
+    return _all(checked)
 
 
 def grouped(use: Use, offs: Tensor, moved: float, device: torch.device) -> tuple[Contender | Refusal, ...]:
@@ -78,6 +84,34 @@ def grouped(use: Use, offs: Tensor, moved: float, device: torch.device) -> tuple
         "mslk": partial(_mslk_grouped, offs, moved),
     }
     return _all({name: _on_gpu(device, build) for name, build in found.items()})
+
+
+def bags(
+    fmt: Format, bag: tuple[int, int], contender: Callable[..., Contender], device: torch.device
+) -> tuple[Contender | Refusal, ...]:
+    """Others' sums of bags (rows, columns) with codes of as many bits; `contender` takes a name and how it is done."""
+    (length, columns), bits = bag, fmt.element.bits
+    if bits not in _BAGS:
+        return ()
+    name = f"torch quantized {_BAGS[bits]}"
+
+    def build() -> Contender:
+        pack, run = (getattr(_ops.quantized, f"embedding_bag_{_BAGS[bits]}_{rest}") for rest in ("prepack", _ROWWISE))
+
+        def made(weight: Tensor) -> Tensor:
+            return pack(weight.float())
+
+        def pooled(ids: Tensor, table: Tensor) -> Tensor:
+            return run(table, ids, torch.arange(0, len(ids), length))
+
+        # A scale and an offset a row: in float32 with bytes, in float16 with fewer bits.
+        return contender(name, made, pooled, columns * bits / 8 + (8 if bits == 8 else 4))
+
+    return _all({name: _on_cpu(device, build)})
+
+
+_BAGS = {8: "byte", 4: "4bit", 2: "2bit"}
+_ROWWISE = "rowwise_offsets"
 
 
 def attentions(
@@ -120,6 +154,17 @@ def _on_gpu(device: torch.device, build: Build) -> Build:
     def checked() -> Contender:
         if device.type != "cuda":
             raise NoKernelError(f"needs an NVIDIA GPU; this benchmark runs on {device.type}")
+        return build()
+
+    return checked
+
+
+def _on_cpu(device: torch.device, build: Build) -> Build:
+    """A builder that refuses devices but CPUs."""
+
+    def checked() -> Contender:
+        if device.type != "cpu":
+            raise NoKernelError(f"needs a CPU; this benchmark runs on {device.type}")
         return build()
 
     return checked
@@ -261,6 +306,44 @@ def _torchao_int4(moved: float) -> Contender:
     api = import_module("torchao.quantization")
     config = api.Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
     return Contender("torchao tinygemm", partial(_torchao_copies, config), _linear, moved, plain)
+
+
+def _int4pack(moved: float) -> Contender:
+    pack, product = (
+        getattr(_ops.aten, f"_{name}_for_cpu") for name in ("convert_weight_to_int4pack", "weight_int4pack_mm")
+    )
+
+    def prepare(x: Tensor, weight: Tensor) -> Make:
+        n, k = weight.shape
+        groups = weight.float().view(n, k // 128, 128)
+        low, high = torch.aminmax(groups, dim=-1, keepdim=True)
+        scale = (high - low) / 15
+        codes = ((groups - low) / scale).round().clamp(0, 15).view(n, k)
+        # What is added counts from the middle code.
+        pairs = torch.cat((scale, low + 8 * scale), -1).transpose(0, 1).to(x.dtype)
+        return copies(x, pack(codes.int(), 1), pairs.contiguous())
+
+    def run(x: Tensor, codes: Tensor, pairs: Tensor) -> Tensor:
+        return product(x, codes, 128, pairs)
+
+    return Contender("torch int4pack", prepare, run, moved, plain)
+
+
+def _qlinear(moved: float) -> Contender:
+    pack, product = _ops.onednn.qlinear_prepack, _ops.onednn.qlinear_pointwise
+
+    def prepare(x: Tensor, weight: Tensor) -> Make:
+        scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
+        codes = (weight.float() / scale[:, None]).round().to(torch.int8)
+        return copies(x, pack(codes, list(x.shape)), scale, torch.zeros(len(weight), dtype=torch.int64))
+
+    def run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        # It takes one scale of inputs, not one a token.
+        by = float(x.abs().amax()) / 127
+        rounded = (x / by).round().add(128).to(torch.uint8)
+        return product(rounded, by, 128, codes, scale, zero, None, 1.0, 0, x.dtype, "none", [], "")
+
+    return Contender("oneDNN qlinear", prepare, run, moved, plain)
 
 
 def _torchao_fp8(moved: float) -> Contender:
