@@ -284,7 +284,7 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
 
 // W codes of a row from `at` on, which begins a byte, at the top of each lane; of the lanes of a run, those before it.
 template <int Bits>
-U codes_at(const uint8_t* row, int64_t at) {
+[[gnu::always_inline]] inline U codes_at(const uint8_t* row, int64_t at) {
   if constexpr (Bits == 8) return widened(load<Bytes>(row + at)) << 24;
   constexpr int some = std::min(W, 8);
   U top, less;
@@ -307,7 +307,7 @@ U codes_at(const uint8_t* row, int64_t at) {
 // Values, not scaled yet, of W codes of a row from `at` on, which begins a byte; `flip`: of codes that count from the
 // lowest, but are stored as they are.
 template <class Code>
-F values_at(const uint8_t* row, int64_t at, uint32_t flip) {
+[[gnu::always_inline]] inline F values_at(const uint8_t* row, int64_t at, uint32_t flip) {
   constexpr int Bits = Code::bits;
   if constexpr (std::is_same_v<Code, IntCode<8>>) return __builtin_convertvector(signed_bytes(row + at), F);
   U top = codes_at<Bits>(row, at);
@@ -348,8 +348,15 @@ F zeros_at(const void* zero, const Format& format, int64_t at, int64_t count) {
   return load_zero(bytes, format, 0);
 }
 
-float scale_at(const void* scale, Scale kind, int64_t at) {
-  return kind == Scale::float32 ? static_cast<const float*>(scale)[at] : scales_at(scale, kind, at, 1)[0];
+// One of them, which never goes through memory on its way.
+inline float scale_at(const void* scale, Scale kind, int64_t at) {
+  switch (kind) {
+    case Scale::float32: return static_cast<const float*>(scale)[at];
+    case Scale::bfloat16: return from_bfloat16(Halves{} + static_cast<const uint16_t*>(scale)[at])[0];
+    case Scale::float16: return from_float16(Halves{} + static_cast<const uint16_t*>(scale)[at])[0];
+    case Scale::e8m0: return from_e8m0(all(uint32_t{static_cast<const uint8_t*>(scale)[at]}))[0];
+    default: return FloatCode<4, 3, 7>::value(all(uint32_t{static_cast<const uint8_t*>(scale)[at]} << 24))[0];
+  }
 }
 
 float zero_at(const void* zero, const Format& format, int64_t at) { return zeros_at(zero, format, at, 1)[0]; }
@@ -393,24 +400,32 @@ inline F larger(F a, F b) {
   return (F)((takes & (U)b) | (~takes & (U)a));
 }
 
-// The sums of C vectors of columns stay in registers while the rows of a bag pass.
-template <class Code, bool Largest, int C>
+// The sums of C vectors of columns stay in registers while the rows of a bag pass; `One` scale and zero point a row.
+template <class Code, bool Largest, bool One, int C>
 void pool_block(const Member* members, int64_t count, const float* scale, const float* zero, int64_t groups,
-                int64_t column, uint32_t flip, float* sums) {
+                int64_t group_columns, int64_t column, uint32_t flip, float* sums) {
   F sum[C];
-  for (int c = 0; c < C; ++c) sum[c] = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
-  for (int64_t i = 0; i < count; ++i) {
-    const F by = all(scale[i * groups]), less = all(zero[i * groups]);
+  int64_t group[C];
+  // Written out, lest the compiler keep them in memory.
+  unroll<C>([&](auto c) {
+    sum[c] = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
+    group[c] = One ? 0 : (column + c * W) / group_columns;
+  });
+  for (int64_t i = 0; i < count; ++i, scale += groups, zero += groups) {
     const uint8_t* codes = members[i].codes;
     // What the next block reads.
     __builtin_prefetch(codes + (column + C * W) * Code::bits / 8);
-    for (int c = 0; c < C; ++c) {
+    F by = all(scale[0]), less{};
+    if constexpr (Code::offset) less = all(zero[0]);
+    unroll<C>([&](auto c) {
       F value = values_at<Code>(codes, column + c * W, flip);
+      if constexpr (!One) by = all(scale[group[c]]);
+      if constexpr (!One && Code::offset) less = all(zero[group[c]]);
       if constexpr (Code::offset) value -= less;
       sum[c] = Largest ? larger(sum[c], value * by) : fma(value, by, sum[c]);
-    }
+    });
   }
-  for (int c = 0; c < C; ++c) store(sums + column + c * W, sum[c]);
+  unroll<C>([&](auto c) { store(sums + column + c * W, sum[c]); });
 }
 
 template <class Code, bool Largest>
@@ -423,30 +438,33 @@ void pool_rows(const Format& format, const Member* members, int64_t count, const
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t group = 0; group < groups; ++group) {
       scales[i * groups + group] = scale_at(scale, format.scale, members[i].at + group) * members[i].factor;
-      zeros[i * groups + group] = zero_at(zero, format, members[i].at + group);
+      if constexpr (Code::offset) zeros[i * groups + group] = zero_at(zero, format, members[i].at + group);
     }
   }
-  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += group_columns) {
-    const int64_t end = std::min(k, begin + group_columns);
-    const float *by = scales + group, *less = zeros + group;
-    int64_t column = begin;
-    if constexpr (W * Bits % 8 == 0) {
-      for (; column + C * W <= end; column += C * W) {
-        pool_block<Code, Largest, C>(members, count, by, less, groups, column, flip, sums);
-      }
-      for (; column + W <= end; column += W) {
-        pool_block<Code, Largest, 1>(members, count, by, less, groups, column, flip, sums);
-      }
+  int64_t column = 0;
+  if (W * Bits % 8 == 0 && (groups == 1 || group_columns % W == 0)) {
+    auto blocks = [&](auto one) {
+      auto of = [&](auto vectors) {
+        for (; column + vectors * W <= k; column += vectors * W) {
+          pool_block<Code, Largest, one, vectors>(members, count, scales, zeros, groups, group_columns, column, flip,
+                                                  sums);
+        }
+      };
+      of(std::integral_constant<int, C>{});
+      of(std::integral_constant<int, 1>{});
+    };
+    groups == 1 ? blocks(std::true_type{}) : blocks(std::false_type{});
+  }
+  for (; column < k; ++column) {
+    const int64_t group = column / group_columns;
+    F sum = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
+    for (int64_t i = 0; i < count; ++i) {
+      F value = value_at<Code>(members[i].codes, column, flip);
+      if constexpr (Code::offset) value -= all(zeros[i * groups + group]);
+      const F by = all(scales[i * groups + group]);
+      sum = Largest ? larger(sum, value * by) : fma(value, by, sum);
     }
-    for (; column < end; ++column) {
-      F sum = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
-      for (int64_t i = 0; i < count; ++i) {
-        F value = value_at<Code>(members[i].codes, column, flip);
-        if constexpr (Code::offset) value -= all(less[i * groups]);
-        sum = Largest ? larger(sum, value * all(by[i * groups])) : fma(value, all(by[i * groups]), sum);
-      }
-      sums[column] = sum[0];
-    }
+    sums[column] = sum[0];
   }
 }
 
@@ -462,13 +480,22 @@ void pool(const Format& format, const Member* members, int64_t count, const void
   });
 }
 
-void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
+template <Type type>
+void narrow_to(const float* sums, int64_t k, float by, void* out) {
   int64_t at = 0;
   for (; at + W <= k; at += W) store_as(out, type, at, load<F>(sums + at) * by);
   for (; at < k; ++at) {
     char lanes[4 * W];
     store_as(lanes, type, 0, all(sums[at]) * by);
     std::memcpy(static_cast<char*>(out) + at * size_of(type), lanes, size_of(type));
+  }
+}
+
+void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
+  switch (type) {
+    case Type::float32: return narrow_to<Type::float32>(sums, k, by, out);
+    case Type::bfloat16: return narrow_to<Type::bfloat16>(sums, k, by, out);
+    default: return narrow_to<Type::float16>(sums, k, by, out);
   }
 }
 

@@ -322,7 +322,9 @@ struct Table {
   // Calls run(codes, first scale, tensor scale) of a row.
   template <class Run>
   void row(int64_t row, const Run& run) const {
-    const int64_t of = row / matrix, at = of * blocks + row % matrix / block;
+    // Of most tables this takes no division.
+    const int64_t of = matrices == 1 ? 0 : row / matrix, in = row - of * matrix;
+    const int64_t at = of * blocks + (block == 1 ? in : in / block);
     run(codes + row * bytes, at * groups, factor == nullptr ? 1.0f : factor[factors == 1 ? of : at]);
   }
 
@@ -331,7 +333,7 @@ struct Table {
     // The compiler drops calls of functions that do nothing but __builtin_prefetch.
     auto line = [](const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); };
     for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 256); byte += 64) line(codes + row * bytes + byte);
-    line(static_cast<const char*>(scale) + row / block * groups * size_of(format.scale));
+    line(static_cast<const char*>(scale) + (block == 1 ? row : row / block) * groups * size_of(format.scale));
   }
 };
 

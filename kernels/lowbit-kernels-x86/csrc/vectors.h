@@ -162,6 +162,9 @@ struct FloatCode {
   static constexpr int largest = (1 << (E + M)) - (E == 5 ? 5 : E == 4 ? 2 : 1);
   static constexpr bool offset = false;
   static inline F value(U top) {
+#if defined(__AVX2__)
+    if constexpr (bits == 4) return by_table(top);
+#endif
     const U sign = top & 0x80000000u;
     const U field = (top >> (8 - E)) & (((1u << (E + M)) - 1) << (23 - M));
     // With a hidden one where there is none, a subnormal m / 2^M reads 1 + m / 2^M, at half the step: twice that less
@@ -180,6 +183,18 @@ struct FloatCode {
     }
     return (F)bits;
   }
+#if defined(__AVX512F__)
+  static inline F by_table(U top) {
+    const __m512 values = _mm512_setr_ps(0, .5, 1, 1.5, 2, 3, 4, 6, -0.0f, -.5, -1, -1.5, -2, -3, -4, -6);
+    return _mm512_permutexvar_ps((__m512i)(top >> 28), values);
+  }
+#elif defined(__AVX2__)
+  static inline F by_table(U top) {
+    // Of an index the three lowest bits count.
+    const __m256 values = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, .5, 1, 1.5, 2, 3, 4, 6), (__m256i)(top >> 28));
+    return (F)((U)values | (top & 0x80000000u));
+  }
+#endif
   static inline F first_normal() { return (F)(all(uint32_t(128 - Bias) << 23)); }
 };
 
@@ -286,17 +301,19 @@ inline void store_as(void* to, Type type, int64_t at, F x) {
   }
 }
 
-// W scales from `at` on, as float32; 2^-127 is a subnormal number there.
+// 2^-127 is a subnormal number of float32.
+inline F from_e8m0(U code) {
+  const U nan = (U)(code == 255u), least = (U)(code == 0u);
+  return (F)((code << 23) | (nan & 0x00400000u) | (least & 0x00400000u));
+}
+
+// W scales from `at` on, as float32.
 inline F load_scale(const void* from, Scale scale, int64_t at) {
   switch (scale) {
     case Scale::float32: return load_as(from, Type::float32, at);
     case Scale::bfloat16: return load_as(from, Type::bfloat16, at);
     case Scale::float16: return load_as(from, Type::float16, at);
-    case Scale::e8m0: {
-      const U code = widened(load<Bytes>(static_cast<const uint8_t*>(from) + at));
-      const U nan = (U)(code == 255u), least = (U)(code == 0u);
-      return (F)((code << 23) | (nan & 0x00400000u) | (least & 0x00400000u));
-    }
+    case Scale::e8m0: return from_e8m0(widened(load<Bytes>(static_cast<const uint8_t*>(from) + at)));
     default:
       return FloatCode<4, 3, 7>::value(
           widened(load<Bytes>(static_cast<const uint8_t*>(from) + at)) << 24);

@@ -36,7 +36,7 @@ class Way:
     def __init__(self, op: str, w: QuantizedTensor, x: Tensor) -> None:
         layout, (*_, n, k) = w.storage_layout, w.canonical_shape
         self.dtype, self.device, self.found, self.weight = x.dtype, x.device, generation(), _parts(w)
-        if op == "embedding":
+        if op.startswith("embedding"):
             self.columns, self.tail = None, (layout.format, k, layout.dtype)
             self.run = kernel_for(op, layout.format, "", w.qdata.device, layout.dtype, n, k).run
         else:
@@ -115,9 +115,13 @@ def _embedding(
 
 def _embedding_bag(input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:  # noqa: A002
     """F.embedding_bag with a quantized table (V, D)."""
-    w = _operand(weight, "embedding_bag", (0, 1), input)
-    layout = w.storage_layout
+    way = _way("embedding_bag", input, weight)
+    w = _operand(weight, "embedding_bag", (0, 1), input) if way is None else weight
     ids, offsets, weights, *how = bag_arguments(w.shape[0], input, *rest, **options)
+    if unwatched(input, weights):
+        w.ways["embedding_bag"] = way = way or Way("embedding_bag", w, input)
+        return way.run(ids, offsets, weights, *way.weight[:4], *how, *way.tail)
+    layout = w.storage_layout
     fixed = (*how, layout.format, w.canonical_shape[1], layout.dtype)
     return torch.ops.lowbit.embedding_bag(ids, offsets, weights, *w.stored, *fixed)
 
