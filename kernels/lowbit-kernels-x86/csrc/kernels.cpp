@@ -68,7 +68,7 @@ struct Tile {
 // Values of code P of the words of a step, or from a word that is the first of a run.
 template <class Code, int P>
 F code_at(const uint32_t* words, int h) {
-  return Code::value(field<Code::bits, P>([&](int i) { return load<U>(words + i * TILE + h * W); }));
+  return value_of<Code, P>([&](int i) { return load<U>(words + i * TILE + h * W); });
 }
 
 // Lanes of rows that exist, of a tile's product, with the bias, rounded.
@@ -103,6 +103,23 @@ void each_run(const uint32_t* words, int64_t column, const Body& body) {
   }
 }
 
+// Calls body(first column, constant that is the first code, words it counts from) for each run of half a step.
+template <int Bits, class Body>
+INLINE inline void each_run_of_half(const uint32_t* words, bool second, const Body& body) {
+  using Of = Runs<Bits>;
+  constexpr int half = STEP / 2;
+  if constexpr (Of::kinds == 1) {
+    constexpr int size = Of::codes * Bits / 32 * TILE;
+    unroll<half / Of::codes>([&](auto i) {
+      body(i * Of::codes, std::integral_constant<int, 0>{}, words + (second * (half / Of::codes) + i) * size);
+    });
+  } else if (second) {
+    body(0, std::integral_constant<int, half>{}, words);
+  } else {
+    body(0, std::integral_constant<int, 0>{}, words);
+  }
+}
+
 // Products of `tokens` tokens, at most M, with one tile. Sums of one group are scaled together; several of each token go
 // side by side.
 template <class Code, int M>
@@ -111,47 +128,47 @@ void few_tile(const Packed& w, const float* x, int64_t stride, int tokens, const
   constexpr int SUMS = std::max(1, 4 / M), RUN = Runs<Code::bits>::codes;
   const Tile tile(w, index);
   const int64_t group_columns = w.format.columns ? w.format.columns : up(w.k, STEP);
-  F total[M][H] = {}, sums[M][H][SUMS] = {}, zero[H] = {};
-  int64_t group = 0, left = 0;
-  for (int64_t step = 0; step < w.k; step += STEP) {
-    each_run<Code::bits>(tile.codes(step / STEP), step, [&](int64_t column, auto first, const uint32_t* words) {
-      // Where only padding is left there are no scales.
-      if (column >= w.k) return;
-      if (left == 0) {
-        left = group_columns;
-        if constexpr (Code::offset) {
-          for (int h = 0; h < H; ++h) zero[h] = tile.zero(group, h);
-        }
-      }
-      unroll<RUN>([&](auto p) {
-        F value[H];
-        for (int h = 0; h < H; ++h) {
-          value[h] = code_at<Code, first + p>(words, h);
-          if constexpr (Code::offset) value[h] -= zero[h];
-        }
-        for (int m = 0; m < M; ++m) {
-          const F broadcast = all(x[m * stride + column + p]);
-          for (int h = 0; h < H; ++h) sums[m][h][p % SUMS] = fma(value[h], broadcast, sums[m][h][p % SUMS]);
-        }
+  // Registers are for the sums, loops over which are written out, lest the compiler keep them in memory.
+  alignas(64) float totals[M * TILE] = {};
+  F sums[M][H][SUMS], zero[H];
+  unroll<H>([&](auto h) INLINE {
+    zero[h] = F{};
+    unroll<M>([&](auto m) INLINE { unroll<SUMS>([&](auto s) INLINE { sums[m][h][s] = F{}; }); });
+  });
+  for (int64_t group = 0, begin = 0; begin < w.k; ++group, begin += group_columns) {
+    const int64_t end = std::min(w.k, begin + group_columns);
+    if constexpr (Code::offset) unroll<H>([&](auto h) INLINE { zero[h] = tile.zero(group, h); });
+    // Nothing is called here, which would take all registers.
+    for (int64_t column = begin; column < end; column += STEP / 2) {
+      each_run_of_half<Code::bits>(tile.codes(column / STEP), column % STEP, [&](int at, auto first, auto words) INLINE {
+        unroll<RUN>([&](auto p) INLINE {
+          F value[H];
+          unroll<H>([&](auto h) INLINE {
+            value[h] = code_at<Code, first + p>(words, h);
+            if constexpr (Code::offset) value[h] -= zero[h];
+          });
+          unroll<M>([&](auto m) INLINE {
+            const F broadcast = all(x[m * stride + column + at + p]);
+            unroll<H>([&](auto h) INLINE { sums[m][h][p % SUMS] = fma(value[h], broadcast, sums[m][h][p % SUMS]); });
+          });
+        });
       });
-      left -= RUN;
-      if (left == 0 || column + RUN >= w.k) {
-        for (int h = 0; h < H; ++h) {
-          const F scale = tile.scale(group, h);
-          for (int m = 0; m < M; ++m) {
-            F sum = sums[m][h][0];
-            for (int s = 1; s < SUMS; ++s) sum += sums[m][h][s];
-            total[m][h] = fma(sum, scale, total[m][h]);
-            for (int s = 0; s < SUMS; ++s) sums[m][h][s] = F{};
-          }
-        }
-        ++group;
-      }
+    }
+    unroll<H>([&](auto h) INLINE {
+      const F scale = tile.scale(group, h);
+      unroll<M>([&](auto m) INLINE {
+        F sum = sums[m][h][0];
+        unroll<SUMS - 1>([&](auto s) INLINE { sum += sums[m][h][s + 1]; });
+        float* const total = totals + m * TILE + h * W;
+        store(total, fma(sum, scale, load<F>(total)));
+        unroll<SUMS>([&](auto s) INLINE { sums[m][h][s] = F{}; });
+      });
     });
   }
-  for (int m = 0; m < tokens; ++m) {
-    for (int h = 0; h < H; ++h) finish(w, index, h, total[m][h], bias, out, type, m);
-  }
+  unroll<M>([&](auto m) INLINE {
+    if (m >= tokens) return;
+    unroll<H>([&](auto h) INLINE { finish(w, index, h, load<F>(totals + m * TILE + h * W), bias, out, type, m); });
+  });
 }
 
 void few(const Packed& w, const float* x, int64_t stride, int tokens, const void* bias, void* out, Type type,

@@ -143,16 +143,29 @@ inline I signed_bytes(const void* from) {
 // Into the cache; the compiler drops what is left of functions that do nothing but __builtin_prefetch.
 inline void fetch(const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); }
 
+// Of what loops are made of, before the compiler decides what stays in registers.
+#define INLINE __attribute__((always_inline))
+
 template <int... P, class Body>
-inline void each(std::integer_sequence<int, P...>, const Body& body) {
+INLINE inline void each(std::integer_sequence<int, P...>, const Body& body) {
   (body(std::integral_constant<int, P>{}), ...);
 }
 
 // body(0), ..., body(Count - 1), each a constant.
 template <int Count, class Body>
-inline void unroll(const Body& body) {
+INLINE inline void unroll(const Body& body) {
   each(std::make_integer_sequence<int, Count>{}, body);
 }
+
+#if defined(__AVX512F__)
+// Numbers of codes of at most 4 bits at the bottom of each lane; what stands above does not count.
+template <class Code>
+inline F looked_up(U low) {
+  F numbers;
+  for (int i = 0; i < 16; ++i) numbers[i] = Code::number(i & ((1 << Code::bits) - 1));
+  return _mm512_permutexvar_ps((__m512i)low, numbers);
+}
+#endif
 
 // Values of codes whose highest bit stands in bit 31; what stands below the code does not count.
 template <int E, int M, int Bias>
@@ -161,9 +174,20 @@ struct FloatCode {
   // The code of the largest number: beyond stand infinity and NaN.
   static constexpr int largest = (1 << (E + M)) - (E == 5 ? 5 : E == 4 ? 2 : 1);
   static constexpr bool offset = false;
+  // The number of a code of 4 bits.
+  static constexpr float number(int code) {
+    constexpr float magnitudes[] = {0, .5, 1, 1.5, 2, 3, 4, 6};
+    return code & 8 ? -magnitudes[code & 7] : magnitudes[code & 7];
+  }
   static inline F value(U top) {
-#if defined(__AVX2__)
-    if constexpr (bits == 4) return by_table(top);
+#if defined(__AVX512F__)
+    if constexpr (bits == 4) return looked_up<FloatCode>(top >> 28);
+#elif defined(__AVX2__)
+    if constexpr (bits == 4) {
+      // Of an index the three lowest bits count.
+      const __m256 magnitudes = _mm256_setr_ps(0, .5, 1, 1.5, 2, 3, 4, 6);
+      return (F)((U)_mm256_permutevar8x32_ps(magnitudes, (__m256i)(top >> 28)) | (top & 0x80000000u));
+    }
 #endif
     const U sign = top & 0x80000000u;
     const U field = (top >> (8 - E)) & (((1u << (E + M)) - 1) << (23 - M));
@@ -183,18 +207,6 @@ struct FloatCode {
     }
     return (F)bits;
   }
-#if defined(__AVX512F__)
-  static inline F by_table(U top) {
-    const __m512 values = _mm512_setr_ps(0, .5, 1, 1.5, 2, 3, 4, 6, -0.0f, -.5, -1, -1.5, -2, -3, -4, -6);
-    return _mm512_permutexvar_ps((__m512i)(top >> 28), values);
-  }
-#elif defined(__AVX2__)
-  static inline F by_table(U top) {
-    // Of an index the three lowest bits count.
-    const __m256 values = _mm256_permutevar8x32_ps(_mm256_setr_ps(0, .5, 1, 1.5, 2, 3, 4, 6), (__m256i)(top >> 28));
-    return (F)((U)values | (top & 0x80000000u));
-  }
-#endif
   static inline F first_normal() { return (F)(all(uint32_t(128 - Bias) << 23)); }
 };
 
@@ -203,6 +215,7 @@ template <int Bits>
 struct IntCode {
   static constexpr int bits = Bits;
   static constexpr bool offset = false;
+  static constexpr float number(int code) { return static_cast<float>(code >> (Bits - 1) ? code - (1 << Bits) : code); }
   static inline F value(U top) { return __builtin_convertvector((I)top >> (32 - Bits), F); }
 };
 
@@ -211,6 +224,7 @@ template <int Bits>
 struct OffsetCode {
   static constexpr int bits = Bits;
   static constexpr bool offset = true;
+  static constexpr float number(int code) { return static_cast<float>(code); }
   static inline F value(U top) { return __builtin_convertvector((I)(top >> (32 - Bits)), F); }
 };
 
@@ -225,15 +239,35 @@ struct Runs {
   static constexpr int each = STEP / codes / kinds;
 };
 
-// Code P of the 32 in Bits words, at the top of each lane; `word(i)` gives word i of every lane.
+// Code P of the 32 in Bits words, at the bottom of each lane with others above; `word(i)` gives word i of every lane.
+template <int Bits, int P, class Word>
+inline U low_field(const Word& word) {
+  constexpr int at = Bits * P % 32, i = Bits * P / 32;
+  if constexpr (at + Bits <= 32) {
+    return word(i) >> at;
+  } else {
+    return (word(i) >> at) | (word(i + 1) << (32 - at));
+  }
+}
+
+// The same at the top, with others below.
 template <int Bits, int P, class Word>
 inline U field(const Word& word) {
-  constexpr int at = Bits * P % 32, i = Bits * P / 32, end = at + Bits;
+  constexpr int end = Bits * P % 32 + Bits;
   if constexpr (end <= 32) {
-    return word(i) << (32 - end);
+    return word(Bits * P / 32) << (32 - end);
   } else {
-    return ((word(i) >> at) | (word(i + 1) << (32 - at))) << (32 - Bits);
+    return low_field<Bits, P>(word) << (32 - Bits);
   }
+}
+
+// The value of code P.
+template <class Code, int P, class Word>
+inline F value_of(const Word& word) {
+#if defined(__AVX512F__)
+  if constexpr (Code::bits <= 4) return looked_up<Code>(low_field<Code::bits, P>(word));
+#endif
+  return Code::value(field<Code::bits, P>(word));
 }
 
 inline F from_bfloat16(Halves bits) { return (F)(widened(bits) << 16); }

@@ -235,6 +235,21 @@ def test_bad_arguments_are_refused_before_anything_runs():
             embedding(torch.tensor(ids), *table.stored[:2], None, None, "int8:1x*:float32", 32, torch.float32)
 
 
+def test_rows_beyond_two_gigabytes_are_found(tmp_path):
+    """A file of holes, but for three rows, stands for a table whose offsets 32 bits do not hold."""
+    rows, spec = 2**31 // 64 + 1000, "int4:1x*:float32"
+    codes = torch.from_file(str(tmp_path / "codes"), shared=True, size=rows * 64, dtype=torch.uint8).view(rows, 64)
+    scale = torch.from_file(str(tmp_path / "scale"), shared=True, size=rows, dtype=torch.float32).view(rows, 1)
+    q = lowbit.quantize(sample((3, 128)), spec)
+    ids = torch.tensor([5, 2**31 // 64, rows - 1])
+    codes[ids], scale[ids] = q.qdata, q.scale
+    found = torch.ops.lowbit_x86.embedding(ids, codes, scale, None, None, spec, 128, torch.float32)
+    assert torch.equal(found, q.dequantize())
+    bags = torch.tensor([0, 1, 3]), None, codes, scale, None, None, "sum", -1, True, spec, 128, torch.float32
+    pooled = torch.ops.lowbit_x86.embedding_bag(ids, *bags)
+    torch.testing.assert_close(pooled, torch.stack([found[0], found[1] + found[2]]))
+
+
 def test_compilers_see_one_operator_whatever_the_tokens():
     _, parts, description = packed("MXFP4", (48, 64))
     run = torch.compile(lambda x: weights.run(x, parts, description, None) + 1, fullgraph=True, dynamic=True)

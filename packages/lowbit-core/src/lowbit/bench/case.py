@@ -213,4 +213,5 @@ def footprint(operand: Any) -> int:
     if flatten is not None:
         names, _ = flatten()
         return sum(footprint(getattr(operand, name)) for name in names)
-    return operand.nbytes
+    # oneDNN's own layouts have no storage to ask.
+    return operand.numel() * operand.element_size()

@@ -56,7 +56,10 @@ def _name(device: torch.device) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    capability = torch.backends.cpu.get_cpu_capability()
+    threads = torch.get_num_threads()
+    run = f"{os.cpu_count()} cores, {capability}, {threads} thread{'s' * (threads > 1)}"
+    return f"{model or platform.processor() or platform.machine()}, {run}"
 
 
 def _clocks(device: torch.device) -> dict[str, str]:

@@ -335,7 +335,8 @@ def _qlinear(moved: float) -> Contender:
     def prepare(x: Tensor, weight: Tensor) -> Make:
         scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
         codes = (weight.float() / scale[:, None]).round().to(torch.int8)
-        return copies(x, pack(codes, list(x.shape)), scale, torch.zeros(len(weight), dtype=torch.int64))
+        zero = torch.zeros(len(weight), dtype=torch.int64)
+        return lambda _: (x.clone(), pack(codes.clone(), list(x.shape)), scale.clone(), zero)
 
     def run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         # It takes one scale of inputs, not one a token.
