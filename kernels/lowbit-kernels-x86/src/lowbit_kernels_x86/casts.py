@@ -40,8 +40,8 @@ def quantize(
     check_choice("scale mode", mode, ScaleMode)
     parsed, shape, given = Format.parse(fmt), tuple(x.shape), scale is not None
     natural = parsed.scale_shape(shape)
-    if given:
-        # What an operator returns is never what it was given.
+    # What an operator returns is never what it was given.
+    if scale is not None:
         scale, zero = _copy(scale), None if zero is None else _copy(zero)
     else:
         scale = x.new_empty(natural, dtype=parsed.scale.storage)

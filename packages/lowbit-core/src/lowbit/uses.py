@@ -115,11 +115,11 @@ def _embedding(
 
 def _embedding_bag(input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:  # noqa: A002
     """F.embedding_bag with a quantized table (V, D)."""
-    way = _way("embedding_bag", input, weight)
-    w = _operand(weight, "embedding_bag", (0, 1), input) if way is None else weight
+    w = _operand(weight, "embedding_bag", (0, 1), input)
     ids, offsets, weights, *how = bag_arguments(w.shape[0], input, *rest, **options)
     if unwatched(input, weights):
-        w.ways["embedding_bag"] = way = way or Way("embedding_bag", w, input)
+        if (way := _way("embedding_bag", input, w)) is None:
+            w.ways["embedding_bag"] = way = Way("embedding_bag", w, input)
         return way.run(ids, offsets, weights, *way.weight[:4], *how, *way.tail)
     layout = w.storage_layout
     fixed = (*how, layout.format, w.canonical_shape[1], layout.dtype)
