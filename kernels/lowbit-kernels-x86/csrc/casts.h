@@ -16,7 +16,7 @@ inline U finite(F x) { return (U)(((U)x & 0x7f800000u) != 0x7f800000u); }
 
 inline F infinity_free(F x) { return where(finite(x), x, all(std::numeric_limits<float>::quiet_NaN())); }
 
-// Of each block of x, `k` numbers and zeros up to STEP: the largest magnitude, or what is not finite, in `high`; with
+// Of each block of x, `k` numbers and a STEP of zeros: the largest magnitude, or what is not finite, in `high`; with
 // zero points the lowest and the highest, none beyond 0, or NaN in both.
 void extents(const float* x, int64_t k, const Format& format, float* low, float* high) {
   const int64_t columns = format.columns ? format.columns : std::max<int64_t>(k, 1);

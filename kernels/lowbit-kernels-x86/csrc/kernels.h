@@ -116,15 +116,16 @@ struct Kernels {
   // with scales of multiples of 32 columns, or of all.
   void (*integers)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
                    int64_t first, int64_t last);
-  // Of blocks of one row x, `k` numbers and zeros up to STEP: the largest magnitude, or what is not finite, in `high`;
-  // with zero points the lowest number and the highest, neither beyond 0, or NaN in both. Both have room for whole STEPs.
+  // Of blocks of one row x, `k` numbers and a STEP of zeros at least: the largest magnitude, or what is not finite, in
+  // `high`; with zero points the lowest number and the highest, neither beyond 0, or NaN in both. Both have room for
+  // whole STEPs.
   void (*extents)(const float* x, int64_t k, const Format& format, float* low, float* high);
   // Scales and zero points from the one numbered `at` on, for those of `groups` blocks.
   void (*choose)(const float* low, const float* high, int64_t groups, const Format& format, const Rounding& how,
                  float tensor_scale, void* scale, void* zero, int64_t at);
   // What rounds stochastically `count` numbers from the one numbered `first` on.
   void (*draw)(uint64_t seed, uint64_t first, int64_t count, float* noise);
-  // The codes of such a row, by `noise`, in whole STEPs, where it is not null.
+  // The codes of such a row, by `noise`, which is as long, where it is not null.
   void (*encode)(const float* x, int64_t k, const Format& format, const void* scale, const void* zero, int64_t at,
                  float tensor_scale, const float* noise, const Scratch& scratch, uint8_t* codes);
 };

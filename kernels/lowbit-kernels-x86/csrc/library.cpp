@@ -393,6 +393,7 @@ void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const st
   STD_TORCH_CHECK(format.rows == 1, "scales must be of one row; this is ", spec);
   STD_TORCH_CHECK(table.rows * k == x.numel(), "data must have a row for each of x, which has ", told(x), "; it has ",
                   told(data));
+  STD_TORCH_CHECK(!choose_tensor_scale || table.factors == 1, "a tensor scale is chosen where there is room for one a matrix");
   if (x.numel() == 0) return;
   const lowbit::Rounding how = rounding_of(format, mode);
   const lowbit::Kernels& kernels = lowbit::kernels();
@@ -403,8 +404,10 @@ void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const st
   void* zeros = zero ? zero->mutable_data_ptr() : nullptr;
   const int64_t groups = table.groups, room = up(groups, STEP), grain = std::max<int64_t>(1, 16384 / k);
   std::vector<float> highs;
+  // Vectors of the last block may begin anywhere in it.
+  const int64_t padded = up(k, STEP) + STEP;
   auto widened = [&](int64_t row, std::vector<float>& values) {
-    values.resize(up(k, STEP));
+    values.resize(padded);
     kernels.widen(from + row * k * size_of(type), type, nullptr, k, values.data());
   };
   if (choose_tensor_scale) {
@@ -429,7 +432,7 @@ void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const st
     }
   }
   torch::stable::parallel_for(0, table.rows, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> values, low(room), high(room), noise(seed ? up(k, STEP) : 0);
+    std::vector<float> values, low(room), high(room), noise(seed ? padded : 0);
     std::vector<uint8_t> bytes(k + 8);
     lowbit::Scratch scratch{low.data(), high.data(), bytes.data(), from, size_of(type)};
     for (int64_t row = begin; row < end; ++row) {
