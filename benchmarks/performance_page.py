@@ -1,4 +1,4 @@
-"""Write the plots and tables of "Kernels on GPUs" in docs/performance.md from benchmarks/bench-*.json.
+"""Write the plots and tables of "Kernels, measured" in docs/performance.md from benchmarks/bench-*.json.
 
     lowbit bench linear --peers --json benchmarks/bench-linear-h100-2026-11-28.json
     python benchmarks/performance_page.py

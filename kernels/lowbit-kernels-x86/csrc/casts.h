@@ -14,7 +14,29 @@ inline F where(U take, F a, F b) { return (F)((take & (U)a) | (~take & (U)b)); }
 
 inline U finite(F x) { return (U)(((U)x & 0x7f800000u) != 0x7f800000u); }
 
-inline F infinity_free(F x) { return where(finite(x), x, all(std::numeric_limits<float>::quiet_NaN())); }
+struct Range {
+  float low, high;
+  bool finite;
+};
+
+// The lowest and the highest of `count` numbers, neither beyond 0; whole vectors may be read.
+Range range_of(const float* x, int64_t count) {
+  F lows{}, highs{};
+  U whole = ~U{};
+  for (int64_t i = 0; i < count; i += W) {
+    const F now = (F)(load<U>(x + i) & first_lanes(count - i));
+    lows = least(now, lows);
+    highs = most(now, highs);
+    whole &= finite(now);
+  }
+  Range range{0, 0, true};
+  for (int i = 0; i < W; ++i) {
+    range.low = std::min(range.low, lows[i]);
+    range.high = std::max(range.high, highs[i]);
+    range.finite &= whole[i] != 0;
+  }
+  return range;
+}
 
 // Of each block of x, `k` numbers and a STEP of zeros: the largest magnitude, or what is not finite, in `high`; with
 // zero points the lowest and the highest, none beyond 0, or NaN in both.
@@ -38,24 +60,9 @@ void extents(const float* x, int64_t k, const Format& format, float* low, float*
       std::memcpy(high + group, &largest, 4);
       continue;
     }
-    F lows{}, highs{};
-    U whole = ~U{};
-    for (int64_t i = begin; i < end; i += W) {
-      F now = load<F>(x + i);
-      if (i + W > end) now = (F)((U)now & first_lanes(end - i));
-      lows = least(now, lows);
-      highs = most(now, highs);
-      whole &= finite(now);
-    }
-    float lowest = 0, highest = 0;
-    bool is_finite = true;
-    for (int i = 0; i < W; ++i) {
-      lowest = std::min(lowest, lows[i]);
-      highest = std::max(highest, highs[i]);
-      is_finite &= whole[i] != 0;
-    }
-    low[group] = is_finite ? lowest : std::numeric_limits<float>::quiet_NaN();
-    high[group] = is_finite ? highest : std::numeric_limits<float>::quiet_NaN();
+    const Range range = range_of(x + begin, end - begin);
+    low[group] = range.finite ? range.low : std::numeric_limits<float>::quiet_NaN();
+    high[group] = range.finite ? range.high : std::numeric_limits<float>::quiet_NaN();
   }
 }
 
@@ -89,9 +96,10 @@ inline U float_codes(F x) {
 inline void store_scales(void* to, const Format& format, int64_t at, F scale, int64_t count) {
   char lanes[4 * W];
   const U is_finite = finite(scale);
+  const F nan = all(std::numeric_limits<float>::quiet_NaN());
   auto kept = [&](float smallest, float largest) {
     const F inside = least(most(scale, all(smallest)), all(largest));
-    return infinity_free(where((U)(scale == F{}), all(1.0f), where(is_finite, inside, scale)));
+    return where(is_finite, where((U)(scale == F{}), all(1.0f), inside), nan);
   };
   switch (format.scale) {
     case Scale::float32: store(lanes, kept(0, std::numeric_limits<float>::max())); break;
@@ -142,7 +150,7 @@ void choose(const float* low, const float* high, int64_t groups, const Format& f
   }
 }
 
-// Whole numbers next to x, ties to even; below 2^22.
+// Whole numbers next to x, ties to even; below 2^22: around 1.5 * 2^23 float32 has integers alone.
 inline F nearest(F x) {
   constexpr float integers_from = 12582912.0f;
   return x + integers_from - integers_from;

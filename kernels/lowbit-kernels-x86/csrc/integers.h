@@ -190,21 +190,7 @@ void arrange(const Format& weight, const uint8_t* bytes, int64_t k, uint8_t* to)
 // The scale and the zero point of a token of `k` numbers, zeros up to STEP.
 void choose_scale(const float* x, int64_t k, const Activation& how, float& scale, int32_t& zero) {
   const float low = -static_cast<float>(1 << (how.bits - 1)), high = -low - 1, steps = high - low;
-  F lows{}, highs{};
-  I finites = ~I{};
-  for (int64_t i = 0; i < k; i += W) {
-    const F now = load<F>(x + i);
-    lows = least(now, lows);
-    highs = most(now, highs);
-    finites &= (I)(now - now == F{});
-  }
-  float down = 0, top = 0;
-  bool finite = true;
-  for (int i = 0; i < W; ++i) {
-    down = std::min(down, lows[i]);
-    top = std::max(top, highs[i]);
-    finite &= finites[i] != 0;
-  }
+  const auto [down, top, finite] = range_of(x, k);
   scale = how.asymmetric ? top / steps - down / steps : std::max(top, -down) / (steps / 2);
   if (scale == 0) scale = 1;
   if (!finite) scale = std::numeric_limits<float>::quiet_NaN();
@@ -222,15 +208,13 @@ void round_token(const float* x, int64_t k, const Activation& how, const Format&
   const std::unique_ptr<uint8_t[]> bytes(new uint8_t[up(k, STEP)]());
   const int64_t columns = weight.columns ? weight.columns : std::max<int64_t>(k, 1);
   int32_t* const sums = to.sums + token * weight.groups(k);
-  // Around 1.5 * 2^23 float32 has integers alone.
-  constexpr float integers_from = 12582912.0f;
   const F by = all(scale), first = all(low), last = all(high);
   for (int64_t group = 0, begin = 0; begin < k; ++group, begin += columns) {
     I sum{};
     for (int64_t i = begin; i < std::min(k, begin + columns); i += W) {
       const F given = load<F>(x + i) / by;
       // Beyond these it is cut off in any case.
-      const F near = most(least(given, all(1024.0f)), all(-1024.0f)) + integers_from - integers_from;
+      const F near = nearest(most(least(given, all(1024.0f)), all(-1024.0f)));
       const F code = most(least(near + static_cast<float>(zero), last), first);
       // Of what is no number, the code is 0.
       I byte = (__builtin_convertvector(code, I) & (I)(given == given)) + 128;

@@ -91,21 +91,9 @@ F code_at(const uint32_t* words, int h) {
   std::memcpy(static_cast<char*>(out) + at * size_of(type), lanes, bytes);
 }
 
-// Calls body(first column, constant that is the first code, words it counts from) for each run of a step.
-template <int Bits, class Body>
-void each_run(const uint32_t* words, int64_t column, const Body& body) {
-  using Of = Runs<Bits>;
-  for (int i = 0; i < Of::each; ++i) {
-    unroll<Of::kinds>([&](auto kind) {
-      body(column + (i * Of::kinds + kind) * Of::codes, std::integral_constant<int, kind * Of::codes>{},
-           words + i * (Of::codes * Of::kinds * Bits / 32) * TILE);
-    });
-  }
-}
-
 // Calls body(first column, constant that is the first code, words it counts from) for each run of half a step.
 template <int Bits, class Body>
-INLINE inline void each_run_of_half(const uint32_t* words, bool second, const Body& body) {
+INLINE inline void each_run(const uint32_t* words, bool second, const Body& body) {
   using Of = Runs<Bits>;
   constexpr int half = STEP / 2;
   if constexpr (Of::kinds == 1) {
@@ -140,7 +128,7 @@ void few_tile(const Packed& w, const float* x, int64_t stride, int tokens, const
     if constexpr (Code::offset) unroll<H>([&](auto h) INLINE { zero[h] = tile.zero(group, h); });
     // Nothing is called here, which would take all registers.
     for (int64_t column = begin; column < end; column += STEP / 2) {
-      each_run_of_half<Code::bits>(tile.codes(column / STEP), column % STEP, [&](int at, auto first, auto words) INLINE {
+      each_run<Code::bits>(tile.codes(column / STEP), column % STEP, [&](int at, auto first, auto words) INLINE {
         unroll<RUN>([&](auto p) INLINE {
           F value[H];
           unroll<H>([&](auto h) INLINE {
@@ -194,22 +182,21 @@ void fill_panel(const Packed& w, int64_t index, int64_t begin, int64_t end, floa
   const Tile tile(w, index);
   F scale[H] = {}, zero[H] = {};
   int64_t group = -1;
-  for (int64_t step = begin; step < end; step += STEP) {
-    each_run<Code::bits>(tile.codes(step / STEP), step, [&](int64_t column, auto first, const uint32_t* words) {
-      if (column >= w.k) return;
-      const int64_t now = w.format.columns ? column / w.format.columns : 0;
-      if (now != group) {
-        group = now;
-        for (int h = 0; h < H; ++h) {
-          scale[h] = tile.scale(group, h);
-          if constexpr (Code::offset) zero[h] = tile.zero(group, h);
-        }
+  for (int64_t column = begin; column < end; column += STEP / 2) {
+    const int64_t now = w.format.columns ? column / w.format.columns : 0;
+    if (now != group) {
+      group = now;
+      for (int h = 0; h < H; ++h) {
+        scale[h] = tile.scale(group, h);
+        if constexpr (Code::offset) zero[h] = tile.zero(group, h);
       }
+    }
+    each_run<Code::bits>(tile.codes(column / STEP), column % STEP, [&](int at, auto first, const uint32_t* words) {
       unroll<RUN>([&](auto p) {
         for (int h = 0; h < H; ++h) {
           F value = code_at<Code, first + p>(words, h);
           if constexpr (Code::offset) value -= zero[h];
-          store(panel + ((column - begin + p) * H + h) * W, value * scale[h]);
+          store(panel + ((column - begin + at + p) * H + h) * W, value * scale[h]);
         }
       });
     });
@@ -301,7 +288,7 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
 
 // W codes of a row from `at` on, which begins a byte, at the top of each lane; of the lanes of a run, those before it.
 template <int Bits>
-[[gnu::always_inline]] inline U codes_at(const uint8_t* row, int64_t at) {
+INLINE inline U codes_at(const uint8_t* row, int64_t at) {
   if constexpr (Bits == 8) return widened(load<Bytes>(row + at)) << 24;
   constexpr int some = std::min(W, 8);
   U top, less;
@@ -324,7 +311,7 @@ template <int Bits>
 // Values, not scaled yet, of W codes of a row from `at` on, which begins a byte; `flip`: of codes that count from the
 // lowest, but are stored as they are.
 template <class Code>
-[[gnu::always_inline]] inline F values_at(const uint8_t* row, int64_t at, uint32_t flip) {
+INLINE inline F values_at(const uint8_t* row, int64_t at, uint32_t flip) {
   constexpr int Bits = Code::bits;
   if constexpr (std::is_same_v<Code, IntCode<8>>) return __builtin_convertvector(signed_bytes(row + at), F);
   U top = codes_at<Bits>(row, at);
@@ -376,7 +363,11 @@ inline float scale_at(const void* scale, Scale kind, int64_t at) {
   }
 }
 
-float zero_at(const void* zero, const Format& format, int64_t at) { return zeros_at(zero, format, at, 1)[0]; }
+inline float zero_at(const void* zero, const Format& format, int64_t at) {
+  if (zero == nullptr) return 0;
+  const int code = format.zero_signed ? static_cast<const int8_t*>(zero)[at] : static_cast<const uint8_t*>(zero)[at];
+  return static_cast<float>(format.element.is_signed ? code + (1 << (format.element.bits - 1)) : code);
+}
 
 template <class Code>
 void decode_row(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,

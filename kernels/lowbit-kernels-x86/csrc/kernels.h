@@ -27,6 +27,9 @@ inline constexpr int STEP = 32;
 // Tokens that `many` takes: their float32 copy and their sums stay near.
 inline constexpr int64_t MOST_TOKENS = 96;
 
+// Into the cache; the compiler drops calls of functions that do nothing but __builtin_prefetch.
+inline void fetch(const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); }
+
 // A matrix (N, K) packed by tiles of 16 rows; all that a row has stands in its lane:
 // codes [tile][word][16], 32-bit words of the canonical bit stream; scale and zero [tile][group][16].
 struct Packed {

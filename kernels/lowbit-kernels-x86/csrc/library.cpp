@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <numeric>
 #include <optional>
@@ -330,10 +330,8 @@ struct Table {
 
   // Into the cache, what a table's row begins with.
   void fetch(int64_t row) const {
-    // The compiler drops calls of functions that do nothing but __builtin_prefetch.
-    auto line = [](const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); };
-    for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 256); byte += 64) line(codes + row * bytes + byte);
-    line(static_cast<const char*>(scale) + (block == 1 ? row : row / block) * groups * size_of(format.scale));
+    for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 256); byte += 64) lowbit::fetch(codes + row * bytes + byte);
+    lowbit::fetch(static_cast<const char*>(scale) + (block == 1 ? row : row / block) * groups * size_of(format.scale));
   }
 };
 
@@ -347,8 +345,7 @@ float largest_of(const lowbit::Element& element) {
 
 // Unbiased exponent and mantissa of a number that is not negative.
 std::pair<int, int32_t> fields(float x) {
-  int32_t bits;
-  std::memcpy(&bits, &x, 4);
+  const int32_t bits = std::bit_cast<int32_t>(x);
   return {(bits >> 23) - 127, bits & 0x7fffff};
 }
 
@@ -393,7 +390,7 @@ void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const st
   STD_TORCH_CHECK(format.rows == 1, "scales must be of one row; this is ", spec);
   STD_TORCH_CHECK(table.rows * k == x.numel(), "data must have a row for each of x, which has ", told(x), "; it has ",
                   told(data));
-  STD_TORCH_CHECK(!choose_tensor_scale || table.factors == 1, "a tensor scale is chosen where there is room for one a matrix");
+  STD_TORCH_CHECK(!choose_tensor_scale || table.factors == 1, "a tensor scale is chosen for a matrix, not for rows");
   if (x.numel() == 0) return;
   const lowbit::Rounding how = rounding_of(format, mode);
   const lowbit::Kernels& kernels = lowbit::kernels();

@@ -140,9 +140,6 @@ inline I signed_bytes(const void* from) {
 #endif
 }
 
-// Into the cache; the compiler drops what is left of functions that do nothing but __builtin_prefetch.
-inline void fetch(const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); }
-
 // Of what loops are made of, before the compiler decides what stays in registers.
 #define INLINE __attribute__((always_inline))
 
@@ -234,9 +231,8 @@ template <int Bits>
 struct Runs {
   static constexpr bool aligned = 32 % Bits == 0;
   static constexpr int codes = !aligned || Bits == 1 ? 16 : 32 / Bits;
-  // Kinds of runs in a step, and how many of them share a kind's code.
+  // Kinds of runs in a step.
   static constexpr int kinds = !aligned || Bits == 1 ? 2 : 1;
-  static constexpr int each = STEP / codes / kinds;
 };
 
 // Code P of the 32 in Bits words, at the bottom of each lane with others above; `word(i)` gives word i of every lane.

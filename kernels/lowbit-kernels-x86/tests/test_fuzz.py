@@ -10,6 +10,7 @@ AddressSanitizer, which sees every access:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 
@@ -32,26 +33,24 @@ OTHERS = (torch.float64, torch.int8, torch.uint8, torch.int32, torch.int64, torc
 
 def drawn_format(draw):
     """A format with scales of one row, and a length that it divides."""
-    while True:
-        element, columns = draw.choice(ELEMENTS), draw.choice([1, 3, 8, 16, 24, 32, 48, 64, 128, "*"])
-        scale = draw.choice(["float32", "bfloat16", "float16", "e8m0", "e4m3fn"])
-        zero = f":zero={element}" if "int" in element and scale != "e8m0" and draw.random() < 0.5 else ""
-        tensor = ":tensor" if scale == "e4m3fn" and not zero and draw.random() < 0.5 else ""
-        k = draw.randrange(1, 150) if columns == "*" else columns * draw.randrange(1, 5)
-        return f"{element}:1x{columns}:{scale}{zero}{tensor}", k
+    element, columns = draw.choice(ELEMENTS), draw.choice([1, 3, 8, 16, 24, 32, 48, 64, 128, "*"])
+    scale = draw.choice(["float32", "bfloat16", "float16", "e8m0", "e4m3fn"])
+    zero = f":zero={element}" if "int" in element and scale != "e8m0" and draw.random() < 0.5 else ""
+    tensor = ":tensor" if scale == "e4m3fn" and not zero and draw.random() < 0.5 else ""
+    k = draw.randrange(1, 150) if columns == "*" else columns * draw.randrange(1, 5)
+    return f"{element}:1x{columns}:{scale}{zero}{tensor}", k
 
 
 def spoiled(draw, arguments):
-    """The arguments with one of them, or none, made what it should not be."""
+    """The arguments with one of them made what it should not be."""
     arguments = list(arguments)
-    at = draw.randrange(2 * len(arguments))
-    if at >= len(arguments):
-        return arguments
+    at = draw.randrange(len(arguments))
     given = arguments[at]
     if isinstance(given, torch.Tensor):
         whole = given.clone()
         wrong = [whole.to(draw.choice(OTHERS)), whole[..., : whole.shape[-1] - 1].contiguous(), whole[..., ::2]]
         wrong += [whole[:0], whole.flatten()[:1], whole[None], torch.empty_like(whole, device="meta"), None]
+        wrong.append(whole.view(torch.uint8).fill_(255).view(whole.dtype))  # ids and offsets that are nowhere, NaN
         arguments[at] = draw.choice([*wrong, whole.t()] if whole.dim() == 2 else wrong)
     elif isinstance(given, str):
         arguments[at] = draw.choice(["", "int4", "int4:1x32", given + ":x", given[1:], "sum", drawn_format(draw)[0]])
@@ -71,24 +70,27 @@ def calls(draw):
     kind = draw.choice(["quantize", "dequantize", "embedding", "embedding_bag", "linear"])
     if kind == "quantize":
         parts = [None if part is None else part.clone() for part in q.stored]
-        return ops.quantize, (x, *parts, spec, "even", *draw.choices([True, False], k=2), draw.choice([None, 5]))
+        chooses = draw.random() < 0.5, parts[3] is not None and draw.random() < 0.5
+        return ops.quantize, (x, *parts, spec, "even", *chooses, draw.choice([None, 5]))
     if kind == "dequantize":
         return ops.dequantize, (*q.stored, spec, k, dtype)
-    ids = torch.randint(-1 if draw.random() < 0.1 else 0, rows, (draw.randrange(30),), dtype=torch.int32)
+    ids = torch.randint(rows, (draw.randrange(30),), dtype=draw.choice([torch.int32, torch.int64]))
     if kind == "embedding":
         return ops.embedding, (ids, *q.stored, spec, k, dtype)
     if kind == "embedding_bag":
         offsets = torch.randint(0, len(ids) + 1, (draw.randrange(1, 9),)).sort().values
-        offsets[0] = 0 if draw.random() < 0.9 else 1
+        offsets[0] = 0
         mode = draw.choice(["sum", "mean", "max"])
         by = torch.rand(len(ids)) if mode == "sum" and draw.random() < 0.5 else None
         padding = draw.choice([-1, 0, rows])
         return ops.embedding_bag, (ids, offsets, by, *q.stored, mode, padding, draw.random() < 0.5, spec, k, dtype)
-    if Format.parse(spec).block[-1] % 16:
+    fmt = Format.parse(spec)
+    if fmt.block[-1] % 16:
         return calls(draw)
     packed = dict(zip(q.inner_tensors(), weights.pack(q), strict=True))
     parts = [packed.get(name) for name in ("qdata", "scale", "zero", "tensor_scale")]
-    activation = draw.choice(["", "", "dynamic:int8:1x*:float32", "dynamic:int8:1x*:float32:zero=int8"])
+    rounds = fmt.element.kind == "int" and 8 % fmt.element.bits == 0 and fmt.block[-1] % 32 == 0
+    activation = draw.choice(["", *["dynamic:int8:1x*:float32", "dynamic:int8:1x*:float32:zero=int8"] * rounds])
     tokens = torch.randn(draw.choice([0, 1, 2, 5, 20]), k, dtype=dtype)
     return ops.linear, (tokens, *parts, None, None, None, spec, rows, activation)
 
@@ -104,8 +106,9 @@ def calls(draw):
 def test_arguments_are_taken_or_refused(draw):
     torch.manual_seed(draw.randrange(1 << 31))
     run, arguments = calls(draw)
-    try:
-        found = run(*spoiled(draw, arguments))
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+    if draw.random() < 0.5:
+        run(*arguments)
         return
-    assert found is None or found.is_contiguous()
+    # What is wrong may still do, as one row fewer; else it is refused in words.
+    with contextlib.suppress(RuntimeError, NotImplementedError, TypeError, ValueError):
+        run(*spoiled(draw, arguments))

@@ -118,7 +118,8 @@ def _embedding_bag(input: Tensor, weight: Tensor, *rest: Any, **options: Any) ->
     w = _operand(weight, "embedding_bag", (0, 1), input)
     ids, offsets, weights, *how = bag_arguments(w.shape[0], input, *rest, **options)
     if unwatched(input, weights):
-        if (way := _way("embedding_bag", input, w)) is None:
+        way = w.ways.get("embedding_bag")
+        if way is None or not way.fits(input):
             w.ways["embedding_bag"] = way = Way("embedding_bag", w, input)
         return way.run(ids, offsets, weights, *way.weight[:4], *how, *way.tail)
     layout = w.storage_layout

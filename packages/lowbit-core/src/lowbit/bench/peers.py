@@ -96,7 +96,8 @@ def bags(
     name = f"torch quantized {_BAGS[bits]}"
 
     def build() -> Contender:
-        pack, run = (getattr(_ops.quantized, f"embedding_bag_{_BAGS[bits]}_{rest}") for rest in ("prepack", _ROWWISE))
+        ops = _ops.quantized
+        pack, run = (getattr(ops, f"embedding_bag_{_BAGS[bits]}_{rest}") for rest in ("prepack", "rowwise_offsets"))
 
         def made(weight: Tensor) -> Tensor:
             return pack(weight.float())
@@ -111,7 +112,6 @@ def bags(
 
 
 _BAGS = {8: "byte", 4: "4bit", 2: "2bit"}
-_ROWWISE = "rowwise_offsets"
 
 
 def attentions(
@@ -148,26 +148,19 @@ def _all(found: dict[str, Build]) -> tuple[Contender | Refusal, ...]:
     return tuple(peer(name, build) for name, build in found.items())
 
 
-def _on_gpu(device: torch.device, build: Build) -> Build:
-    """A builder that refuses devices but NVIDIA's."""
+def _on(kind: str, device: torch.device, build: Build) -> Build:
+    """A builder that refuses devices of another kind."""
 
     def checked() -> Contender:
-        if device.type != "cuda":
-            raise NoKernelError(f"needs an NVIDIA GPU; this benchmark runs on {device.type}")
+        if device.type != kind:
+            needed = {"cuda": "an NVIDIA GPU", "cpu": "a CPU"}[kind]
+            raise NoKernelError(f"needs {needed}; this benchmark runs on {device.type}")
         return build()
 
     return checked
 
 
-def _on_cpu(device: torch.device, build: Build) -> Build:
-    """A builder that refuses devices but CPUs."""
-
-    def checked() -> Contender:
-        if device.type != "cpu":
-            raise NoKernelError(f"needs a CPU; this benchmark runs on {device.type}")
-        return build()
-
-    return checked
+_on_gpu, _on_cpu = partial(_on, "cuda"), partial(_on, "cpu")
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -336,7 +329,7 @@ def _qlinear(moved: float) -> Contender:
         scale = weight.float().abs().amax(1).clamp_min(1e-12) / 127
         codes = (weight.float() / scale[:, None]).round().to(torch.int8)
         zero = torch.zeros(len(weight), dtype=torch.int64)
-        return lambda _: (x.clone(), pack(codes.clone(), list(x.shape)), scale.clone(), zero)
+        return lambda _: (x.clone(), pack(codes, list(x.shape)), scale.clone(), zero)
 
     def run(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         # It takes one scale of inputs, not one a token.
