@@ -231,8 +231,9 @@ template <int Bits>
 struct Runs {
   static constexpr bool aligned = 32 % Bits == 0;
   static constexpr int codes = !aligned || Bits == 1 ? 16 : 32 / Bits;
-  // Kinds of runs in a step.
+  // Kinds of runs in a step, and how many of them share a kind's code.
   static constexpr int kinds = !aligned || Bits == 1 ? 2 : 1;
+  static constexpr int each = STEP / codes / kinds;
 };
 
 // Code P of the 32 in Bits words, at the bottom of each lane with others above; `word(i)` gives word i of every lane.
