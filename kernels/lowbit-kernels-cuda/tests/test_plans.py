@@ -101,7 +101,7 @@ def test_a_weight_is_kept_plain_only_where_codes_are_slower_somewhere(monkeypatc
         for s in ((8192, 8192), (1024, 4096))
     )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(linear, "_device", lambda _: (132, True))
+    monkeypatch.setattr(linear, "_device", lambda _: (132, True, True))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     linear._ratios.cache_clear()
     try:

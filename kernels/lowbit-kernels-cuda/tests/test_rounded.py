@@ -280,13 +280,15 @@ def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, rea
         ("FP8_128x128", "dynamic:FP8_1x128", 64, None),
         ("INT8_ROW", "dynamic:INT8_ROW", 64, None),
         ("INT4_G128", "dynamic:FP8_ROW", 64, "beyond 32 tokens codes become 8-bit floats"),
+        ("MXFP4", "dynamic:FP8_ROW", 64, "from 512 tokens on the weight becomes 8-bit floats in memory for torch's"),
+        ("MXFP4", "dynamic:FP8_ROW", 24, None),
         ("INT4_G128", "dynamic:INT8_ROW", 64, None),
     ],
 )
 def test_what_runs_for_how_many_tokens_is_told(monkeypatch, weight, activation, n, told):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("lowbit_kernels_cuda.linear._device", lambda _: (132, True))
+    monkeypatch.setattr("lowbit_kernels_cuda.linear._device", lambda _: (132, True, True))
     call = Call("linear", Format.parse(weight), Activation.parse(activation), "cuda", torch.bfloat16, n, 128)
     module = packed if plain_bytes.refuses(call) else plain_bytes
     found = module.how(call)

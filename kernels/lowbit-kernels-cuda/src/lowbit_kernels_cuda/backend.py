@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.fx import Graph
 
 from lowbit.backends import Call, Kernel
 from lowbit.format import WHOLE
@@ -74,6 +75,10 @@ class Cuda:
             ),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )
+
+    def fuse(self, graph: Graph) -> None:
+        """See `lowbit_kernels_cuda.fusing`."""
+        import_module("lowbit_kernels_cuda.fusing").fuse(graph)
 
 
 def refuses_gpu(least: tuple[int, int]) -> str | None:

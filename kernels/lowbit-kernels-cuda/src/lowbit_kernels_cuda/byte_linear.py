@@ -17,25 +17,12 @@ from lowbit.backends import Call, Description
 from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.byte_dots import byte_dots
-from lowbit_kernels_cuda.inputs import overlaps, quantized
+from lowbit_kernels_cuda.inputs import Producer, overlaps, quantized, rounded
+from lowbit_kernels_cuda.library import FEW, Side, by_library, in_library
 from lowbit_kernels_cuda.linear import counters
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
 from lowbit_kernels_cuda.weights import repeated
-
-# Tokens from which on torch's products of 8-bit floats are faster.
-_LIBRARY = 32
-
-
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """One side of a product: codes, those of experts one below another, float32 scales, and zero points if any."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None = None
-    # Int32 sums of rows: of a weight's codes, of an input's less their zero points.
-    sums: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +64,14 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
     return found
 
 
-def _side(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) -> _Side:
+def _side(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) -> Side:
     """A weight (N, K), or (E, N, K), with a scale for every row or block of rows, and a zero point for every row."""
     *experts, n, _ = codes.shape
     *over, rows, _ = fmt.block_for(codes.dim())
     scale = repeated(scale, over, experts)
     if zero is not None:
         zero = repeated(zero, (*over, rows), (*experts, n)).reshape(-1).contiguous()
-    return _Side(codes.flatten(0, -2).contiguous(), scale.flatten(0, -2).float().contiguous(), zero)
+    return Side(codes.flatten(0, -2).contiguous(), scale.flatten(0, -2).float().contiguous(), zero)
 
 
 def _sums(codes: Tensor) -> Tensor:
@@ -115,14 +102,65 @@ def product(
     how, weight = Activation.parse(activation), Format.parse(fmt)
     if "pre_scale" in named:
         x = x * named["pre_scale"].to(x.dtype)
-    tokens, sums = x.reshape(-1, k), packed[len(names)] if len(packed) > len(names) else None
+    tokens = x.reshape(-1, k)
     if not len(tokens):
         return x.new_empty(*x.shape[:-1], n)
     # Before inputs are rounded: products read it while they wait for those.
     ends = None if offs is None else offs.to(torch.int32).contiguous()
-    left = _Side(*quantized(tokens, how, named.get("act_scale"), named.get("act_zero")))
-    right = _Side(named["qdata"], named["scale"], named.get("zero"), sums)
-    return _multiply(left, right, how.format, weight, bias, x.dtype, ends).view(*x.shape[:-1], n)
+    left = Side(*quantized(tokens, how, named.get("act_scale"), named.get("act_zero")))
+    found = _multiply(left, _weight(packed, names), how.format, weight, bias, x.dtype, ends)
+    return found.view(*x.shape[:-1], n)
+
+
+def _weight(packed: Sequence[Tensor], names: Sequence[str]) -> Side:
+    named = dict(zip(names, packed, strict=False))
+    sums = packed[len(names)] if len(packed) > len(names) else None
+    return Side(named["qdata"], named["scale"], named.get("zero"), sums)
+
+
+def rounded_once(
+    x: Tensor,
+    spec_: str,
+    activation: str,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    producer: Producer,
+    *,
+    expands: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Codes, scales and zero points of x (M, K) rounded for several weights."""
+    del spec_, expands
+    how = Activation.parse(activation)
+    if not producer.kind:
+        return quantized(x, how, act_scale, act_zero)
+    found = rounded(x, how, act_scale, act_zero, codes=True, producer=producer)
+    assert found.scale is not None
+    return found.values, found.scale if found.span else found.scale.view(-1, 1), found.zero
+
+
+def of_rounded(
+    values: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    packed: Sequence[Tensor],
+    names: Sequence[str],
+    spec_: str,
+    activation: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    expands: bool,
+) -> Tensor:
+    """`product` of what `rounded_once` gave."""
+    del shape, expands
+    how, weight = Activation.parse(activation), Format.parse(spec_)
+    if how.scaling == "static":
+        named = dict(zip(names, packed, strict=False))
+        scale, zero = how.stored(named.get("act_scale")).float().view(1, 1), named.get("act_zero")
+        zero = None if zero is None else zero.view(1, 1)
+    assert scale is not None
+    return _multiply(Side(values, scale, zero), _weight(packed, names), how.format, weight, bias, dtype, None)
 
 
 def scaled_mm(
@@ -145,15 +183,15 @@ def scaled_mm(
     of_a, of_b = Format.parse(a_format), Format.parse(b_format)
     if not len(a_qdata):
         return a_qdata.new_empty(0, len(b_qdata), dtype=dtype)
-    left = _Side(a_qdata.contiguous(), a_scale.float().contiguous(), a_zero)
+    left = Side(a_qdata.contiguous(), a_scale.float().contiguous(), a_zero)
     right = _side(b_qdata, b_scale, b_zero, of_b)
     right = replace(right, sums=None if a_zero is None else _sums(right.codes))
     return _multiply(left, right, of_a, of_b, bias, dtype, None)
 
 
 def _multiply(
-    left: _Side,
-    right: _Side,
+    left: Side,
+    right: Side,
     inputs: Format,
     weight: Format,
     bias: Tensor | None,
@@ -166,8 +204,8 @@ def _multiply(
     group, integer = inputs.block_for(2)[-1], weight.element.kind == "int"
     shared = inputs.block_for(2)[0] == WHOLE
     rows = weight.block_for(2 if offs is None else 3)[-2]
-    if not integer and _in_library(m, n, k, bias, dtype, left.codes.device, experts, group, rows):
-        return _by_library(left, right, bias, dtype, group, rows)
+    if not integer and in_library(m, n, k, bias, dtype, left.codes.device, experts, group, rows):
+        return by_library(left, right, bias, dtype, group, rows)
     sums = None
     if right.zero is not None:
         sums = _sums(left.codes)
@@ -234,25 +272,6 @@ def _plan(m: int, n: int, k: int, experts: int, device: torch.device, *, integer
     return replace(plan, splits=splits)
 
 
-def _in_library(
-    m: int,
-    n: int,
-    k: int,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    experts: int,
-    group: int,
-    rows: int,
-) -> bool:
-    """Whether torch's `scaled_mm` takes a product of 8-bit floats and is faster."""
-    plain = device.type == "cuda" and not experts and dtype == torch.bfloat16 and n % 16 == 0
-    if m <= _LIBRARY or not plain or (bias is not None and bias.dtype != dtype):
-        return False
-    blocks = rows == 128 and n % 128 == 0 and k % 128 == 0
-    return not group or (blocks and torch.cuda.get_device_capability(device) == (9, 0))
-
-
 def how(call: Call) -> str | None:
     """Which of torch's `scaled_mm` and lowbit's kernel runs for how many tokens, in words; None: always lowbit's."""
     assert call.format is not None
@@ -260,34 +279,11 @@ def how(call: Call) -> str | None:
     assert call.n is not None
     assert call.k is not None
     group, rows, device = call.activation.format.block_for(2)[-1], call.format.block_for(2)[-2], torch.device("cuda")
-    if call.format.element.kind == "int" or not _in_library(
-        _LIBRARY + 1, call.n, call.k, None, call.x_dtype, device, int(call.op == "grouped_mm"), group, rows
+    if call.format.element.kind == "int" or not in_library(
+        FEW + 1, call.n, call.k, None, call.x_dtype, device, int(call.op == "grouped_mm"), group, rows
     ):
         return None
-    return f"beyond {_LIBRARY} tokens torch's scaled_mm, which is faster there; up to them lowbit's own kernel"
-
-
-def _by_library(left: _Side, right: _Side, bias: Tensor | None, dtype: torch.dtype, group: int, rows: int) -> Tensor:
-    """The product by torch's `scaled_mm`, where that is what `_in_library` says."""
-    kinds = torch.nn.functional.ScalingType
-    m, n = len(left.codes), len(right.codes)
-    codes = left.codes
-    if group:
-        # The library has tokens side by side, by the four.
-        if m % 4:
-            codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype)
-        of_tokens = torch.nn.functional.pad(left.scale, (0, 0, 0, -m % 4)).T.contiguous().T
-        of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
-    else:
-        of_tokens, recipes = left.scale.expand(m, 1).contiguous(), (kinds.RowWise, kinds.RowWise)
-        of_rows = right.scale if rows == 1 else right.scale.expand(n, 1).contiguous()
-    found = torch.nn.functional.scaled_mm(
-        *(codes, right.codes.T, of_tokens, recipes[0], of_rows.T, recipes[1]),
-        bias=bias,
-        output_dtype=dtype,
-        use_fast_accum=not group,
-    )
-    return found if len(found) == m else found[:m].clone()
+    return f"beyond {FEW} tokens torch's scaled_mm, which is faster there; up to them lowbit's own kernel"
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
@@ -23,8 +23,10 @@ from lowbit.packing import unpack as unpack_codes
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.compiling import told
 from lowbit_kernels_cuda.dots import linear_dots
+from lowbit_kernels_cuda.expanded import expand, row_factors
 from lowbit_kernels_cuda.fragments import Text, lines, text
-from lowbit_kernels_cuda.inputs import Inputs, overlaps, quantized, rounded
+from lowbit_kernels_cuda.inputs import Inputs, Producer, overlaps, quantized, rounded
+from lowbit_kernels_cuda.library import Side, by_library
 from lowbit_kernels_cuda.lifts import is_lifted, lift, lifted, lowered
 from lowbit_kernels_cuda.packed import meet_as_bytes
 from lowbit_kernels_cuda.plans import Plan, choose, is_slower, plan_of_bytes, ratios, slower_tokens
@@ -43,10 +45,12 @@ from lowbit_kernels_cuda.weights import (
 
 # Up to so many tokens, as experts have, 16-bit tensor cores are as fast as those for 8-bit floats.
 _FEW = 32
+# From so many on, expanding a weight takes less time than torch's product saves.
+_MANY = 512
 
 
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
-    """Words of tiles, scales and zero points as a lane reads them, and what else the weight has.
+    """Words of tiles, scales and zero points as a lane reads them, what else the weight has, and its `row_factors`.
 
     Raises:
         FormatError: an 8-bit float, or a scale, is no number, or a scale is negative.
@@ -61,12 +65,14 @@ def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     if scale.itemsize == 1 and not bool((torch.isfinite(scale.float()) & (scale.float() >= 0)).all()):
         msg = "the weight has scales that are no numbers, or negative ones; find out where they come from"
         raise FormatError(msg)
-    if weight.activation is not None and meet_as_bytes(weight.activation.format, fmt):
-        codes = side_by_side(codes)
-    packed = [*pack_tiles(_tall(_above_least(codes, element)), element), _across(lifted(scale, codes, fmt), weight)]
+    by_bytes = weight.activation is not None and meet_as_bytes(weight.activation.format, fmt)
+    above = _above_least(side_by_side(codes) if by_bytes else codes, element)
+    packed = [*pack_tiles(_tall(above), element), _across(lifted(scale, codes, fmt), weight)]
     if weight.zero is not None:
         packed.append(_across(_above_least(weight.zero, element).to(torch.int16), weight))
-    rest = (weight.tensor_scale, weight.act_scale, weight.act_zero, weight.pre_scale)
+    rest = [weight.tensor_scale, weight.act_scale, weight.act_zero, weight.pre_scale]
+    if by_bytes and element.kind == "float" and codes.dim() == 2:
+        rest.append(row_factors(scale, codes))
     return (*packed, *(part for part in rest if part is not None))
 
 
@@ -120,7 +126,7 @@ def unpack(packed: tuple[Tensor, ...], description: Description) -> dict[str, Te
     found = {"qdata": pack_codes(codes, element) if element.packed else codes.view(element.storage)}
     *blocks, group = fmt.block_for(len(description.shape))
     firsts = tuple(slice(None, None, block or size) for block, size in zip(blocks, (*experts, n), strict=True))
-    for name, part in zip(description.names[1:], packed[count:], strict=True):
+    for name, part in zip(description.names[1:], packed[count:], strict=False):
         if name in {"scale", "zero"}:
             each = each_of(unpack_scales(raw(part), rows, -(-k // group) if group else 1))[firsts].contiguous()
             if name == "zero":
@@ -153,9 +159,8 @@ def product(
     `values` are used where that is faster.
     """
     n, k = shape[-2:]
-    fmt = Format.parse(spec_)
-    count = len(parts(fmt.element.bits))
-    named = dict(zip(names, packed[count:], strict=True))
+    weight = Weight(packed, names, Format.parse(spec_), n, k)
+    fmt, named = weight.fmt, weight.named
     if "pre_scale" in named:
         x = x * named["pre_scale"].to(x.dtype)
     if values is not None and is_slower(_ratios(fmt, x.dtype, n, k, x.device), x.numel() // k):
@@ -167,24 +172,136 @@ def product(
         ends = None if offs is None else offs.to(torch.int32).contiguous()
         if activation:
             how = Activation.parse(activation)
-            use = how, named.get("act_scale"), named.get("act_zero")
-            if meet_as_bytes(how.format, fmt):
-                many = len(tokens) > _FEW and offs is None and k % 16 == 0
-                as_bytes = plan.kind.bytes if plan else many and _device(x.device)[1]
-                inputs = _codes(tokens, *use) if as_bytes else rounded(tokens, *use, moved=True)
+            use, many = (how, named.get("act_scale"), named.get("act_zero")), weight.expands(bias, x.dtype)
+            codes = plan.kind.bytes if plan else offs is None and _as_codes(how, fmt, tokens, expands=many)
+            if codes:
+                found, scale, _ = quantized(tokens, *use)
+                inputs = Inputs(found, scale.view(-1), exact=True)
             else:
-                inputs = rounded(tokens, *use)
+                inputs = rounded(tokens, *use, moved=meet_as_bytes(how.format, fmt))
         else:
             # Sixteen bytes are copied at a time.
-            inputs = Inputs(tokens.clone() if tokens.data_ptr() % 16 else tokens)
-        _launch(inputs, tuple(packed[:count]), named, bias, out, fmt, ends, plan)
+            inputs, many = Inputs(tokens.clone() if tokens.data_ptr() % 16 else tokens), False
+        out = _multiply(inputs, weight, bias, out, ends, plan, expands=many)
     return out.view(*x.shape[:-1], n)
 
 
-def _codes(x: Tensor, activation: Activation, act_scale: Tensor | None, act_zero: Tensor | None) -> Inputs:
-    """Tokens rounded to the codes of a format with one scale a row, or one in all."""
-    codes, scale, _ = quantized(x, activation, act_scale, act_zero)
-    return Inputs(codes, scale.view(-1), exact=True)
+def rounded_once(
+    x: Tensor,
+    spec_: str,
+    activation: str,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    producer: Producer,
+    *,
+    expands: bool,
+) -> tuple[Tensor, Tensor | None, None]:
+    """Bytes (M, 2 K) and scales of x (M, K) rounded for several weights: 16-bit floats, or in their place codes."""
+    (m, k), fmt, how = x.shape, Format.parse(spec_), Activation.parse(activation)
+    values = x.new_empty(m, 2 * k, dtype=torch.uint8)
+    out, codes = _within(values, k, how, fmt, x, expands=expands)
+    moved = meet_as_bytes(how.format, fmt)
+    inputs = rounded(x, how, act_scale, act_zero, moved=moved and not codes, out=out, codes=codes, producer=producer)
+    return values, inputs.scale, None
+
+
+def of_rounded(
+    values: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    packed: Sequence[Tensor],
+    names: Sequence[str],
+    spec_: str,
+    activation: str,
+    shape: Sequence[int],
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    expands: bool,
+) -> Tensor:
+    """`product` of what `rounded_once` gave."""
+    del zero
+    n, k = shape
+    weight, how = Weight(packed, names, Format.parse(spec_), n, k), Activation.parse(activation)
+    x, codes = _within(values, k, how, weight.fmt, values, expands=expands)
+    if how.scaling == "static":
+        scale = how.stored(weight.named.get("act_scale")).float().view(1)
+    span = 0 if codes or scale is None or scale.dim() == 1 else how.format.block_for(2)[-1]
+    inputs = Inputs(x, scale, span, exact=True)
+    out = torch.empty(len(values), n, dtype=dtype, device=values.device)
+    return _multiply(inputs, weight, bias, out, None, None, expands=expands)
+
+
+def _within(values: Tensor, k: int, how: Activation, fmt: Format, x: Tensor, *, expands: bool) -> tuple[Tensor, bool]:
+    """The inputs (M, K) that are in bytes (M, 2 K), and whether they are codes."""
+    if _as_codes(how, fmt, x, expands=expands, k=k):
+        return values.view(-1)[: len(x) * k].view(how.format.element.storage).view(-1, k), True
+    return values.view(torch.bfloat16), False
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What `pack` made of a weight (N, K), or (E, N, K)."""
+
+    packed: Sequence[Tensor]
+    names: Sequence[str]
+    fmt: Format
+    n: int
+    k: int
+
+    @property
+    def words(self) -> tuple[Tensor, ...]:
+        """Codes, as `pack_tiles` has them."""
+        return tuple(self.packed[: len(parts(self.fmt.element.bits))])
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """What the weight has besides, by name."""
+        return dict(zip(self.names, self.packed[len(self.words) :], strict=False))
+
+    @property
+    def factors(self) -> Tensor | None:
+        """See `row_factors`."""
+        rest = self.packed[len(self.words) + len(self.names) :]
+        return rest[0] if rest else None
+
+    def expands(self, bias: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether torch's product of 8-bit floats takes it, expanded."""
+        rows = self.fmt.element.kind == "int" and not self.fmt.block_for(2)[-1]
+        fits = dtype == torch.bfloat16 and self.n % 16 == 0 and (bias is None or bias.dtype == dtype)
+        return fits and (rows or self.factors is not None)
+
+
+def _as_codes(how: Activation, fmt: Format, x: Tensor, *, expands: bool, k: int = 0) -> bool:
+    """Whether tokens x meet a weight as 8-bit floats; if it `expands`, also many of them."""
+    k = k or x.shape[-1]
+    if not meet_as_bytes(how.format, fmt) or k % 16:
+        return False
+    _, hopper, floats = _device(x.device)
+    return (hopper and fmt.element.kind == "int" and len(x) > _FEW) or (floats and expands and len(x) >= _MANY)
+
+
+def _multiply(
+    inputs: Inputs,
+    weight: Weight,
+    bias: Tensor | None,
+    out: Tensor,
+    offs: Tensor | None,
+    plan: Plan | None,
+    *,
+    expands: bool,
+) -> Tensor:
+    """The product, in `out` or elsewhere."""
+    fmt, named, codes = weight.fmt, weight.named, inputs.values
+    if plan is None and codes.itemsize == 1 and expands and len(codes) >= _MANY:
+        assert inputs.scale is not None
+        scale = named["scale"]
+        by = lift(fmt) if is_lifted(scale, fmt) else 0
+        rows, factors = expand(weight.words[0], scale, weight.factors, fmt, weight.n, weight.k, by)
+        sides = Side(codes, inputs.scale.view(-1, 1)), Side(rows, factors.view(-1, 1))
+        return by_library(*sides, bias, out.dtype, group=0, rows=1)
+    _launch(inputs, weight.words, named, bias, out, fmt, offs, plan)
+    return out
 
 
 def _launch(
@@ -335,7 +452,7 @@ def schedule(
     span: int = 0,
 ) -> Plan:
     """The plan for m tokens, of as many experts, on a device; see `choose`."""
-    multiprocessors, hopper = _device(device)
+    multiprocessors, hopper, _ = _device(device)
     how = constants(fmt, dtype, device if device.type == "cuda" else None, lifted=lifted)
     return _one(choose(fmt, how, m, n, k, multiprocessors, experts, hopper=hopper, exact=exact, span=span)[1])
 
@@ -348,13 +465,21 @@ def _one(plan: Plan) -> Plan:
 
 def how(call: Call) -> str | None:
     """How inputs and weights meet at how many tokens, in words; None: always in the same way."""
-    assert call.format is not None
-    assert call.k is not None
-    if call.activation is None or not meet_as_bytes(call.activation.format, call.format):
+    fmt, k = call.format, call.k
+    assert fmt is not None
+    assert call.n is not None
+    assert k is not None
+    if call.activation is None or not meet_as_bytes(call.activation.format, fmt) or k % 16:
         return None
-    if call.k % 16 or not _device(torch.device("cuda", torch.cuda.current_device()))[1]:
-        return None
-    return f"beyond {_FEW} tokens codes become 8-bit floats, up to them 16-bit ones, which is as fast there"
+    _, hopper, floats = _device(torch.device("cuda", torch.cuda.current_device()))
+    integer = fmt.element.kind == "int"
+    words: list[str] = []
+    if integer and hopper:
+        words.append(f"beyond {_FEW} tokens codes become 8-bit floats, up to them 16-bit ones, which is as fast there")
+    if floats and call.n % 16 == 0 and not (integer and fmt.block_for(2)[-1]) and call.x_dtype == torch.bfloat16:
+        near = "" if integer else ", if the scales of each row are within 2^11 of one another"
+        words.append(f"from {_MANY} tokens on the weight becomes 8-bit floats in memory for torch's scaled_mm{near}")
+    return "; ".join(words) or None
 
 
 def slower(call: Call) -> str | None:
@@ -374,9 +499,9 @@ def _ratios(fmt: Format, dtype: torch.dtype, n: int, k: int, device: torch.devic
 
 
 @cache
-def _device(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors, and whether it is Hopper."""
+def _device(device: torch.device) -> tuple[int, bool, bool]:
+    """Multiprocessors, whether it is Hopper, and whether it has tensor cores for 8-bit floats."""
     if device.type != "cuda":
-        return 132, False
+        return 132, False, False
     found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.major == 9
+    return found.multi_processor_count, found.major == 9, (found.major, found.minor) >= (8, 9)

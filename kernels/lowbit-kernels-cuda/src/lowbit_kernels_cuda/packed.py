@@ -54,15 +54,11 @@ def folds(fmt: Format) -> bool:
 
 
 def meet_as_bytes(inputs: Format, weight: Format) -> bool:
-    """Whether codes of inputs and of a weight may meet in tensor cores for 8-bit floats: e4m3 by 4-bit integers."""
-    group = weight.block_for(2)[-1]
-    return (
-        (inputs.element.name, weight.element.name) == ("e4m3fn", "int4")
-        and inputs.block_for(2)[-1] == WHOLE
-        and weight.zero is None
-        and group % 128 == 0
-        and weight.scale.bits > 8
-    )
+    """Whether codes of inputs and of a weight may meet in tensor cores for 8-bit floats: e4m3 by 4 bits."""
+    rows, group = inputs.element.name == "e4m3fn" and inputs.block_for(2)[-1] == WHOLE, weight.block_for(2)[-1]
+    if weight.element.name == "int4":
+        return rows and weight.zero is None and group % 128 == 0 and weight.scale.bits > 8
+    return rows and weight.element.name == "e2m1" and weight.scale.powers_of_two and not weight.tensor_scale
 
 
 def refuses_experts(call: Call) -> str | None:

@@ -33,6 +33,13 @@ _ARRANGED = {
 }
 
 
+def places(element: Element) -> tuple[tuple[int, ...], ...]:
+    """Of the codes in half a word of a 4- or 8-bit element, where its bits are, the lowest first."""
+    bits = element.bits
+    plain = tuple(tuple(range(bits * i, bits * (i + 1))) for i in range(16 // bits))
+    return _ARRANGED.get(element.name, plain)
+
+
 def pack_tiles(codes: Tensor, element: Element) -> tuple[Tensor, ...]:
     """Int32 (N / 16, K / 64, 32, p) for each part of p bits, of uint8 codes (N, K); beyond the ends codes are 0."""
     n, k = codes.shape

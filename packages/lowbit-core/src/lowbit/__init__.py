@@ -8,6 +8,7 @@ from lowbit.apply import dequantize_, quantize_
 from lowbit.backends import explain, select
 from lowbit.bind import Bindings, bind, unbind
 from lowbit.checkpoint import load, load_into, save
+from lowbit.compiling import compile_options
 from lowbit.element import ELEMENTS, Element, element
 from lowbit.errors import (
     BackendError,
@@ -94,6 +95,7 @@ __all__ = [
     "UnsupportedOpError",
     "bind",
     "choose_scale",
+    "compile_options",
     "dequantize_",
     "element",
     "explain",

@@ -123,7 +123,8 @@ class Kernel:
 class Backend(Protocol):
     """What an entry point of the group `lowbit.backends` resolves to.
 
-    It may have a method `detail`, whose text `lowbit doctor` shows: what it found on this machine.
+    It may have a method `detail`, whose text `lowbit doctor` shows: what it found on this machine; and a method `fuse`,
+    which changes a `torch.fx.Graph` that is being compiled: see `lowbit.compile_options`.
     """
 
     name: str

@@ -1,0 +1,64 @@
+"""Products of 8-bit floats by torch's `scaled_mm`: when it is the faster one, and how it is called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Up to so many tokens lowbit's kernels are faster.
+FEW = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side of a product: codes, those of experts one below another, float32 scales, and zero points if any."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    # Int32 sums of rows: of a weight's codes, of an input's less their zero points.
+    sums: Tensor | None = None
+
+
+def in_library(
+    m: int,
+    n: int,
+    k: int,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: int,
+    group: int,
+    rows: int,
+) -> bool:
+    """Whether torch's `scaled_mm` takes a product of 8-bit floats and is faster."""
+    plain = device.type == "cuda" and not experts and dtype == torch.bfloat16 and n % 16 == 0
+    if m <= FEW or not plain or (bias is not None and bias.dtype != dtype):
+        return False
+    blocks = rows == 128 and n % 128 == 0 and k % 128 == 0
+    return not group or (blocks and torch.cuda.get_device_capability(device) == (9, 0))
+
+
+def by_library(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype, group: int, rows: int) -> Tensor:
+    """The product by torch's `scaled_mm`, where that is what `in_library` says."""
+    kinds = torch.nn.functional.ScalingType
+    m, n = len(left.codes), len(right.codes)
+    codes = left.codes
+    if group:
+        # The library has tokens side by side, by the four.
+        if m % 4:
+            codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype)
+        of_tokens = torch.nn.functional.pad(left.scale, (0, 0, 0, -m % 4)).T.contiguous().T
+        of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
+    else:
+        of_tokens, recipes = left.scale.expand(m, 1).contiguous(), (kinds.RowWise, kinds.RowWise)
+        of_rows = right.scale if rows == 1 else right.scale.expand(n, 1).contiguous()
+    found = torch.nn.functional.scaled_mm(
+        *(codes, right.codes.T, of_tokens, recipes[0], of_rows.T, recipes[1]),
+        bias=bias,
+        output_dtype=dtype,
+        use_fast_accum=not group,
+    )
+    return found if len(found) == m else found[:m].clone()
