@@ -1,11 +1,13 @@
-"""How many tokens a second a Llama-3-8B-shaped model decodes with low-bit weights, beside the same in bfloat16.
+"""How many tokens a second a model shaped as a known one runs with low-bit weights, beside the same in bfloat16.
 
     python benchmarks/decoding.py --scheme W4A16 --batch 1 16 --work /tmp/decoding --json benchmarks/decoding.json
+    python benchmarks/decoding.py --model qwen3-8b --layers 36 --scheme W4AFP8 --batch 32 --prefill 2048
 
 makes a checkpoint of random weights (kept in --work for the next run), rounds it to each scheme, and runs every model
 in a process of its own with no compiled code of others, so that memory and the time to the first token are its own.
 A step is one token for each sequence of a transformers StaticCache, compiled and captured in a CUDA graph; the graph
-advances the position itself, and with the head feeds the token it chose to the next step, as a server's would. Beside
+advances the position itself, and with the head feeds the token it chose to the next step, as a server's would. With
+--prefill a step of that many tokens of one sequence, which chooses one more, is measured, too. Beside
 the speed stands how far hidden states are from what the reference kernels make of the same quantized weights.
 Without a GPU, `--device cpu --tiny` tries all of it on a tiny model, neither compiled nor captured.
 """
@@ -38,8 +40,13 @@ from lowbit.table import align
 from lowbit.tensor import QuantizedTensor
 
 NAMES = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-# A tiny one has columns for one group of W4A16.
-LLAMA, TINY = (128256, 4096, 14336, 32, 8), (512, 128, 256, 4, 2)
+# Class of the configuration, sizes, base of the positions, and what else is not as that class has it.
+MODELS: dict[str, tuple[str, tuple[int, ...], float, dict[str, Any]]] = {
+    "llama-3-8b": ("LlamaConfig", (128256, 4096, 14336, 32, 8), 500000.0, {"rms_norm_eps": 1e-5}),
+    "qwen3-8b": ("Qwen3Config", (151936, 4096, 12288, 32, 8), 1000000.0, {"rms_norm_eps": 1e-6, "head_dim": 128}),
+}
+# Has columns for one group of W4A16.
+TINY = (512, 128, 256, 4, 2)
 MODES = ("with_head", "without_head")
 # Steps that are timed together, and groups of them that are not counted.
 GROUP, WARM_UP = 10, 3
@@ -52,7 +59,8 @@ def main() -> None:
         sys.stdout.write(json.dumps(measure(options.child, options)) + "\n")
         return
     with TemporaryDirectory() as scratch:
-        plain = (options.work or Path(scratch)) / ("llama-tiny" if options.tiny else f"llama-{options.layers}-layers")
+        size = "tiny" if options.tiny else f"{options.layers}-layers"
+        plain = (options.work or Path(scratch)) / f"{options.model}-{size}"
         if not plain.exists():
             make(plain, options)
         models: list[dict[str, Any]] = [{"model": "bfloat16", **spawn(plain)}]
@@ -62,7 +70,7 @@ def main() -> None:
     lines: list[dict[str, str]] = []
     for model in models:
         for row, base in zip(model["batches"], models[0]["batches"], strict=True):
-            line = {"model": model["model"], "batch": str(row["batch"])}
+            line = {"model": model["model"], "step": f"{row['batch']} x {row['tokens']}"}
             for mode in MODES:
                 row[mode]["over_bfloat16"] = row[mode]["tokens_per_s"] / base[mode]["tokens_per_s"]
                 line[f"tokens/s {mode}"] = f"{row[mode]['tokens_per_s']:.1f} ({row[mode]['over_bfloat16']:.2f}x)"
@@ -72,7 +80,8 @@ def main() -> None:
             lines.append(line)
     sys.stdout.write("\n".join(align(lines)) + "\n")
     if options.json:
-        told = {name: getattr(options, name) for name in ("layers", "tiny", "context", "position", "attention", "runs")}
+        names = ("model", "layers", "tiny", "context", "position", "attention", "runs")
+        told = {name: getattr(options, name) for name in names}
         result = {"benchmark": "decoding", "machine": machine(options.device), **told, "models": models}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
@@ -82,6 +91,8 @@ def asked() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scheme", action="append", help="may be given several times; default: W4A16")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--prefill", type=int, default=0, metavar="TOKENS", help="measure a prompt of so many, too")
+    parser.add_argument("--model", choices=list(MODELS), default="llama-3-8b", help="whose shape the model has")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--context", type=int, default=512, help="tokens that the cache has room for")
     parser.add_argument("--position", type=int, default=256, help="tokens that are in it before each group of steps")
@@ -106,14 +117,15 @@ def asked() -> argparse.Namespace:
 
 def make(folder: Path, options: argparse.Namespace) -> None:
     """Write a checkpoint as transformers begins one: normal weights with a deviation of 0.02."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    import transformers
 
-    shape: dict[str, Any] = dict(zip(NAMES, TINY if options.tiny else LLAMA, strict=True))
-    shape |= {"num_hidden_layers": options.layers, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5}
-    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    kind, sizes, base, rest = MODELS[options.model]
+    shape: dict[str, Any] = dict(zip(NAMES, TINY if options.tiny else sizes, strict=True)) | rest
+    shape |= {"num_hidden_layers": options.layers, "max_position_embeddings": 8192}
+    config = getattr(transformers, kind)(**shape, rope_parameters={"rope_type": "default", "rope_theta": base})
     torch.manual_seed(0)
     with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -162,7 +174,9 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     told |= {"kernels": sorted({row.kernel for row in bindings.rows}), "packed_bytes": packed, "other_bytes": others}
     del tensors
     told["after_bind"] = memory(options.device)
-    told["batches"] = rows = [decode(model, batch, options) for batch in options.batch]
+    told["batches"] = rows = [steps(model, batch, 1, options) for batch in options.batch]
+    if options.prefill:
+        rows.append(steps(model, 1, options.prefill, options))
     told |= {"held_bytes": None, "held_over_packed": None, "difference": None}
     if packed and options.device == "cuda":
         # Of the first call of all; what is not known to be for anything else is held for the weights.
@@ -179,48 +193,58 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     return told
 
 
-def decode(model: Any, batch: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Time the steps of one batch size, with and without the head."""
+def steps(model: Any, batch: int, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Time steps of so many sequences and tokens, with and without the head: one token, or a prompt from its start."""
     from transformers import StaticCache
+
+    import lowbit
 
     torch.compiler.reset()
     # The peak begins anew.
     memory(options.device)
     config, gpu, device = model.config, options.device == "cuda", torch.device(options.device)
-    cache = StaticCache(config=config, max_cache_len=options.context)
+    position = options.position if tokens == 1 else 0
+    cache = StaticCache(config=config, max_cache_len=max(options.context, tokens))
     cache.early_initialization(batch, config.num_key_value_heads, config.head_dim, torch.bfloat16, device)
     layers: list[Any] = cache.layers
     for part in (part for layer in layers for part in (layer.keys, layer.values)):
-        part[:, :, : options.position].normal_()
-    ids = torch.randint(config.vocab_size, (batch, 1), device=device)
+        part[:, :, :position].normal_()
+    ids = torch.randint(config.vocab_size, (batch, tokens), device=device)
 
     def rewind() -> None:
         for layer in layers:
-            layer.cumulative_length.fill_(options.position)
+            layer.cumulative_length.fill_(position)
 
     def hidden() -> Tensor:
         # Position and mask come of the cache's own count of tokens, a tensor on the device.
         return model.model(ids, past_key_values=cache, use_cache=True).last_hidden_state
 
     def choose(states: Tensor) -> Tensor:
-        return model.lm_head(states).argmax(-1)
+        return model.lm_head(states[:, -1:]).argmax(-1)
 
     # In two pieces the decoder is compiled once for both modes; a graph makes one of them.
-    body = torch.compile(hidden, fullgraph=True, dynamic=False) if gpu else hidden
-    head = torch.compile(choose, fullgraph=True, dynamic=False) if gpu else choose
-    steps: dict[str, Callable[[], object]] = {"with_head": lambda: ids.copy_(head(body())), "without_head": body}
+    how: dict[str, Any] = {"fullgraph": True, "dynamic": False, "options": lowbit.compile_options()}
+    body = torch.compile(hidden, **how) if gpu else hidden
+    head = torch.compile(choose, **how) if gpu else choose
+    kinds: dict[str, Callable[[], object]] = {
+        "with_head": lambda: ids[:, -1:].copy_(head(body())),
+        "without_head": body,
+    }
     rewind()
     start = time.perf_counter()
-    steps["with_head"]()
+    kinds["with_head"]()
     # Waits for the token, as whoever asked for it does.
     ids.tolist()
-    row: dict[str, Any] = {"batch": batch, "first_token_s": time.perf_counter() - start, **memory(options.device)}
+    row: dict[str, Any] = {"batch": batch, "tokens": tokens, "first_token_s": time.perf_counter() - start}
+    row |= memory(options.device)
     row["cache_bytes"] = sum(size(part) for layer in layers for part in (layer.keys, layer.values))
+    # A prompt has room for itself alone.
+    number = GROUP if tokens == 1 else 1
     for mode in MODES:
         repeat = replayed if gpu else timeit.repeat
-        groups = repeat(steps[mode], rewind, repeat=options.runs, number=GROUP)
-        seconds = statistics.median(groups) / GROUP
-        row[mode] = {"step_s": seconds, "tokens_per_s": batch / seconds, "group_s": groups}
+        groups = repeat(kinds[mode], rewind, repeat=options.runs, number=number)
+        seconds = statistics.median(groups) / number
+        row[mode] = {"step_s": seconds, "tokens_per_s": batch * tokens / seconds, "group_s": groups}
     return row
 
 

@@ -25,7 +25,7 @@ from lowbit_kernels_cuda.weights import places
 # 6 times 2^6 is the largest e4m3 of a bit of mantissa, and half of 2^-5 the least that is not subnormal.
 _UP, _DOWN = 6, 5
 # Times 64 columns that a program writes.
-_STEPS = 8
+_STEPS = 16
 
 
 def row_factors(scale: Tensor, codes: Tensor) -> Tensor | None:
