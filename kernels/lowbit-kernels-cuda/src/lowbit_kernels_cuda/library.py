@@ -47,11 +47,13 @@ def by_library(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype,
     m, n = len(left.codes), len(right.codes)
     codes = left.codes
     if group:
-        # The library has tokens side by side, by the four.
+        # The library has tokens side by side, by the four, and the blocks of a weight's rows, too.
         if m % 4:
             codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype)
         of_tokens = torch.nn.functional.pad(left.scale, (0, 0, 0, -m % 4)).T.contiguous().T
         of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
+        if of_rows.shape[1] % 4:
+            of_rows = torch.nn.functional.pad(of_rows, (0, -of_rows.shape[1] % 4))
     else:
         of_tokens, recipes = left.scale.expand(m, 1).contiguous(), (kinds.RowWise, kinds.RowWise)
         of_rows = right.scale if rows == 1 else right.scale.expand(n, 1).contiguous()
