@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.activation import Activation
 from lowbit.format import Format
-from lowbit_kernels_cuda import byte_linear, hopper, hopper_bytes, inputs, plans
+from lowbit_kernels_cuda import byte_linear, expanded, hopper, hopper_bytes, inputs, plans
 from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.lifts import lift
@@ -30,7 +30,7 @@ from lowbit_kernels_cuda.linear import constants
 from lowbit_kernels_cuda.packed import folds
 from lowbit_kernels_cuda.plans import Kind, Plan
 from lowbit_kernels_cuda.scaling import spec as spec_of
-from lowbit_kernels_cuda.weights import parts
+from lowbit_kernels_cuda.weights import parts, places
 
 N, K = 1024, 4096
 
@@ -67,8 +67,8 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
     return built(kernel, given, known_as | {"SPAN": 0, "OVERLAPS": capability >= 90}, capability)
 
 
-def rounding(activation, capability, *, moved=False):
-    """The kernel that rounds inputs (K,)."""
+def rounding(activation, capability, *, producer="", codes=False):
+    """The kernel that rounds inputs (K,), which may make them before."""
     how = Activation.parse(activation).format
     torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
     group = how.block_for(2)[-1]
@@ -78,6 +78,8 @@ def rounding(activation, capability, *, moved=False):
         given["scales"] = torch.zeros(1)
     if how.tensor_scale:
         given["whole"] = torch.zeros(1)
+    if producer:
+        given |= {name: torch.zeros(1, dtype=torch.int16) for name in ("more", "weight", "total")} | {"eps": 1e-5}
     known_as = {
         "SPEC": spec_of(how, device=torch.device("cuda:0")),
         "GROUP": group,
@@ -85,7 +87,8 @@ def rounding(activation, capability, *, moved=False):
         "num_warps": 4,
         "OVERLAPS": capability >= 90,
     }
-    known_as |= {"SPAN": 0 if folds(how) else group, "COLUMNS": max(group, 1024)}
+    known_as |= {"SPAN": 0 if folds(how) and not codes else group, "COLUMNS": K if producer else max(group, 1024)}
+    known_as |= {"PRODUCER": producer, "CODES": codes, "MOVED": False}
     return built(inputs.round_inputs, given, known_as, capability)
 
 
@@ -113,6 +116,20 @@ def by_bytes(name, tokens, plan, capability, experts=0):
     known_as |= {"SPEC": spec_of(fmt, device=torch.device("cuda:0")), "SHARED": False, "GROUP": group, "EVEN": True}
     known_as |= {"INTEGER": integer, "EXPERTS": experts, "IMPRECISE": None, "OVERLAPS": capability >= 90}
     return built(byte_dots, given, known_as, capability)
+
+
+def expanding(name):
+    """The kernel that makes 4-bit codes e4m3."""
+    fmt = Format.parse(name)
+    integer = fmt.element.kind == "int"
+    given = {"words": torch.zeros(1, dtype=torch.int32), "n": N, "k": K, "steps": K // 64}
+    given |= {"out": torch.zeros(1, dtype=torch.uint8), "packed": torch.zeros(1, dtype=torch.int16)}
+    given |= {"scales": torch.zeros(1), "factors": torch.zeros(1)}
+    if not integer:
+        given["packed"] = torch.zeros(1, dtype=torch.uint8)
+    known_as = {"GROUP": fmt.block_for(2)[-1], "STEPS": 16, "LIFT": 126, "PLACES": places(fmt.element), "num_warps": 4}
+    known_as["TO"] = spec_of(Format.parse("FP8_ROW"), device=torch.device("cuda:0"))
+    return built(expanded.write_integers if integer else expanded.write_floats, given, known_as, 90)
 
 
 def built(kernel, given, known_as, capability):
@@ -174,5 +191,11 @@ if __name__ == "__main__":
         by_bytes(name, tokens, plan, capability, experts)
         sys.stdout.write(f"{capability} {name} by bytes\n")
     for capability, name in ((80, "INT8_ROW_ASYM"), (90, "FP8_ROW"), (90, "NVFP4")):
-        rounding(f"dynamic:{name}", capability, moved=name == "FP8_ROW")
+        rounding(f"dynamic:{name}", capability)
         sys.stdout.write(f"{capability} {name} inputs\n")
+    for producer, name in (("norm", "FP8_ROW"), ("silu", "FP8_1x128")):
+        rounding(f"dynamic:{name}", 90, producer=producer, codes=True)
+        sys.stdout.write(f"90 {name} {producer} inputs\n")
+    for name in ("INT4_G128", "MXFP4"):
+        expanding(name)
+        sys.stdout.write(f"90 {name} expanded\n")

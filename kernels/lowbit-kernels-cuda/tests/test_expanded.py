@@ -7,7 +7,7 @@ import torch
 
 import lowbit
 from lowbit.packing import unpack
-from lowbit_kernels_cuda.expanded import expand, row_factors
+from lowbit_kernels_cuda.expanded import expand, row_factors, turned
 from lowbit_kernels_cuda.lifts import is_lifted, lift
 from lowbit_kernels_cuda.linear import pack
 
@@ -24,15 +24,18 @@ def spread(n: int, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("n", "k"), [(40, 192), (16, 1088)])
-@pytest.mark.parametrize("fmt", ["MXFP4", "e2m1:1x64:e8m0", "int4:1x*:bfloat16", "int4:1x*:float32"])
+@pytest.mark.parametrize(("n", "k"), [(40, 384), (16, 1536)])
+@pytest.mark.parametrize(
+    "fmt", ["MXFP4", "e2m1:1x64:e8m0", "int4:1x*:bfloat16", "int4:1x128:float16", "int4:1x384:float32"]
+)
 def test_bytes_times_factors_are_the_weight(fmt, n, k, device):
     q = lowbit.quantize(spread(n, k).to(device), fmt, activation="dynamic:FP8_ROW")
     words, scale, *factors = pack(q)
     by = lift(q.format) if is_lifted(scale, q.format) else 0
     codes, rows = expand(words, scale, factors[0] if factors else None, q.format, n, k, by)
     assert bool(factors) == (q.format.element.kind == "float")
-    assert torch.equal(codes.float() * rows[:, None], q.dequantize().float())
+    each = rows.repeat_interleave(k // len(rows), 0).T
+    assert torch.equal(codes.float() * each, q.dequantize().float())
 
 
 @pytest.mark.parametrize(("exponent", "exact"), [(-11, True), (-12, False)])
@@ -47,3 +50,16 @@ def test_scales_too_far_apart_have_no_factor(exponent, exact):
     # Of a group that is all zeros the scale does not matter.
     codes[1, 32:] = 0
     assert row_factors(q.scale, codes) is not None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_products_are_turned(shared, device):
+    n, m = 72, 70
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randn(n, 80, generator=generator).to(device, torch.bfloat16)
+    by = torch.rand(1 if shared else m, generator=generator).to(device)
+    bias = torch.randn(n, generator=generator).to(device, torch.bfloat16)
+    for given in (None, bias):
+        wanted = sums[:, :m].T.float() * by[:, None] + (0 if given is None else given.float())
+        assert torch.equal(turned(sums, m, by, given), wanted.to(torch.bfloat16))

@@ -161,7 +161,7 @@ def test_a_compiled_layer_rounds_once_where_inputs_are_made(fmt, activation, dev
     run, seen = decoder(fmt, activation, device), Seen()
     fast = compiled(run, seen, device)
     generator = torch.Generator().manual_seed(0)
-    for tokens in (3, 40, 600) if device == "cuda" else (3,):
+    for tokens in (3, 40, 600, 1100) if device == "cuda" else (3,):
         x, attended = (torch.randn(1, tokens, K, generator=generator).to(device, torch.bfloat16) for _ in range(2))
         found, wanted = fast(x, attended).float(), run(x, attended).float()
         assert seen.made() == ["norm", "silu"]

@@ -403,5 +403,7 @@ def test_kernels_are_assembled_for_every_architecture():
     wanted = ["90 INT4_G128", "90 MXFP4", *(f"90 {name} as bytes" for name in ("INT4_G128", "int4:1x*:float32"))]
     wanted += ["80 INT4_G128", "80 INT8_ROW", "90 NVFP4", "100 NVFP4"]
     wanted += [f"{each} by bytes" for each in ("80 INT8_ROW", "90 FP8_ROW", "90 FP8_1x128")]
-    wanted += [f"{each} inputs" for each in ("80 INT8_ROW_ASYM", "90 FP8_ROW", "90 NVFP4")]
+    rounded = ("80 INT8_ROW_ASYM", "90 FP8_ROW", "90 NVFP4", "90 FP8_ROW norm", "90 FP8_1x128 silu")
+    wanted += [f"{each} inputs" for each in rounded]
+    wanted += ["90 INT4_G128 expanded", "90 MXFP4 expanded"]
     assert done.stdout.splitlines() == wanted, done.stderr[-2000:]

@@ -282,6 +282,7 @@ def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, rea
         ("INT4_G128", "dynamic:FP8_ROW", 64, "beyond 32 tokens codes become 8-bit floats"),
         ("MXFP4", "dynamic:FP8_ROW", 64, "from 512 tokens on the weight becomes 8-bit floats in memory for torch's"),
         ("MXFP4", "dynamic:FP8_ROW", 24, None),
+        ("int4:1x256:bfloat16", "dynamic:FP8_ROW", 64, "beyond 32 tokens codes become 8-bit floats, up to them 16-bit"),
         ("INT4_G128", "dynamic:INT8_ROW", 64, None),
     ],
 )

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.format import FORMATS, Format
-from lowbit_kernels_cuda.codes import encode_float, to_float32
+from lowbit_kernels_cuda.codes import encode_float, from_float32, to_float32
 from lowbit_kernels_cuda.scaling import raw, spec
 from lowbit_kernels_cuda.weights import places
 
@@ -47,32 +47,34 @@ def row_factors(scale: Tensor, codes: Tensor) -> Tensor | None:
 def expand(
     words: Tensor, scale: Tensor, factors: Tensor | None, fmt: Format, n: int, k: int, lift: int
 ) -> tuple[Tensor, Tensor]:
-    """E4m3 (N, K) of packed words, and float32 (N,) that rows are to be multiplied by.
+    """E4m3 (N, K) of packed words, and float32 (K / group, N) that they are to be multiplied by, or (1, N).
 
-    Words are of columns that were `side_by_side`: of integers with a scale a row, or of floats with `row_factors`,
-    whose scales are packed `lift` powers of two larger.
+    Words are of columns that were `side_by_side`: of integers, or of floats with `row_factors`, whose scales are packed
+    `lift` powers of two larger. Groups of integers are of a multiple of 128 columns.
     """
     out = torch.empty(n, k, dtype=torch.uint8, device=words.device)
     grid = words.shape[0], triton.cdiv(words.shape[1], _STEPS)
     kernel: Any = write_floats
+    group = fmt.block_for(2)[-1]
     if factors is not None:
+        scales = factors[None]
         kernel[grid](
             *(words, raw(scale), factors, out, n, k, words.shape[1]),
             PLACES=places(fmt.element),
-            GROUP=fmt.block_for(2)[-1],
+            GROUP=group,
             LIFT=lift,
             STEPS=_STEPS,
         )
     else:
-        factors, kernel = torch.empty(n, dtype=torch.float32, device=words.device), write_integers
+        scales, kernel = torch.empty(k // group if group else 1, n, device=words.device), write_integers
         to = spec(FORMATS["FP8_ROW"], device=words.device if words.is_cuda else None)
-        kernel[grid](words, raw(scale), factors, out, n, k, words.shape[1], TO=to, STEPS=_STEPS)
-    return out.view(torch.float8_e4m3fn), factors
+        kernel[grid](words, raw(scale), scales, out, n, k, words.shape[1], GROUP=group, TO=to, STEPS=_STEPS)
+    return out.view(torch.float8_e4m3fn), scales
 
 
 @triton.jit
-def write_integers(words, packed, factors, out, n, k, steps, TO: tl.constexpr, STEPS: tl.constexpr):
-    """STEPS times 64 columns of a tile's 16 rows, and the scales of these."""
+def write_integers(words, packed, scales, out, n, k, steps, GROUP: tl.constexpr, TO: tl.constexpr, STEPS: tl.constexpr):
+    """STEPS times 64 columns of a tile's 16 rows, and the scales that begin there."""
     tile, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * STEPS
     word = _words(words, tile, first, steps, STEPS)
     for half in tl.static_range(2):
@@ -88,11 +90,13 @@ def write_integers(words, packed, factors, out, n, k, steps, TO: tl.constexpr, S
             for i in tl.static_range(4):
                 four |= encode_float(x[i], x[i], TO.element, False) << (8 * i)
         _write(four, out, tile * 16 + half * 8, first, n, k, STEPS)
-    if first == 0:
-        row = tl.arange(0, 16)
-        inside = tile * 16 + row < n
-        scale = tl.load(packed + tile * 16 + row % 8 * 2 + row // 8, inside, 0)
-        tl.store(factors + tile * 16 + row, to_float32(scale), inside)
+    row, column = tl.arange(0, 16)[None, :], (first + 2 * tl.arange(0, STEPS // 2)[:, None]) * 64
+    group, groups, begins = 0 * column, 1, column == 0
+    if GROUP:
+        group, groups, begins = column // GROUP, tl.cdiv(k, GROUP), column % GROUP == 0
+    inside = begins & (column < k) & (tile * 16 + row < n)
+    scale = tl.load(packed + (tile * groups + group) * 16 + row % 8 * 2 + row // 8, inside, 0)
+    tl.store(scales + group * n + tile * 16 + row, to_float32(scale), inside)
 
 
 @triton.jit
@@ -162,3 +166,29 @@ def _write(four, out, top, first, n, k, STEPS: tl.constexpr):
     row = (top + tl.arange(0, 8))[:, None]
     column = first * 16 + tl.arange(0, STEPS * 16)[None, :]
     tl.store((out + row * k).to(tl.pointer_type(tl.int32)) + column, four, (row < n) & (column * 4 < k))
+
+
+def turned(sums: Tensor, m: int, by: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, N) of sums (N, at least M), times float32 `by`, M or one, plus a bias (N,)."""
+    n, wide = sums.shape
+    out = torch.empty(m, n, dtype=sums.dtype, device=sums.device)
+    kernel: Any = turn
+    kernel[triton.cdiv(n, 64), triton.cdiv(m, 64)](
+        *(raw(sums), by, int(by.numel() > 1), None if bias is None else raw(bias), raw(out), n, m, wide),
+        SPEC=spec(FORMATS["FP8_ROW"], device=sums.device if sums.is_cuda else None),
+        TILE=64,
+    )
+    return out
+
+
+@triton.jit
+def turn(sums, by, step, bias, out, n, m, wide, SPEC: tl.constexpr, TILE: tl.constexpr):
+    """A square tile of `turned`."""
+    row, token = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    place = row.to(tl.int64)[:, None] * wide + token[None, :]
+    x = to_float32(tl.load(sums + place, (row < n)[:, None] & (token < m)[None, :], 0)).T
+    x *= tl.load(by + token * step, token < m, 0)[:, None]
+    if bias is not None:
+        x += to_float32(tl.load(bias + row, row < n, 0))[None, :]
+    place = token.to(tl.int64)[:, None] * n + row[None, :]
+    tl.store(out + place, from_float32(x, out.dtype.element_ty, SPEC), (token < m)[:, None] & (row < n)[None, :])

@@ -26,7 +26,7 @@ from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.expanded import expand, row_factors
 from lowbit_kernels_cuda.fragments import Text, lines, text
 from lowbit_kernels_cuda.inputs import Inputs, Producer, overlaps, quantized, rounded
-from lowbit_kernels_cuda.library import Side, by_library
+from lowbit_kernels_cuda.library import Side, by_library, swapped
 from lowbit_kernels_cuda.lifts import is_lifted, lift, lifted, lowered
 from lowbit_kernels_cuda.packed import meet_as_bytes
 from lowbit_kernels_cuda.plans import Plan, choose, is_slower, plan_of_bytes, ratios, slower_tokens
@@ -45,8 +45,8 @@ from lowbit_kernels_cuda.weights import (
 
 # Up to so many tokens, as experts have, 16-bit tensor cores are as fast as those for 8-bit floats.
 _FEW = 32
-# From so many on, expanding a weight takes less time than torch's product saves.
-_MANY = 512
+# From so many on, expanding a weight takes less time than torch's product saves; with groups, whose product is turned.
+_MANY, _MANY_GROUPS = 512, 1024
 
 
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
@@ -265,11 +265,19 @@ class Weight:
         rest = self.packed[len(self.words) + len(self.names) :]
         return rest[0] if rest else None
 
-    def expands(self, bias: Tensor | None, dtype: torch.dtype) -> bool:
-        """Whether torch's product of 8-bit floats takes it, expanded."""
-        rows = self.fmt.element.kind == "int" and not self.fmt.block_for(2)[-1]
+    def expands(self, bias: Tensor | None, dtype: torch.dtype, *, factored: bool = False) -> bool:
+        """Whether torch's product of 8-bit floats takes it, expanded, or would if floats were `factored`."""
         fits = dtype == torch.bfloat16 and self.n % 16 == 0 and (bias is None or bias.dtype == dtype)
-        return fits and (rows or self.factors is not None)
+        integers = self.fmt.element.kind == "int" and self.fmt.block_for(2)[-1] in {0, 128}
+        return fits and (integers or (self.fmt.element.kind == "float" and (factored or self.factors is not None)))
+
+
+def _many(fmt: Format, device: torch.device) -> int | None:
+    """From how many tokens on a weight that `expands` is expanded; None: never on this GPU."""
+    _, hopper, floats = _device(device)
+    if fmt.element.kind == "int" and fmt.block_for(2)[-1]:
+        return _MANY_GROUPS if hopper else None
+    return _MANY if floats else None
 
 
 def _as_codes(how: Activation, fmt: Format, x: Tensor, *, expands: bool, k: int = 0) -> bool:
@@ -277,8 +285,9 @@ def _as_codes(how: Activation, fmt: Format, x: Tensor, *, expands: bool, k: int 
     k = k or x.shape[-1]
     if not meet_as_bytes(how.format, fmt) or k % 16:
         return False
-    _, hopper, floats = _device(x.device)
-    return (hopper and fmt.element.kind == "int" and len(x) > _FEW) or (floats and expands and len(x) >= _MANY)
+    many = _many(fmt, x.device) if expands else None
+    few = _FEW + 1 if _device(x.device)[1] and fmt.element.kind == "int" else None
+    return any(least is not None and len(x) >= least for least in (few, many))
 
 
 def _multiply(
@@ -293,13 +302,16 @@ def _multiply(
 ) -> Tensor:
     """The product, in `out` or elsewhere."""
     fmt, named, codes = weight.fmt, weight.named, inputs.values
-    if plan is None and codes.itemsize == 1 and expands and len(codes) >= _MANY:
+    many = _many(fmt, codes.device) if expands and plan is None and codes.itemsize == 1 else None
+    if many is not None and len(codes) >= many:
         assert inputs.scale is not None
         scale = named["scale"]
         by = lift(fmt) if is_lifted(scale, fmt) else 0
         rows, factors = expand(weight.words[0], scale, weight.factors, fmt, weight.n, weight.k, by)
-        sides = Side(codes, inputs.scale.view(-1, 1)), Side(rows, factors.view(-1, 1))
-        return by_library(*sides, bias, out.dtype, group=0, rows=1)
+        left = Side(codes, inputs.scale.view(-1, 1))
+        if len(factors) > 1:
+            return swapped(left, Side(rows, factors), bias)
+        return by_library(left, Side(rows, factors.T), bias, out.dtype, group=0, rows=1)
     _launch(inputs, weight.words, named, bias, out, fmt, offs, plan)
     return out
 
@@ -471,14 +483,14 @@ def how(call: Call) -> str | None:
     assert k is not None
     if call.activation is None or not meet_as_bytes(call.activation.format, fmt) or k % 16:
         return None
-    _, hopper, floats = _device(torch.device("cuda", torch.cuda.current_device()))
-    integer = fmt.element.kind == "int"
+    device = torch.device("cuda", torch.cuda.current_device())
+    integer, many, hopper = fmt.element.kind == "int", _many(fmt, device), _device(device)[1]
     words: list[str] = []
     if integer and hopper:
         words.append(f"beyond {_FEW} tokens codes become 8-bit floats, up to them 16-bit ones, which is as fast there")
-    if floats and call.n % 16 == 0 and not (integer and fmt.block_for(2)[-1]) and call.x_dtype == torch.bfloat16:
+    if many and Weight((), (), fmt, call.n, k).expands(None, call.x_dtype, factored=True):
         near = "" if integer else ", if the scales of each row are within 2^11 of one another"
-        words.append(f"from {_MANY} tokens on the weight becomes 8-bit floats in memory for torch's scaled_mm{near}")
+        words.append(f"from {many} tokens on the weight becomes 8-bit floats in memory for torch's scaled_mm{near}")
     return "; ".join(words) or None
 
 
