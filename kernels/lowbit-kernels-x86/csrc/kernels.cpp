@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <vector>
 
 #include "vectors.h"
 
@@ -383,144 +384,7 @@ inline float zero_at(const void* zero, const Format& format, int64_t at) {
   return static_cast<float>(format.element.is_signed ? code + (1 << (format.element.bits - 1)) : code);
 }
 
-template <class Code>
-void decode_row(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
-                float tensor_scale, int64_t k, void* out, Type type) {
-  constexpr int Bits = Code::bits;
-  const int64_t group_columns = format.columns ? format.columns : std::max<int64_t>(k, 1);
-  const uint32_t flip = flip_of(format, zero);
-  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += group_columns) {
-    const int64_t end = std::min(k, begin + group_columns);
-    const F by = all(scale_at(scale, format.scale, at + group) * tensor_scale);
-    const F less = all(zero_at(zero, format, at + group));
-    int64_t column = begin;
-    for (; column + W <= end && column * Bits % 8 == 0; column += W) {
-      F value = values_at<Code>(codes, column, flip);
-      if constexpr (Code::offset) value -= less;
-      store_as(out, type, column, value * by);
-    }
-    for (; column < end; ++column) {
-      F value = value_at<Code>(codes, column, flip);
-      if constexpr (Code::offset) value -= less;
-      char lanes[4 * W];
-      store_as(lanes, type, 0, value * by);
-      std::memcpy(static_cast<char*>(out) + column * size_of(type), lanes, size_of(type));
-    }
-  }
-}
-
-void decode(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
-            float tensor_scale, int64_t k, void* out, Type type) {
-  with_code(format, [&](auto code) {
-    decode_row<decltype(code)>(format, codes, scale, zero, at, tensor_scale, k, out, type);
-  });
-}
-
-// A NaN is larger than anything.
-inline F larger(F a, F b) {
-  const U takes = (U)(b > a) | (U)(b != b);
-  return (F)((takes & (U)b) | (~takes & (U)a));
-}
-
-// The sums of C vectors of columns stay in registers while the rows of a bag pass; `One` scale and zero point a row.
-template <class Code, bool Largest, bool One, int C>
-void pool_block(const Member* members, int64_t count, const float* scale, const float* zero, int64_t groups,
-                int64_t group_columns, int64_t column, uint32_t flip, float* sums) {
-  F sum[C];
-  int64_t group[C];
-  // Written out, lest the compiler keep them in memory.
-  unroll<C>([&](auto c) {
-    sum[c] = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
-    group[c] = One ? 0 : (column + c * W) / group_columns;
-  });
-  for (int64_t i = 0; i < count; ++i, scale += groups, zero += groups) {
-    const uint8_t* codes = members[i].codes;
-    // What the next block reads.
-    __builtin_prefetch(codes + (column + C * W) * Code::bits / 8);
-    F by = all(scale[0]), less{};
-    if constexpr (Code::offset) less = all(zero[0]);
-    unroll<C>([&](auto c) {
-      F value = values_at<Code>(codes, column + c * W, flip);
-      if constexpr (!One) by = all(scale[group[c]]);
-      if constexpr (!One && Code::offset) less = all(zero[group[c]]);
-      if constexpr (Code::offset) value -= less;
-      sum[c] = Largest ? larger(sum[c], value * by) : fma(value, by, sum[c]);
-    });
-  }
-  unroll<C>([&](auto c) { store(sums + column + c * W, sum[c]); });
-}
-
-template <class Code, bool Largest>
-void pool_rows(const Format& format, const Member* members, int64_t count, const void* scale, const void* zero,
-               int64_t k, float* scratch, float* sums) {
-  constexpr int C = 8, Bits = Code::bits;
-  const int64_t groups = format.groups(k), group_columns = format.columns ? format.columns : k;
-  const uint32_t flip = flip_of(format, zero);
-  float *scales = scratch, *zeros = scratch + count * groups;
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t group = 0; group < groups; ++group) {
-      scales[i * groups + group] = scale_at(scale, format.scale, members[i].at + group) * members[i].factor;
-      if constexpr (Code::offset) zeros[i * groups + group] = zero_at(zero, format, members[i].at + group);
-    }
-  }
-  int64_t column = 0;
-  if (W * Bits % 8 == 0 && (groups == 1 || group_columns % W == 0)) {
-    auto blocks = [&](auto one) {
-      auto of = [&](auto vectors) {
-        for (; column + vectors * W <= k; column += vectors * W) {
-          pool_block<Code, Largest, one, vectors>(members, count, scales, zeros, groups, group_columns, column, flip,
-                                                  sums);
-        }
-      };
-      of(std::integral_constant<int, C>{});
-      of(std::integral_constant<int, 1>{});
-    };
-    groups == 1 ? blocks(std::true_type{}) : blocks(std::false_type{});
-  }
-  for (; column < k; ++column) {
-    const int64_t group = column / group_columns;
-    F sum = Largest ? all(-std::numeric_limits<float>::infinity()) : F{};
-    for (int64_t i = 0; i < count; ++i) {
-      F value = value_at<Code>(members[i].codes, column, flip);
-      if constexpr (Code::offset) value -= all(zeros[i * groups + group]);
-      const F by = all(scales[i * groups + group]);
-      sum = Largest ? larger(sum, value * by) : fma(value, by, sum);
-    }
-    sums[column] = sum[0];
-  }
-}
-
-void pool(const Format& format, const Member* members, int64_t count, const void* scale, const void* zero, int64_t k,
-          bool largest, float* scratch, float* sums) {
-  with_code(format, [&](auto code) {
-    using Code = decltype(code);
-    if (largest) {
-      pool_rows<Code, true>(format, members, count, scale, zero, k, scratch, sums);
-    } else {
-      pool_rows<Code, false>(format, members, count, scale, zero, k, scratch, sums);
-    }
-  });
-}
-
-template <Type type>
-void narrow_to(const float* sums, int64_t k, float by, void* out) {
-  int64_t at = 0;
-  for (; at + W <= k; at += W) store_as(out, type, at, load<F>(sums + at) * by);
-  for (; at < k; ++at) {
-    char lanes[4 * W];
-    store_as(lanes, type, 0, all(sums[at]) * by);
-    std::memcpy(static_cast<char*>(out) + at * size_of(type), lanes, size_of(type));
-  }
-}
-
-void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
-  switch (type) {
-    case Type::float32: return narrow_to<Type::float32>(sums, k, by, out);
-    case Type::bfloat16: return narrow_to<Type::bfloat16>(sums, k, by, out);
-    default: return narrow_to<Type::float16>(sums, k, by, out);
-  }
-}
-
+#include "rows.h"
 #include "casts.h"
 #include "integers.h"
 
@@ -531,7 +395,7 @@ void narrow(const float* sums, int64_t k, float by, void* out, Type type) {
 
 extern const Kernels kernels;
 const Kernels kernels{
-    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, pool, narrow, round_token,
+    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, pool, round_token,
     mark_columns, integers, extents, choose, draw, encode,
 };
 

@@ -1,6 +1,7 @@
 // What the kernels of each instruction set take: pointers and lengths that were checked before.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "format.h"
@@ -29,6 +30,13 @@ inline constexpr int64_t MOST_TOKENS = 96;
 
 // Into the cache; the compiler drops calls of functions that do nothing but __builtin_prefetch.
 inline void fetch(const void* at) { asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(at))); }
+
+inline void fetch_bytes(const void* from, int64_t count) {
+  const char* const end = static_cast<const char*>(from) + count;
+  for (auto line = reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(from) / 64 * 64); line < end; line += 64) {
+    fetch(line);
+  }
+}
 
 // A matrix (N, K) packed by tiles of 16 rows; all that a row has stands in its lane:
 // codes [tile][word][16], 32-bit words of the canonical bit stream; scale and zero [tile][group][16].
@@ -80,11 +88,41 @@ struct Scratch {
   int64_t size;
 };
 
-// A row of a bag: codes, the first of its scales, and what all its values are multiplied by.
-struct Member {
+// Canonical rows of a table, or of matrices one after another. A scale covers `block` rows; where it covers one there is
+// 0, not 1, of which the compiler would make a division that changes nothing.
+struct Rows {
+  Format format;
+  int64_t k, bytes, rows, matrix, matrices, groups, block, blocks, factors;
   const uint8_t* codes;
-  int64_t at;
-  float factor;
+  const void* scale;
+  const void* zero;
+  const float* factor;
+
+  // Calls run(codes, first scale, tensor scale) of a row.
+  template <class Run>
+  void row(int64_t row, const Run& run) const {
+    // Of most tables this takes no division.
+    const int64_t of = matrices == 1 ? 0 : row / matrix, in = row - of * matrix;
+    const int64_t at = of * blocks + (block == 0 ? in : in / block);
+    run(codes + row * bytes, at * groups, factor == nullptr ? 1.0f : factor[factors == 1 ? of : at]);
+  }
+
+  // Into the cache, what a row of a table begins with; more follows by itself once that is read.
+  void fetch(int64_t row) const {
+    const int64_t at = (block == 0 ? row : row / block) * groups, size = size_of(format.scale);
+    fetch_bytes(codes + row * bytes, std::min<int64_t>(bytes, 256));
+    fetch_bytes(static_cast<const uint8_t*>(scale) + at * size, std::min<int64_t>(groups * size, 256));
+    if (zero != nullptr) fetch_bytes(static_cast<const uint8_t*>(zero) + at, std::min<int64_t>(groups, 256));
+  }
+};
+
+// Bags of rows: those from begins[bag] to begins[bag + 1], or to the last, but for those that are `padding`; `weights`
+// of each, or null.
+struct Bags {
+  const int64_t *rows, *begins;
+  int64_t row_count, begin_count, padding;
+  const float* weights;
+  bool largest, mean;
 };
 
 struct Kernels {
@@ -102,16 +140,10 @@ struct Kernels {
   // ... `many`: decodes weights into a panel first.
   void (*many)(const Packed& w, const float* x, int64_t stride, int64_t tokens, const void* bias, void* out, Type type,
                int64_t first, int64_t last);
-  // Values (K,) of a canonical row of codes, rounded to `type`; `at`: the first of the row's scales and zero points.
-  // `tensor_scale` is 1 where there is none.
-  void (*decode)(const Format& format, const uint8_t* codes, const void* scale, const void* zero, int64_t at,
-                 float tensor_scale, int64_t k, void* out, Type type);
-  // sums (k,) of the same values of `count` rows, or with `largest` the largest of them; `scratch` has room for two
-  // numbers of each of their groups.
-  void (*pool)(const Format& format, const Member* members, int64_t count, const void* scale, const void* zero,
-               int64_t k, bool largest, float* scratch, float* sums);
-  // sums times `by`, rounded to `type`.
-  void (*narrow)(const float* sums, int64_t k, float by, void* out, Type type);
+  // Values (.., K), rounded to `type`, of rows [first, last), or of those that `ids` so number.
+  void (*decode)(const Rows& table, const int64_t* ids, int64_t first, int64_t last, void* out, Type type);
+  // The sum, mean or largest of the same values of bags [first, last), rounded to `type`.
+  void (*pool)(const Rows& table, const Bags& bags, int64_t first, int64_t last, void* out, Type type);
   // x (k,), with zeros up to STEP, as token `token` of `to`; and the columns that there are.
   void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to);
   void (*mark)(int64_t k, const Format& weight, uint8_t* ones);

@@ -72,9 +72,6 @@ void check_zero(const std::optional<Tensor>& zero, const Format& format, int64_t
   check_numel(*zero, "zero", numel);
 }
 
-// Rows that are on their way while one is read.
-constexpr int64_t AHEAD = 8;
-
 const void* pointer(const std::optional<Tensor>& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; }
 
 // The rows of one expert, or of the only matrix.
@@ -278,17 +275,11 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
 }
 
 // Canonical parts of a table, or of matrices one after another, once they are checked.
-struct Table {
-  Format format;
-  int64_t k, bytes, rows, matrix, matrices, groups, block, blocks, factors;
-  const uint8_t* codes;
-  const void* scale;
-  const void* zero;
-  const float* factor;
-
+struct Table : lowbit::Rows {
   Table(const Tensor& qdata, const Tensor& of_scale, const std::optional<Tensor>& of_zero,
-        const std::optional<Tensor>& tensor_scale, const std::string& spec, int64_t columns)
-      : format(lowbit::parse(spec)), k(columns) {
+        const std::optional<Tensor>& tensor_scale, const std::string& spec, int64_t columns) {
+    format = lowbit::parse(spec);
+    k = columns;
     STD_TORCH_CHECK(qdata.dim() > 0, "qdata must have a dimension");
     STD_TORCH_CHECK(k >= 0, "k must not be negative; it is ", k);
     check(qdata, "qdata",
@@ -301,8 +292,9 @@ struct Table {
     rows = bytes ? qdata.numel() / bytes : 0;
     matrices = matrix ? rows / matrix : 0;
     groups = format.groups(k);
-    block = format.rows ? format.rows : std::max<int64_t>(matrix, 1);
-    blocks = up(matrix, block) / block;
+    const int64_t covered = format.rows ? format.rows : std::max<int64_t>(matrix, 1);
+    block = covered == 1 ? 0 : covered;
+    blocks = up(matrix, covered) / covered;
     check_scale(of_scale, format.scale, matrices * blocks * groups);
     check_zero(of_zero, format, matrices * blocks * groups);
     STD_TORCH_CHECK(tensor_scale.has_value() == format.tensor_scale,
@@ -317,21 +309,6 @@ struct Table {
     scale = of_scale.const_data_ptr();
     zero = pointer(of_zero);
     factor = static_cast<const float*>(pointer(tensor_scale));
-  }
-
-  // Calls run(codes, first scale, tensor scale) of a row.
-  template <class Run>
-  void row(int64_t row, const Run& run) const {
-    // Of most tables this takes no division.
-    const int64_t of = matrices == 1 ? 0 : row / matrix, in = row - of * matrix;
-    const int64_t at = of * blocks + (block == 1 ? in : in / block);
-    run(codes + row * bytes, at * groups, factor == nullptr ? 1.0f : factor[factors == 1 ? of : at]);
-  }
-
-  // Into the cache, what a table's row begins with.
-  void fetch(int64_t row) const {
-    for (int64_t byte = 0; byte < std::min<int64_t>(bytes, 256); byte += 64) lowbit::fetch(codes + row * bytes + byte);
-    lowbit::fetch(static_cast<const char*>(scale) + (block == 1 ? row : row / block) * groups * size_of(format.scale));
   }
 };
 
@@ -449,29 +426,36 @@ void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const st
   });
 }
 
-// Integers of 32 or 64 bits.
+// Integers of 64 bits, or a copy as such.
 struct Ids {
-  const void* data;
-  bool wide;
+  std::vector<int64_t> copy;
+  const int64_t* data;
   int64_t count;
 
-  Ids(const Tensor& ids, const char* name) : data(ids.const_data_ptr()), count(ids.numel()) {
+  Ids(const Tensor& ids, const char* name) : count(ids.numel()) {
     check(ids, name, {ScalarType::Int, ScalarType::Long});
-    wide = ids.scalar_type() == ScalarType::Long;
-  }
-
-  int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    data = static_cast<const int64_t*>(ids.const_data_ptr());
+    if (ids.scalar_type() == ScalarType::Long) return;
+    const auto* const narrow = static_cast<const int32_t*>(ids.const_data_ptr());
+    copy.assign(narrow, narrow + count);
+    data = copy.data();
   }
 
   void check_rows(const Table& table) const {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t row = (*this)[i];
-      STD_TORCH_CHECK(0 <= row && row < table.rows, "row ", row, " is not in the table, which has ", table.rows,
-                      " rows");
+    bool all = true;
+    // Without a way out of the loop, which may be long.
+    for (int64_t i = 0; i < count; ++i) all &= static_cast<uint64_t>(data[i]) < static_cast<uint64_t>(table.rows);
+    for (int64_t i = 0; !all && i < count; ++i) {
+      STD_TORCH_CHECK(0 <= data[i] && data[i] < table.rows, "row ", data[i], " is not in the table, which has ",
+                      table.rows, " rows");
     }
   }
 };
+
+// Of `count` rows or bags with so many numbers, those that are worth a thread.
+int64_t grain(int64_t count, int64_t numbers) {
+  return std::max<int64_t>(1, 16384 * count / std::max<int64_t>(numbers, 1));
+}
 
 // Values (.., K) of rows of a table: of all, or of those that `ids` name.
 Tensor decode(const Table& table, const Ids* ids, std::vector<int64_t> shape, ScalarType dtype) {
@@ -480,15 +464,8 @@ Tensor decode(const Table& table, const Ids* ids, std::vector<int64_t> shape, Sc
   shape.push_back(k);
   Tensor out = torch::stable::empty(shape, dtype);
   if (out.numel() == 0) return out;
-  const lowbit::Kernels& kernels = lowbit::kernels();
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  torch::stable::parallel_for(0, count, std::max<int64_t>(1, 16384 / k), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (ids != nullptr && i + AHEAD < end) table.fetch((*ids)[i + AHEAD]);
-      table.row(ids == nullptr ? i : (*ids)[i], [&](const uint8_t* codes, int64_t at, float factor) {
-        kernels.decode(table.format, codes, table.scale, table.zero, at, factor, k, to + i * k * size_of(type), type);
-      });
-    }
+  torch::stable::parallel_for(0, count, grain(count, count * k), [&](int64_t begin, int64_t end) {
+    lowbit::kernels().decode(table, ids == nullptr ? nullptr : ids->data, begin, end, out.mutable_data_ptr(), type);
   });
   return out;
 }
@@ -525,41 +502,18 @@ Tensor embedding_bag(const Tensor& ids, const Tensor& offsets, const std::option
   }
   const Table table(qdata, scale, zero, tensor_scale, spec, k);
   rows.check_rows(table);
-  for (int64_t i = 0, before = 0; i < begins.count; before = begins[i++]) {
-    STD_TORCH_CHECK(before <= begins[i] && begins[i] <= rows.count && (i > 0 || begins[i] == 0),
+  for (int64_t i = 0, before = 0; i < begins.count; before = begins.data[i++]) {
+    const int64_t here = begins.data[i];
+    STD_TORCH_CHECK(before <= here && here <= rows.count && (i > 0 || here == 0),
                     "offsets must begin with 0, not fall, and not pass the ", rows.count, " rows that are picked");
   }
   const int64_t bags = begins.count - last;
   Tensor out = torch::stable::empty({bags, k}, dtype);
   if (out.numel() == 0) return out;
-  const lowbit::Kernels& kernels = lowbit::kernels();
-  const float* by = static_cast<const float*>(pointer(weights));
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, 16384 * bags / (k * std::max<int64_t>(rows.count, 1)));
-  torch::stable::parallel_for(0, bags, grain, [&](int64_t first, int64_t end) {
-    std::vector<lowbit::Member> members;
-    std::vector<float> sums(k), scratch;
-    for (int64_t bag = first; bag < end; ++bag) {
-      const int64_t stop = bag + 1 < begins.count ? begins[bag + 1] : rows.count;
-      members.clear();
-      for (int64_t i = begins[bag]; i < stop; ++i) {
-        if (i + AHEAD < rows.count) table.fetch(rows[i + AHEAD]);
-        if (rows[i] == padding) continue;
-        table.row(rows[i], [&](const uint8_t* codes, int64_t at, float factor) {
-          members.push_back({codes, at, by == nullptr ? factor : factor * by[i]});
-        });
-      }
-      const int64_t count = members.size();
-      if (count == 0) {
-        std::fill(sums.begin(), sums.end(), 0.0f);
-      } else {
-        scratch.resize(2 * count * table.groups);
-        kernels.pool(table.format, members.data(), count, table.scale, table.zero, k, mode == "max", scratch.data(),
-                     sums.data());
-      }
-      const float share = mode == "mean" && count > 0 ? 1.0f / static_cast<float>(count) : 1.0f;
-      kernels.narrow(sums.data(), k, share, to + bag * k * size_of(type), type);
-    }
+  const lowbit::Bags all{rows.data, begins.data, rows.count, begins.count, padding,
+                         static_cast<const float*>(pointer(weights)), mode == "max", mode == "mean"};
+  torch::stable::parallel_for(0, bags, grain(bags, k * rows.count), [&](int64_t first, int64_t end) {
+    lowbit::kernels().pool(table, all, first, end, out.mutable_data_ptr(), type);
   });
   return out;
 }

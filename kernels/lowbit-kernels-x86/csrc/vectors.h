@@ -291,7 +291,7 @@ inline F from_float16(Halves bits) {
 inline Halves to_bfloat16(F x) {
   const U bits = (U)x;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const U nan = (U)((bits & 0x7fffffffu) > 0x7f800000u);
+  const U nan = (U)(x != x);
   return __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
 }
 
@@ -330,6 +330,13 @@ inline void store_as(void* to, Type type, int64_t at, F x) {
     case Type::bfloat16: return store(static_cast<uint16_t*>(to) + at, to_bfloat16(x));
     default: return store(static_cast<uint16_t*>(to) + at, to_float16(x));
   }
+}
+
+// The first lane.
+inline void store_one(void* to, Type type, int64_t at, F x) {
+  char lanes[4 * W];
+  store_as(lanes, type, 0, x);
+  std::memcpy(static_cast<char*>(to) + at * size_of(type), lanes, size_of(type));
 }
 
 // 2^-127 is a subnormal number of float32.

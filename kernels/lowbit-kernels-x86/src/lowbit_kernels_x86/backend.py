@@ -49,7 +49,7 @@ class X86:
 
 def _embedding(ids: Any, qdata: Any, *rest: Any) -> Any:
     try:
-        return torch.ops.lowbit_x86.embedding.default(*contiguous((ids, qdata, *rest)))
+        return torch.ops.lowbit_x86.embedding.default(*contiguous((ids, qdata, *rest[:3])), *rest[3:])
     except RuntimeError:
         # The library has looked; lowbit's own words for what it found, if it is that.
         check_rows(ids, qdata.shape[0])
@@ -59,7 +59,8 @@ def _embedding(ids: Any, qdata: Any, *rest: Any) -> Any:
 def _embedding_bag(ids: Any, offsets: Any, weights: Any, qdata: Any, *rest: Any) -> Any:
     by = None if weights is None else weights.float()
     try:
-        return torch.ops.lowbit_x86.embedding_bag.default(*contiguous((ids, offsets, by, qdata, *rest)))
+        parts = contiguous((ids, offsets, by, qdata, *rest[:3]))
+        return torch.ops.lowbit_x86.embedding_bag.default(*parts, *rest[3:])
     except RuntimeError:
         check_bags(ids, offsets)
         check_rows(ids, qdata.shape[0])

@@ -22,9 +22,9 @@ def isa() -> str:
     return torch.ops.lowbit_x86.isa()
 
 
-def contiguous(args: Sequence[Any]) -> list[Any]:
-    """Arguments of an operator with every tensor contiguous, as all of them need it."""
-    return [arg.contiguous() if isinstance(arg, Tensor) else arg for arg in args]
+def contiguous(args: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Tensors of an operator as all of them are needed, contiguous."""
+    return [None if arg is None else arg.contiguous() for arg in args]
 
 
 def _linear(x: Tensor, *rest: Any) -> Tensor:

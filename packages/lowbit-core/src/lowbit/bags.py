@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.compiler import is_exporting
@@ -10,6 +12,7 @@ from lowbit.errors import FormatError, RowError, UnsupportedOpError
 
 MODES = ("sum", "mean", "max")
 _INDICES = (torch.int32, torch.int64)
+_MOST_KEPT = 4096
 
 
 def bag_arguments(
@@ -24,11 +27,13 @@ def bag_arguments(
     per_sample_weights: Tensor | None = None,
     include_last_offset: bool = False,  # noqa: FBT001, FBT002
     padding_idx: int | None = None,
+    *,
+    plain: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, str, int, bool]:
     """The operator's first arguments, of those of F.embedding_bag after the table, which has so many rows.
 
     `input` (M,) with `offsets` (B,) where bags begin, or (B + 1,) with `include_last_offset`; or (B, L), a bag a row.
-    A `padding_idx` of -1 is none.
+    A `padding_idx` of -1 is none. `plain`: nothing traces or watches this call (`ops.unwatched`).
 
     Raises:
         UnsupportedOpError: `max_norm` is given, weights are for another mode than the sum, or the mode is unknown.
@@ -48,7 +53,10 @@ def bag_arguments(
         msg = f"per_sample_weights need the shape of the input, {tuple(input.shape)}; they have {given}"
         raise FormatError(msg)
     if input.dim() == 2 and offsets is None and not include_last_offset:
-        offsets = torch.arange(input.shape[0], device=input.device) * input.shape[1]
+        (bags, length), device = input.shape, input.device
+        # What takes as long as a few sums do, and is as small, is not made anew.
+        kept = plain and bags <= _MOST_KEPT and device.type == "cpu"
+        offsets = _kept_begins(bags, length) if kept else torch.arange(bags, device=device) * length
     elif input.dim() != 1 or offsets is None or offsets.dim() != 1:
         msg = (
             "embedding_bag takes rows (M,) with offsets (B,), or (B, L) without; these are "
@@ -68,7 +76,14 @@ def bag_arguments(
             msg = f"padding_idx must be a row of the table, which has {rows}; it is {padding_idx}"
             raise FormatError(msg)
     weights = None if per_sample_weights is None else per_sample_weights.reshape(-1)
-    return input.reshape(-1), offsets, weights, mode, padding, include_last_offset
+    return input if input.dim() == 1 else input.reshape(-1), offsets, weights, mode, padding, include_last_offset
+
+
+@lru_cache(maxsize=16)
+def _kept_begins(bags: int, length: int) -> Tensor:
+    # Of no use to autograd, but not refused by it either.
+    with torch.inference_mode(mode=False):
+        return torch.arange(bags, device="cpu") * length
 
 
 def pool(

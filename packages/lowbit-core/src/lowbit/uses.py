@@ -116,8 +116,9 @@ def _embedding(
 def _embedding_bag(input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:  # noqa: A002
     """F.embedding_bag with a quantized table (V, D)."""
     w = _operand(weight, "embedding_bag", (0, 1), input)
-    ids, offsets, weights, *how = bag_arguments(w.shape[0], input, *rest, **options)
-    if unwatched(input, weights):
+    plain = unwatched(input)
+    ids, offsets, weights, *how = bag_arguments(w.canonical_shape[0], input, *rest, plain=plain, **options)
+    if plain and (weights is None or unwatched(input, weights)):
         way = w.ways.get("embedding_bag")
         if way is None or not way.fits(input):
             w.ways["embedding_bag"] = way = Way("embedding_bag", w, input)
