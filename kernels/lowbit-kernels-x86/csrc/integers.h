@@ -1,8 +1,9 @@
 // Products of integers: inputs rounded to codes, four of which meet four codes of a row in one instruction.
 // Included by kernels.cpp, once for each instruction set.
 
-// Tokens whose sums are in registers.
+// Tokens whose sums are in registers, and tiles that they meet at once: an input is read once for two vectors of rows.
 constexpr int TOKENS = W == 16 ? 8 : W == 8 ? 4 : 2;
+constexpr int TILES = H == 1 ? 2 : 1;
 
 // How codes of a weight become bytes: `planes` of them in a word, byte t of plane j having code planes * t + j, less
 // `zero`. Those of 8 bits are signed, others count from the lowest.
@@ -71,67 +72,87 @@ inline U signed_bytes(U plane) {
   return Odd ? (U)((Signeds)plane >> 8) : (U)((Signeds)plane << 8 >> 8);
 }
 
-// Products of `tokens` tokens, at most M, from the one numbered `token` on. `weights` are a tile's sums of codes less
-// zero points, [group][16], which the First tokens find.
-template <class Code, int M, bool First>
-void integer_tile(const Packed& w, const Codes& x, int64_t token, int tokens, const void* bias, void* out, Type type,
-                  int64_t index, uint32_t* weights) {
+// Products of `tokens` tokens, at most M, which lie together, from the one numbered `token` on, with N tiles: the one
+// numbered `index` and one that is `apart` tiles on. `weights` are their sums of codes less zero points, [group][N][16],
+// which the First tokens find.
+template <class Code, int M, int N, bool First>
+void integer_tiles(const Packed& w, const Codes& x, int64_t token, int tokens, const void* bias, void* out, Type type,
+                   int64_t index, int64_t apart, uint32_t* weights) {
   using Of = Planes<Code>;
-  constexpr int SIZE = code_size(Of::bits);
-  const Tile tile(w, index);
+  // Of one token each plane has sums of its own, which need not wait for one another.
+  constexpr int SIZE = code_size(Of::bits), V = N * H, SUMS = M == 1 ? std::min(Of::count, 4) : 1;
   const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), words = columns * Of::bits / 32;
-  const uint32_t* word = tile.codes(0);
-  const uint8_t *codes[M], *ones_at = x.ones;
-  F total[M][H] = {};
-  for (int m = 0; m < M; ++m) codes[m] = x.codes + (token + m) * x.stride;
-  for (int64_t group = 0; group < tile.groups; ++group) {
+  const int64_t groups = w.format.groups(w.k);
+  const uint32_t* word = Tile(w, index).codes(0);
+  const int64_t next = Tile(w, index + apart).codes(0) - word;
+  const uint8_t *codes = x.codes + token * x.stride, *ones_at = x.ones;
+  alignas(64) float totals[M][V * W] = {};
+  alignas(64) int32_t kept[M][V * W];
+  for (int64_t group = 0; group < groups; ++group) {
     const int64_t here = std::min(columns, w.k - group * columns);
     const int64_t end = std::min(words, (up(w.k, STEP) - group * columns) * Of::bits / 32);
-    I sums[M][H] = {}, ones[H] = {};
+    // Registers are for these: nothing is called until they are stored.
+    I sums[M][V][SUMS], ones[V];
+    unroll<V>([&](auto v) INLINE {
+      ones[v] = I{};
+      unroll<M>([&](auto m) INLINE { unroll<SUMS>([&](auto s) INLINE { sums[m][v][s] = I{}; }); });
+    });
     for (int64_t i = 0; i < end; ++i, word += TILE) {
-      U now[H];
-      for (int h = 0; h < H; ++h) now[h] = load<U>(word + h * W) ^ Of::flip;
-      unroll<Of::count>([&](auto j) {
-        U plane[H], odd[H];
-        for (int h = 0; h < H; ++h) {
-          plane[h] = Of::template plane<j>(now[h]);
-          if constexpr (SIZE == 2) {
-            odd[h] = signed_bytes<1>(plane[h]);
-            plane[h] = signed_bytes<0>(plane[h]);
-          }
-        }
-        auto add = [&](I sum, const uint8_t* with, int h) {
-          const U four = all(four_at(with + j * 4 * SIZE));
-          if constexpr (SIZE == 1) return dot(sum, four, plane[h]);
-          return sum + pairs(four, plane[h]) + pairs(all(four_at(with + j * 8 + 4)), odd[h]);
-        };
-        if constexpr (First) {
-          for (int h = 0; h < H; ++h) ones[h] = add(ones[h], ones_at, h);
-        }
-        for (int m = 0; m < M; ++m) {
-          for (int h = 0; h < H; ++h) sums[m][h] = add(sums[m][h], codes[m], h);
-        }
+      U now[V];
+      unroll<V>([&](auto v) INLINE { now[v] = load<U>(word + v / H * next + v % H * W) ^ Of::flip; });
+      unroll<Of::count>([&](auto j) INLINE {
+        unroll<SIZE>([&](auto p) INLINE {
+          U part[V];
+          unroll<V>([&](auto v) INLINE {
+            part[v] = Of::template plane<j>(now[v]);
+            if constexpr (SIZE == 2) part[v] = signed_bytes<p>(part[v]);
+          });
+          auto add = [&](const uint8_t* with, I& sum, auto v) INLINE {
+            const U four = all(four_at(with));
+            I more = SIZE == 1 ? dot(sum, four, part[v]) : sum + pairs(four, part[v]);
+            // Here and not later, lest products wait in memory.
+            asm("" : "+v"(more));
+            sum = more;
+          };
+          constexpr int at = j * SIZE + p;
+          if constexpr (First) unroll<V>([&](auto v) INLINE { add(ones_at + 4 * at, ones[v], v); });
+          unroll<M>([&](auto m) INLINE {
+            unroll<V>([&](auto v) INLINE { add(codes + 4 * (at * M + m), sums[m][v][j % SUMS], v); });
+          });
+        });
       });
       ones_at += Of::count * 4 * SIZE;
-      for (int m = 0; m < M; ++m) codes[m] += Of::count * 4 * SIZE;
+      codes += Of::count * 4 * SIZE * M;
     }
-    for (int h = 0; h < H; ++h) {
+    unroll<V>([&](auto v) INLINE {
+      if constexpr (First) store(weights + (group * V + v) * W, ones[v]);
+      unroll<M>([&](auto m) INLINE {
+        I sum = sums[m][v][0];
+        unroll<SUMS - 1>([&](auto s) INLINE { sum += sums[m][v][s + 1]; });
+        store(kept[m] + v * W, sum);
+      });
+    });
+    for (int v = 0; v < V; ++v) {
+      const Tile tile(w, index + v / H * apart);
       U zero = all(static_cast<uint32_t>(Of::zero));
-      if constexpr (Code::offset) zero += (U)__builtin_convertvector(tile.zero(group, h), I);
-      uint32_t* const kept = weights + (group * H + h) * W;
-      if constexpr (First) store(kept, (U)ones[h] - zero * static_cast<uint32_t>(here));
-      const U sum = load<U>(kept);
-      const F scale = tile.scale(group, h);
+      if constexpr (Code::offset) zero += (U)__builtin_convertvector(tile.zero(group, v % H), I);
+      uint32_t* const less_zero = weights + (group * V + v) * W;
+      if constexpr (First) store(less_zero, load<U>(less_zero) - zero * static_cast<uint32_t>(here));
+      const F scale = tile.scale(group, v % H);
       for (int m = 0; m < tokens; ++m) {
         // The sum of (x - x's zero) (w - w's zero); unsigned, so that what overflows on the way comes back.
-        const uint32_t inputs = x.sums[(token + m) * tile.groups + group], less = x.zero[token + m];
-        const I product = (I)((U)sums[m][h] - zero * inputs - sum * less);
-        total[m][h] = fma(__builtin_convertvector(product, F), scale, total[m][h]);
+        const uint32_t inputs = x.sums[(token + m) * groups + group], less = x.zero[token + m];
+        const I product = (I)(load<U>(kept[m] + v * W) - zero * inputs - load<U>(less_zero) * less);
+        float* const total = totals[m] + v * W;
+        store(total, fma(__builtin_convertvector(product, F), scale, load<F>(total)));
       }
     }
   }
   for (int m = 0; m < tokens; ++m) {
-    for (int h = 0; h < H; ++h) finish(w, index, h, total[m][h] * x.scale[token + m], bias, out, type, token + m);
+    for (int v = 0; v < V; ++v) {
+      const F sum = load<F>(totals[m] + v * W) * x.scale[token + m];
+      finish(w, index + v / H * apart, v % H, sum, bias, out, type, token + m);
+    }
   }
 }
 
@@ -141,16 +162,20 @@ void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias,
     using Code = decltype(code);
     if constexpr (std::is_same_v<Code, IntCode<Code::bits>> || std::is_same_v<Code, OffsetCode<Code::bits>>) {
       if constexpr (8 % Code::bits == 0) {
-        const std::unique_ptr<uint32_t[]> weights(new uint32_t[w.format.groups(w.k) * TILE]);
-        for (int64_t tile = first; tile < last; ++tile) {
-          if (tokens == 1) {
-            integer_tile<Code, 1, true>(w, x, 0, 1, bias, out, type, tile, weights.get());
-            continue;
+        const std::unique_ptr<uint32_t[]> weights(new uint32_t[w.format.groups(w.k) * TILE * TILES]);
+        if (x.together == 1) {
+          for (int64_t tile = first; tile < last; ++tile) {
+            integer_tiles<Code, 1, 1, true>(w, x, 0, 1, bias, out, type, tile, 0, weights.get());
           }
+          return;
+        }
+        for (int64_t tile = first; tile < last; tile += TILES) {
+          // The last may be without another, and is then computed twice.
+          const int64_t apart = tile + 1 < last ? TILES - 1 : 0;
           for (int64_t token = 0; token < tokens; token += TOKENS) {
             const int some = static_cast<int>(std::min<int64_t>(TOKENS, tokens - token));
-            auto run = token ? integer_tile<Code, TOKENS, false> : integer_tile<Code, TOKENS, true>;
-            run(w, x, token, some, bias, out, type, tile, weights.get());
+            auto run = token ? integer_tiles<Code, TOKENS, TILES, false> : integer_tiles<Code, TOKENS, TILES, true>;
+            run(w, x, token, some, bias, out, type, tile, apart, weights.get());
           }
         }
       }
@@ -228,7 +253,16 @@ void round_token(const float* x, int64_t k, const Activation& how, const Format&
     for (int j = 0; j < W; ++j) total += sum[j];
     sums[group] = total;
   }
-  arrange(weight, bytes.get(), k, to.codes + token * to.stride);
+  // Where other tokens stand between its words of four, its own are put apart.
+  const int64_t size = up(k, STEP) * code_size(weight.element.bits), at = token % to.together;
+  uint8_t* const codes = to.codes + (token - at) * to.stride + 4 * at;
+  if (to.together == 1) {
+    arrange(weight, bytes.get(), k, codes);
+  } else {
+    const std::unique_ptr<uint8_t[]> own(new uint8_t[size]());
+    arrange(weight, bytes.get(), k, own.get());
+    for (int64_t i = 0; i < size; i += 4) std::memcpy(codes + i * to.together, own.get() + i, 4);
+  }
   to.scale[token] = scale;
   to.zero[token] = zero + 128;
 }

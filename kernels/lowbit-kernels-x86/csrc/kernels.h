@@ -59,8 +59,8 @@ struct Activation {
 };
 
 // Rounded tokens, `stride` bytes each: codes counted from -128, of one byte or two, in the order in which a word of the
-// weight holds its own, 0 from k on; the sums of those that share a scale of the weight; what codes of 0 are counted as;
-// 1 for each column.
+// weight holds its own, 0 from k on, so many tokens `together`, four bytes of each in turn; the sums of those that share
+// a scale of the weight; what codes of 0 are counted as; 1 for each column.
 struct Codes {
   uint8_t* codes;
   int64_t stride;
@@ -68,6 +68,7 @@ struct Codes {
   int32_t* zero;
   int32_t* sums;
   uint8_t* ones;
+  int64_t together;
 };
 
 // How scales come of what blocks extend to: of largest magnitudes, or of ranges where there are zero points.
@@ -127,7 +128,7 @@ struct Bags {
 
 struct Kernels {
   const char* isa;
-  // Tokens of which `few` takes as many at once, and `integers`.
+  // Tokens of which `few` takes as many at once, and `integers`, in whose rounded codes as many lie together.
   int few_tokens, integer_tokens;
   // Bytes that `round` makes of a code, by the bits of the weight's.
   int (*code_size)(int bits);
