@@ -70,6 +70,19 @@ def test_nothing_gives_zeros():
         assert torch.equal(functional.embedding_bag(none.view(3, 0), q, mode=mode), torch.zeros(3, 96))
 
 
+def test_where_bags_begin_does_not_depend_on_who_asked_first():
+    """Calls of one shape share it, whatever watched the first of them."""
+    q = table("INT8_ROW")
+    wanted = q.dequantize()[:15].view(5, 3, 96).sum(1)
+    ids = torch.arange(15).view(5, 3)
+    with torch.device("meta"), torch.inference_mode():
+        found = [functional.embedding_bag(ids, q, mode="sum")]
+    by = torch.ones(5, 3, requires_grad=True)
+    found += [functional.embedding_bag(ids, q, mode="sum", per_sample_weights=given) for given in (by, None)]
+    for each in found:
+        torch.testing.assert_close(each, wanted)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options", "kind", "told"),
     [
