@@ -371,9 +371,13 @@ F zeros_at(const void* zero, const Format& format, int64_t at, int64_t count) {
 inline float scale_at(const void* scale, Scale kind, int64_t at) {
   switch (kind) {
     case Scale::float32: return static_cast<const float*>(scale)[at];
-    case Scale::bfloat16: return from_bfloat16(Halves{} + static_cast<const uint16_t*>(scale)[at])[0];
+    case Scale::bfloat16: return std::bit_cast<float>(uint32_t{static_cast<const uint16_t*>(scale)[at]} << 16);
     case Scale::float16: return from_float16(Halves{} + static_cast<const uint16_t*>(scale)[at])[0];
-    case Scale::e8m0: return from_e8m0(all(uint32_t{static_cast<const uint8_t*>(scale)[at]}))[0];
+    case Scale::e8m0: {
+      // As from_e8m0.
+      const uint32_t code = static_cast<const uint8_t*>(scale)[at];
+      return std::bit_cast<float>(code << 23 | (code == 0 || code == 255 ? 0x00400000u : 0));
+    }
     default: return FloatCode<4, 3, 7>::value(all(uint32_t{static_cast<const uint8_t*>(scale)[at]} << 24))[0];
   }
 }

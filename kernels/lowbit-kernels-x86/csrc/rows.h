@@ -4,12 +4,12 @@
 // Rows that are on their way while one is read: as many as a core waits for at once.
 constexpr int64_t AHEAD = 16;
 
-template <class Code>
-void decode_row(const Rows& t, const uint8_t* codes, int64_t at, float factor, uint32_t flip, void* out, Type type) {
+template <class Code, Type type>
+void decode_row(const Rows& t, const uint8_t* codes, int64_t at, float factor, uint32_t flip, void* out) {
   constexpr int Bits = Code::bits;
-  const int64_t group_columns = t.format.columns ? t.format.columns : std::max<int64_t>(t.k, 1);
-  for (int64_t group = 0, begin = 0; begin < t.k; ++group, begin += group_columns) {
-    const int64_t end = std::min(t.k, begin + group_columns);
+  const int64_t k = t.k, group_columns = t.format.columns ? t.format.columns : std::max<int64_t>(k, 1);
+  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += group_columns) {
+    const int64_t end = std::min(k, begin + group_columns);
     const F by = all(scale_at(t.scale, t.format.scale, at + group) * factor);
     const F less = all(zero_at(t.zero, t.format, at + group));
     int64_t column = begin;
@@ -29,12 +29,15 @@ void decode_row(const Rows& t, const uint8_t* codes, int64_t at, float factor, u
 void decode(const Rows& t, const int64_t* ids, int64_t first, int64_t last, void* out, Type type) {
   const uint32_t flip = flip_of(t.format, t.zero);
   with_code(t.format, [&](auto code) {
+    using Code = decltype(code);
+    const auto run = type == Type::float32    ? decode_row<Code, Type::float32>
+                     : type == Type::bfloat16 ? decode_row<Code, Type::bfloat16>
+                                              : decode_row<Code, Type::float16>;
     for (int64_t i = first; ids != nullptr && i < std::min(first + AHEAD, last); ++i) t.fetch(ids[i]);
     for (int64_t i = first; i < last; ++i) {
       if (ids != nullptr && i + AHEAD < last) t.fetch(ids[i + AHEAD]);
       t.row(ids == nullptr ? i : ids[i], [&](const uint8_t* codes, int64_t at, float factor) {
-        void* const to = static_cast<char*>(out) + i * t.k * size_of(type);
-        decode_row<decltype(code)>(t, codes, at, factor, flip, to, type);
+        run(t, codes, at, factor, flip, static_cast<char*>(out) + i * t.k * size_of(type));
       });
     }
   });

@@ -287,12 +287,23 @@ inline F from_float16(Halves bits) {
 #endif
 }
 
+// Numbers of 16 bits at the bottom of each lane, and nothing above; of others the compiler would take that away.
+inline Halves halved(U x) {
+#if defined(__AVX512F__)
+  return (Halves)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  return (Halves)_mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+#else
+  return __builtin_convertvector(x, Halves);
+#endif
+}
+
 // Rounded to nearest, ties to even; a NaN stays one.
 inline Halves to_bfloat16(F x) {
   const U bits = (U)x;
   const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const U nan = (U)(x != x);
-  return __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
+  return halved((nan & 0x7fc0u) | (~nan & rounded));
 }
 
 inline Halves to_float16(F x) {
