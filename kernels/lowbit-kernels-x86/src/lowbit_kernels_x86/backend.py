@@ -35,7 +35,10 @@ class X86:
     def kernels(self) -> tuple[Kernel, ...]:
         """Every kernel."""
         return (
-            Kernel("x86.linear", "linear", "cpu", 10, weights.run, weights.refuses, weights.pack, weights.unpack),
+            Kernel(
+                *("x86.linear", "linear", "cpu", 10, weights.run, weights.refuses, weights.pack, weights.unpack),
+                lookup=weights.lookup,
+            ),
             Kernel(
                 *("x86.grouped_mm", "grouped_mm", "cpu", 10),
                 *(weights.run_grouped, weights.refuses, weights.pack, weights.unpack),

@@ -6,11 +6,15 @@ padded to whole tiles, columns to multiples of 32.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
 from lowbit.backends import Call, Description
+from lowbit.bags import check_rows
 from lowbit.format import WHOLE, Format
 from lowbit.packing import pack as pack_codes
 from lowbit.packing import packed_bytes
@@ -105,6 +109,61 @@ def run(x: Tensor, parts: tuple[Tensor, ...], description: Description, bias: Te
 def run_grouped(x: Tensor, parts: tuple[Tensor, ...], description: Description, offs: Tensor) -> Tensor:
     """Each token by its expert's `weight.T`; `offs` (E,) ends each expert's, and those beyond the last become zeros."""
     return _product(x, parts, description, None, offs)
+
+
+def lookup(ids: Tensor, parts: tuple[Tensor, ...], description: Description) -> Tensor:
+    """Rows (.., K) of a packed matrix, for tables that linear layers share."""
+    named = dict(zip(description.names, parts, strict=True))
+    return torch.ops.lowbit_x86.rows.default(
+        *(ids, parts[0], parts[1], named.get("zero"), named.get("tensor_scale"), description.layout.format),
+        *(*description.canonical_shape, description.layout.dtype),
+    )
+
+
+def _rows_of(
+    ids: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    tensor_scale: Tensor | None,
+    spec: str,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    if not ids.numel():
+        return codes.new_empty((*ids.shape, k), dtype=dtype)
+    check_rows(ids, n)
+    fmt, flat = Format.parse(spec), ids.reshape(-1)
+    tile, lane = flat // TILE, flat % TILE
+
+    def each(part: Tensor) -> Tensor:
+        return _raw(part)[0, tile, :, lane].view(part.dtype)
+
+    words = each(codes)
+    if (flips := _flips(fmt)) is not None:
+        words ^= flips.repeat(words.shape[-1] // len(flips))
+    raw = words.view(torch.uint8)[:, : packed_bytes(k, fmt.element.bits)].contiguous()
+    if tensor_scale is not None:
+        tensor_scale = tensor_scale if tensor_scale.numel() == 1 else tensor_scale[0, flat, None]
+    values = torch.ops.lowbit_x86.dequantize.default(
+        *(raw.view(fmt.element.storage), each(scale), None if zero is None else each(zero), tensor_scale),
+        *(str(replace(fmt, block=(1, fmt.block[-1]))), k, dtype),
+    )
+    return values.view(*ids.shape, k)
+
+
+def _rows_of_fake(ids: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    return codes.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
+
+
+_LIBRARY = torch.library.Library("lowbit_x86", "FRAGMENT")
+_LIBRARY.define(
+    "rows(Tensor ids, Tensor codes, Tensor scale, Tensor? zero, Tensor? tensor_scale, str format, int n, int k, "
+    "ScalarType dtype) -> Tensor"
+)
+_LIBRARY.impl("rows", _rows_of, "CPU")
+torch.library.register_fake("lowbit_x86::rows", _rows_of_fake, lib=_LIBRARY)
 
 
 def _product(

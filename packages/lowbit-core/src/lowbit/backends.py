@@ -117,6 +117,8 @@ class Kernel:
     keeps: bool = False
     # What runs for how many tokens, and why, where that is not always the same; None: it is.
     how: Callable[[Call], str | None] | None = None
+    # Rows of a packed weight as values of its type, (ids, parts, description), for tables that linear layers share.
+    lookup: Callable[[Tensor, tuple[Tensor, ...], Description], Tensor] | None = None
 
 
 @runtime_checkable

@@ -104,7 +104,8 @@ def bind(model: nn.Module, *, prefer: Sequence[str] = (), policy: _POLICY = "sma
     With the policy "fastest", weights that are slower than plain ones at some numbers of tokens keep their plain values
     beside the codes, for these, as long as a tenth of the GPU's memory stays free.
     Convolutions are PyTorch's own, so that there is nothing to choose for them: they stay as they are.
-    A parameter used by modules of different kinds (a tied table) is packed only if one kernel serves all its uses.
+    A parameter used by modules of different kinds (a tied table) is packed only if one kernel serves all its uses: one
+    for linear layers may look rows up, too.
     Call it last: after loading, moving and sharding. Tensor-parallel shards are packed on each rank; what FSDP gathers
     stays canonical. `state_dict()` of a bound model is that of the canonical one. `unbind` undoes it bit for bit;
     binding again starts from there.
@@ -241,6 +242,13 @@ def _choose(uses: Sequence[_Use], prefer: Sequence[str], room: _Room) -> tuple[l
         selections = [select(use.call, prefer=prefer) for use in uses]
         selections = [replace(s, refusals=(Refusal(kernel.name, reason), *s.refusals)) for s in selections]
         kernel = selections[0].kernel
+    tables = [selection.call.op == "embedding" for selection in selections]
+    if any(tables) and not all(tables):
+        kernel = selections[tables.index(False)].kernel
+        if kernel.lookup is not None:
+            selections = [
+                replace(s, kernel=kernel) if table else s for s, table in zip(selections, tables, strict=True)
+            ]
     if not uses[0].gathered and all(selection.kernel is kernel for selection in selections):
         return selections, kernel.pack is not None or select(uses[0].call, bound=False).kernel is not kernel
     selections = [select(use.call, prefer=prefer, bound=False) for use in uses]

@@ -170,7 +170,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         msg = f"the input has {input.shape[-1]} columns, but {packed!r} contracts {packed.shape[-1]}"
         raise FormatError(msg)
     arguments = under_autocast(input), packed, None if bias is None else under_autocast(bias)
-    return _Linear.apply(*arguments) if torch.is_grad_enabled() and input.requires_grad else _run(*arguments)
+    if torch.is_grad_enabled() and input.requires_grad:
+        return _Linear.apply(*arguments)
+    return _run("linear", *arguments)
 
 
 def _grouped_mm(
@@ -189,7 +191,7 @@ def _grouped_mm(
         raise FormatError(msg)
     if torch.is_grad_enabled() and mat_a.requires_grad:
         return _GroupedMM.apply(mat_a, packed, offs)
-    return _run(mat_a, packed, offs)
+    return _run("grouped_mm", mat_a, packed, offs)
 
 
 def _mm(*operands: Tensor) -> Tensor:
@@ -212,7 +214,7 @@ def _embedding(input: Tensor, weight: Tensor, padding_idx: Any = None, max_norm:
         raise NotPortableError(msg)
     if (way := _way("embedding", input, weight)) is not None:
         return way(input, None)
-    return _run(input, _operand(weight, "embedding"), None)
+    return _run("embedding", input, _operand(weight, "embedding"), None)
 
 
 def _embedding_bag(input: Tensor, weight: Tensor, *rest: Any, **options: Any) -> Tensor:  # noqa: A002
@@ -230,7 +232,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
         ctx.weight, ctx.bias = weight, bias is not None
-        return _run(x, weight, bias)
+        return _run("linear", x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares *any
@@ -244,7 +246,7 @@ class _GroupedMM(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: PackedTensor, offs: Tensor) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(offs)
-        return _run(x, weight, offs)
+        return _run("grouped_mm", x, weight, offs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride] - torch declares *any
@@ -272,14 +274,22 @@ def _way(op: str, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call
     if op != "embedding" and x.shape[-1] != weight.shape[_CONTRACTED[op]]:
         return None
     if weight.way is None or weight.way[:2] != (op, generation()):
-        if kernel(weight.kernel_name).op != op:
+        if not _serves(weight, op):
             return None
-        weight.way = op, generation(), _bound(weight)
+        weight.way = op, generation(), _bound(op, weight)
     return weight.way[2]
 
 
-def _bound(weight: PackedTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _serves(weight: PackedTensor, op: str) -> bool:
+    """Whether its kernel is for an op, or looks rows up in what it packed for another."""
+    row = kernel(weight.kernel_name)
+    return row.op == op or (op == "embedding" and row.lookup is not None)
+
+
+def _bound(op: str, weight: PackedTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     row, description, layout = kernel(weight.kernel_name), weight.description, weight.description.layout
+    if row.op != op and (lookup := row.lookup) is not None:
+        return lambda x, _: lookup(x, weight.parts, description)
     if row.pack is not None:
         return lambda x, bias: row.run(x, weight.parts, description, bias)
     named = _named(weight)
@@ -291,8 +301,8 @@ def _bound(weight: PackedTensor) -> Callable[[Tensor, Tensor | None], Tensor]:
     return lambda x, bias: row.run(x, *parts, bias, layout.format, layout.activation or "")
 
 
-def _run(x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
-    return without_autocast(_bound(weight), x.device.type, x, bias)
+def _run(op: str, x: Tensor, weight: PackedTensor, bias: Tensor | None) -> Tensor:
+    return without_autocast(_bound(op, weight), x.device.type, x, bias)
 
 
 def _named(weight: PackedTensor) -> dict[str, Tensor]:
@@ -301,7 +311,7 @@ def _named(weight: PackedTensor) -> dict[str, Tensor]:
 
 
 def _operand(weight: Tensor, op: str) -> PackedTensor:
-    if isinstance(weight, PackedTensor) and kernel(weight.kernel_name).op == op and _reads(weight, op):
+    if isinstance(weight, PackedTensor) and _serves(weight, op) and _reads(weight, op):
         return weight
     msg = f"{op} has no way to use {weight!r} beside a packed tensor; call lowbit.unbind(model) first"
     raise NotPortableError(msg)
