@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional
 
 import lowbit
-from lowbit import compiling
+from lowbit import backends, compiling
 from lowbit.activation import Activation
 from lowbit.backends import Call, Description, Loaded
 from lowbit.tensor import QuantizedTensor
@@ -178,6 +179,42 @@ def test_inductor_takes_the_pass():
     found = torch.compile(run, fullgraph=True, options={"post_grad_custom_pre_pass": seen})(x, x)
     assert seen.made() == ["norm", "silu"]
     assert (found - run(x, x)).float().norm() < 0.01 * found.float().norm()
+
+
+@pytest.fixture
+def on_cpus(monkeypatch):
+    """The kernels, interpreted, as those of a CPU."""
+    rows = tuple(replace(row, device="cpu") for row in backend.kernels())
+    monkeypatch.setattr(type(backend), "kernels", lambda _: rows)
+    monkeypatch.setattr(type(backend), "probe", lambda _: None)
+    backends.forget()
+    yield
+    monkeypatch.undo()
+    backends.forget()
+
+
+@pytest.mark.usefixtures("on_cpus")
+@pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen3Config"])
+@torch.no_grad()
+def test_norms_and_gates_of_transformers_models_are_found(kind):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = getattr(transformers, kind)(vocab_size=64, num_hidden_layers=2, head_dim=32, **sizes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model.eval()
+    rule = lowbit.Rule.of("*_proj.weight", "INT8_ROW", activation="dynamic:INT8_ROW")
+    lowbit.quantize_(model, lowbit.Recipe((rule,)))
+    lowbit.bind(model, prefer=["cuda"])
+    ids, seen = torch.arange(5)[None], Seen()
+
+    def run(ids: Tensor) -> Tensor:
+        return model(ids, use_cache=False).last_hidden_state
+
+    found, wanted = compiled(run, seen, "cpu")(ids), run(ids)
+    assert seen.made() == ["norm", "norm", "silu"] * 2
+    # What attention gives is one product's alone.
+    assert seen.count(torch.ops.lowbit_cuda.linear.default) == 2
+    assert (found - wanted).float().norm() <= 0.01 * wanted.float().norm()
 
 
 def test_what_others_read_is_left():
