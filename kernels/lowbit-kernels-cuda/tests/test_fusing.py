@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -197,7 +198,6 @@ def on_cpus(monkeypatch):
 @pytest.mark.parametrize("kind", ["LlamaConfig", "Qwen3Config"])
 @torch.no_grad()
 def test_norms_and_gates_of_transformers_models_are_found(kind):
-    transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
     config = getattr(transformers, kind)(vocab_size=64, num_hidden_layers=2, head_dim=32, **sizes)
     torch.manual_seed(0)

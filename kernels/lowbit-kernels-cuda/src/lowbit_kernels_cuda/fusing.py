@@ -58,7 +58,7 @@ def fuse(graph: Graph) -> None:
         if (product := _product(node)) is not None:
             shared.setdefault((_input([node]), product), []).append(node)
     for (_, product), nodes in shared.items():
-        made = _gated(nodes) or _normed(nodes)
+        made = _gated(nodes) or _normed(nodes, product)
         if made or len(nodes) > 1:
             _replace(graph, product, nodes, made or _Made("", _input(nodes)))
     graph.eliminate_dead_code()
@@ -97,7 +97,7 @@ def _gated(nodes: list[Node]) -> _Made | None:
     return None
 
 
-def _normed(nodes: list[Node]) -> _Made | None:
+def _normed(nodes: list[Node], of: _Product) -> _Made | None:
     """`weight * (x * rsqrt(mean(x ** 2) + eps))`, as torch.compile has it, that nothing but these products reads."""
     for weight, normed in _factors(nodes):
         product = _called(_narrowed(normed, nodes), _aten.mul.Tensor)
@@ -114,8 +114,9 @@ def _normed(nodes: list[Node]) -> _Made | None:
         if _value(weight).shape != _value(x).shape[-1:] or _value(weight).dtype != _value(x).dtype:
             continue
         total = _called(x, _aten.add.Tensor)
-        given = (weight, *_stored(nodes[0]))
-        if total and not total.kwargs and _alike(*total.args) and all(_is_given(node) for node in given):
+        # What the kernel needs besides is there before the sum, whose place it takes.
+        given = all(part is None or _is_given(part) for part in (weight, of.act_scale, of.act_zero))
+        if total and not total.kwargs and _alike(*total.args) and given:
             return _Made("norm", total.args[0], total.args[1], weight, eps, total)
         return _Made("norm", x, None, weight, eps)
     return None
@@ -125,13 +126,6 @@ def _input(nodes: list[Node]) -> Node:
     """What products share."""
     found: Any = nodes[0].args[1]
     return found
-
-
-def _stored(node: Node) -> tuple[Node, ...]:
-    """The scale and zero point that the inputs of a product are rounded with, if they are stored."""
-    product = _product(node)
-    assert product is not None
-    return tuple(part for part in (product.act_scale, product.act_zero) if part is not None)
 
 
 def _is_given(node: Node) -> bool:

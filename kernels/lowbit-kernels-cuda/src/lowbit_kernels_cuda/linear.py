@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -173,7 +173,11 @@ def product(
         if activation:
             how = Activation.parse(activation)
             use, many = (how, named.get("act_scale"), named.get("act_zero")), weight.expands(bias, x.dtype)
-            codes = plan.kind.bytes if plan else offs is None and _as_codes(how, fmt, tokens, expands=many)
+            codes = (
+                plan.kind.bytes
+                if plan
+                else offs is None and _as_codes(how, fmt, len(tokens), k, x.device, expands=many)
+            )
             if codes:
                 found, scale, _ = quantized(tokens, *use)
                 inputs = Inputs(found, scale.view(-1), exact=True)
@@ -199,7 +203,7 @@ def rounded_once(
     """Bytes (M, 2 K) and scales of x (M, K) rounded for several weights: 16-bit floats, or in their place codes."""
     (m, k), fmt, how = x.shape, Format.parse(spec_), Activation.parse(activation)
     values = x.new_empty(m, 2 * k, dtype=torch.uint8)
-    out, codes = _within(values, k, how, fmt, x, expands=expands)
+    out, codes = _within(values, k, how, fmt, expands=expands)
     moved = meet_as_bytes(how.format, fmt)
     inputs = rounded(x, how, act_scale, act_zero, moved=moved and not codes, out=out, codes=codes, producer=producer)
     return values, inputs.scale, None
@@ -223,7 +227,7 @@ def of_rounded(
     del zero
     n, k = shape
     weight, how = Weight(packed, names, Format.parse(spec_), n, k), Activation.parse(activation)
-    x, codes = _within(values, k, how, weight.fmt, values, expands=expands)
+    x, codes = _within(values, k, how, weight.fmt, expands=expands)
     if how.scaling == "static":
         scale = how.stored(weight.named.get("act_scale")).float().view(1)
     span = 0 if codes or scale is None or scale.dim() == 1 else how.format.block_for(2)[-1]
@@ -232,14 +236,14 @@ def of_rounded(
     return _multiply(inputs, weight, bias, out, None, None, expands=expands)
 
 
-def _within(values: Tensor, k: int, how: Activation, fmt: Format, x: Tensor, *, expands: bool) -> tuple[Tensor, bool]:
+def _within(values: Tensor, k: int, how: Activation, fmt: Format, *, expands: bool) -> tuple[Tensor, bool]:
     """The inputs (M, K) that are in bytes (M, 2 K), and whether they are codes."""
-    if _as_codes(how, fmt, x, expands=expands, k=k):
-        return values.view(-1)[: len(x) * k].view(how.format.element.storage).view(-1, k), True
+    if _as_codes(how, fmt, len(values), k, values.device, expands=expands):
+        return values.view(-1)[: len(values) * k].view(how.format.element.storage).view(-1, k), True
     return values.view(torch.bfloat16), False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Weight:
     """What `pack` made of a weight (N, K), or (E, N, K)."""
 
@@ -249,12 +253,12 @@ class Weight:
     n: int
     k: int
 
-    @property
+    @cached_property
     def words(self) -> tuple[Tensor, ...]:
         """Codes, as `pack_tiles` has them."""
         return tuple(self.packed[: len(parts(self.fmt.element.bits))])
 
-    @property
+    @cached_property
     def named(self) -> dict[str, Tensor]:
         """What the weight has besides, by name."""
         return dict(zip(self.names, self.packed[len(self.words) :], strict=False))
@@ -280,14 +284,13 @@ def _many(fmt: Format, device: torch.device) -> int | None:
     return _MANY if floats else None
 
 
-def _as_codes(how: Activation, fmt: Format, x: Tensor, *, expands: bool, k: int = 0) -> bool:
-    """Whether tokens x meet a weight as 8-bit floats; if it `expands`, also many of them."""
-    k = k or x.shape[-1]
+def _as_codes(how: Activation, fmt: Format, m: int, k: int, device: torch.device, *, expands: bool) -> bool:
+    """Whether m tokens meet a weight as 8-bit floats; if it `expands`, also many of them."""
     if not meet_as_bytes(how.format, fmt) or k % 16:
         return False
-    many = _many(fmt, x.device) if expands else None
-    few = _FEW + 1 if _device(x.device)[1] and fmt.element.kind == "int" else None
-    return any(least is not None and len(x) >= least for least in (few, many))
+    many = _many(fmt, device) if expands else None
+    few = _FEW + 1 if _device(device)[1] and fmt.element.kind == "int" else None
+    return any(least is not None and m >= least for least in (few, many))
 
 
 def _multiply(
