@@ -96,7 +96,8 @@ def asked() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--context", type=int, default=512, help="tokens that the cache has room for")
     parser.add_argument("--position", type=int, default=256, help="tokens that are in it before each group of steps")
-    parser.add_argument("--attention", default="sdpa", help="transformers' attention, in all models alike: sdpa, eager")
+    told = "of all models alike: grouped, which copies no keys for each head, or one of transformers': sdpa, eager"
+    parser.add_argument("--attention", default="sdpa", help=told)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true")
@@ -108,6 +109,8 @@ def asked() -> argparse.Namespace:
         sys.exit("--device cpu needs --tiny: a CPU shows only that this runs")
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("this needs an NVIDIA GPU that torch can use; --device cpu --tiny tries it without one")
+    if options.attention == "grouped" and options.prefill and options.prefill < options.context:
+        sys.exit(f"--attention grouped takes a --prefill of --context tokens, {options.context}, or more")
     if options.position + GROUP > options.context:
         sys.exit(f"--context needs room for {GROUP} tokens after --position")
     if options.tiny:
@@ -155,6 +158,9 @@ def spawn(model: Path) -> dict[str, Any]:
 @torch.no_grad()
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The measured process: load, bind, decode, and compare with the reference kernels."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
     import lowbit
     from lowbit_hf import load
 
@@ -164,6 +170,8 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     before = memory(options.device)["resident_bytes"]
     start = time.perf_counter()
     model: Any = load(folder, device=options.device)
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
     model.set_attn_implementation(options.attention)
     loaded = time.perf_counter()
     bindings = lowbit.bind(model)
@@ -246,6 +254,33 @@ def steps(model: Any, batch: int, tokens: int, options: argparse.Namespace) -> d
         seconds = statistics.median(groups) / number
         row[mode] = {"step_s": seconds, "tokens_per_s": batch * tokens / seconds, "group_s": groups}
     return row
+
+
+def grouped_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention (B, M, H, D) of queries (B, H, M, D) whose heads share keys and values (B, H / G, L, D) by the G.
+
+    transformers' own with a mask makes G copies of keys and values.
+    """
+    del module
+    batch, heads, tokens, size = query.shape
+    if tokens > 1:
+        # A prompt from its start, whose cache has room for itself alone.
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+    scores = (query.view(batch, key.shape[1], -1, size) @ key.mT).float() * scaling
+    weights = scores.masked_fill(~mask, -torch.inf) if mask is not None else scores
+    out = weights.softmax(-1).to(value.dtype) @ value
+    return out.view(batch, 1, heads, size), None
 
 
 def replayed(step: Callable[[], object], rewind: Callable[[], None], *, repeat: int, number: int) -> list[float]:

@@ -16,13 +16,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.runtime.jit import mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.activation import Activation
 from lowbit.format import Format
-from lowbit_kernels_cuda import byte_linear, expanded, hopper, hopper_bytes, inputs, plans
+from lowbit_kernels_cuda import byte_linear, expanded, hopper, hopper_blocks, hopper_bytes, inputs, plans
 from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.lifts import lift
@@ -35,8 +35,8 @@ from lowbit_kernels_cuda.weights import parts, places
 N, K = 1024, 4096
 
 
-def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
-    """The kernel of the plan, for a weight of the format (N, K), or of as many experts."""
+def compiled(spec, tokens, plan, capability, *, even=True, experts=0, others=0):
+    """The kernel of the plan, for a weight of the format (N, K), or of as many experts, and for `others` beside it."""
     fmt, kind = Format.parse(spec), plan.kind
     kernel = hopper.linear_wgmma if kind.depth else linear_dots
     if kind.bytes:
@@ -56,6 +56,11 @@ def compiled(spec, tokens, plan, capability, *, even=True, experts=0):
         "n": N,
         "k": K,
     }
+    zero = torch.zeros(1, dtype=torch.int32) if fmt.zero is not None else None
+    given |= {"zero": zero, "others": ()}
+    if others:
+        fields = given["out"], N, given["scale"], zero, None, None, *given["words"]
+        given["others"] = tuple(() if field is None else (field,) * others for field in fields)
     if plan.splits > 1:
         given |= {"parts": torch.zeros(1), "count": torch.zeros(1, dtype=torch.int32)}
     if experts:
@@ -132,23 +137,36 @@ def expanding(name):
     return built(expanded.write_integers if integer else expanded.write_floats, given, known_as, 90)
 
 
+def by_blocks(tall, wide, *, turned):
+    """The kernel for scales of 128 columns of e4m3."""
+    torch.cuda.get_device_capability = lambda _=None: (9, 0)
+    a, b = (torch.zeros(size, K, dtype=torch.float8_e4m3fn) for size in (tall, wide))
+    given = {"a": hopper.described(a, tall, 128), "b": hopper.described(b, wide, 128), "a_scale": torch.zeros(1)}
+    given |= {"x_scale" if turned else "b_scale": torch.zeros(1), "a_row": 1, "a_group": N, "x_step": 1}
+    given |= {"out": torch.zeros(1, dtype=torch.int16), "m": 4096, "n": N, "k": K}
+    known_as = {"SPEC": spec_of(Format.parse("FP8_ROW"), device=torch.device("cuda:0")), "TURNED": turned}
+    known_as |= {"TALL": tall, "WIDE": wide, "STAGES": 4 if wide > 128 else 6, "BAND": 8, "num_warps": 4}
+    return built(hopper_blocks.blocks_wgmma, given, known_as, 90)
+
+
 def built(kernel, given, known_as, capability):
     """A kernel as launched with arguments and constants of these names."""
     signature, known, aligned = {}, {}, {}
+
+    def told(value, place, *, constant=False):
+        if constant or value is None:
+            known[place] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(told(each, (*place, i)) for i, each in enumerate(value))
+        if isinstance(value, torch.Tensor) or kernel.params[place[0]].name in {"n", "k", "others"}:
+            aligned[place] = [["tt.divisibility", 16]]
+        return mangle_type(value)
+
     for i, parameter in enumerate(kernel.params):
         value = known_as.get(parameter.name, given.get(parameter.name))
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], known[i,] = "constexpr", value
-        elif isinstance(value, tuple):
-            signature[parameter.name] = tuple(map(mangle_type, value))
-            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
-        else:
-            signature[parameter.name] = mangle_type(value)
-            if isinstance(value, torch.Tensor) or parameter.name in {"n", "k"}:
-                aligned[i,] = [["tt.divisibility", 16]]
-    source = (GluonASTSource if kernel in (hopper.linear_wgmma, hopper_bytes.linear_wgmma_bytes) else ASTSource)(
-        kernel, signature, known, aligned
-    )
+        signature[parameter.name] = told(value, (i,), constant=parameter.is_constexpr)
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(kernel, signature, known, aligned)
     return triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": known_as["num_warps"]}
     )
@@ -173,8 +191,15 @@ if __name__ == "__main__":
         each = plans.plan_of_bytes(m, N, K, 132)
         if overlap(compiled(name, each.kind.tokens, each, 90)):
             sys.stdout.write(f"90 {name} as bytes\n")
+    for tall, wide, turned in ((64, 64, False), (128, 128, False), (128, 256, True)):
+        if overlap(by_blocks(tall, wide, turned=turned)):
+            sys.stdout.write(f"90 blocks of {tall} by {wide}\n")
+    few = Plan(Kind(64, 16, 128, 4, 4, exact=True), 2)
+    for name in ("INT4_G128", "UINT4_G128"):
+        if compiled(name, 16, few, 90, others=2).asm["cubin"]:
+            sys.stdout.write(f"90 three {name}\n")
     for capability, name, plan, even, experts in (
-        (80, "INT4_G128", Plan(Kind(64, 16, 128, 4, 4, exact=True), 2), True, 128),
+        (80, "INT4_G128", few, True, 128),
         (80, "INT8_ROW", Plan(Kind(64, 64, 128, 4, 3)), False, 0),
         (90, "NVFP4", Plan(Kind(64, 32, 128, 4, 4)), False, 3),
         (100, "NVFP4", Plan(Kind(128, 128, 64, 8, 3)), True, 0),

@@ -7,7 +7,7 @@ import torch
 
 import lowbit
 from lowbit.packing import unpack
-from lowbit_kernels_cuda.expanded import expand, row_factors, turned
+from lowbit_kernels_cuda.expanded import expand, row_factors
 from lowbit_kernels_cuda.lifts import is_lifted, lift
 from lowbit_kernels_cuda.linear import pack
 
@@ -50,16 +50,3 @@ def test_scales_too_far_apart_have_no_factor(exponent, exact):
     # Of a group that is all zeros the scale does not matter.
     codes[1, 32:] = 0
     assert row_factors(q.scale, codes) is not None
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("shared", [False, True])
-def test_products_are_turned(shared, device):
-    n, m = 72, 70
-    generator = torch.Generator().manual_seed(0)
-    sums = torch.randn(n, 80, generator=generator).to(device, torch.bfloat16)
-    by = torch.rand(1 if shared else m, generator=generator).to(device)
-    bias = torch.randn(n, generator=generator).to(device, torch.bfloat16)
-    for given in (None, bias):
-        wanted = sums[:, :m].T.float() * by[:, None] + (0 if given is None else given.float())
-        assert torch.equal(turned(sums, m, by, given), wanted.to(torch.bfloat16))

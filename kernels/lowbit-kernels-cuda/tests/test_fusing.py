@@ -24,7 +24,9 @@ from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.backend import backend
 from lowbit_kernels_cuda.fusing import fuse
 from lowbit_kernels_cuda.inputs import Producer, rounded
+from lowbit_kernels_cuda.linear import pack, product, rounded_once, several
 
+A8 = ("dynamic:FP8_ROW", "dynamic:MXFP8", "dynamic:FP8_1x128")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 K, EPS = 256, 1e-5
 DECOMPOSED = select_decomp_table()
@@ -167,10 +169,52 @@ def test_a_compiled_layer_rounds_once_where_inputs_are_made(fmt, activation, dev
         x, attended = (torch.randn(1, tokens, K, generator=generator).to(device, torch.bfloat16) for _ in range(2))
         found, wanted = fast(x, attended).float(), run(x, attended).float()
         assert seen.made() == ["norm", "silu"]
-        assert seen.count(torch.ops.lowbit_cuda.linear_of_rounded.default) == 4
+        # Of q, k and q again, and of what goes down.
+        assert seen.count(torch.ops.lowbit_cuda.linears.default) == 2
         assert seen.count(torch.ops.lowbit_cuda.linear.default) == 0
         # The norm is of the same numbers, summed in another order: a code here and there is another.
         assert (found - wanted).norm() < 0.01 * wanted.norm()
+
+
+WEIGHTS = [
+    *("INT4_G128", "UINT4_G128", "MXFP4", "NVFP4", "int3:1x64:bfloat16", "INT8_ROW", "INT8_ROW_ASYM", "MXFP6_E2M3"),
+    "FP8_128x128",
+]
+
+
+@pytest.mark.parametrize(
+    ("fmt", "activation", "device"),
+    [
+        *((fmt, "", "cpu") for fmt in WEIGHTS[:4]),
+        *(pytest.param(fmt, activation, "cuda", marks=pytest.mark.gpu) for fmt in WEIGHTS for activation in ("", *A8)),
+    ],
+)
+def test_products_that_share_inputs_run_together(fmt, activation, device):
+    """As one by one; of other rows each, that are not all whole tiles, with a bias or without."""
+    rows, k = (200, 64, 136), 512 if device == "cuda" else 256
+    generator = torch.Generator().manual_seed(0)
+    packed, biases, alone = [], [], []
+    how = Activation.parse(activation) if activation else None
+    for n in rows:
+        weight = lowbit.quantize(torch.randn(n, k, generator=generator).to(device) / 16, fmt, activation=how)
+        packed.append(pack(weight))
+        biases.append(torch.randn(n, generator=generator).to(device, torch.bfloat16))
+    names = list(weight.inner_tensors())[1:]
+    for m in (1, 5, 16, 40, 64) if device == "cuda" else (3,):
+        x = torch.randn(m, k, generator=generator).to(device, torch.bfloat16)
+        for given in (biases, [None] * 3):
+            values, scale, expands = x, None, False
+            if activation:
+                values, scale, _ = rounded_once(x, fmt, activation, None, None, Producer(""), expands=expands)
+            arguments = names, fmt, activation
+            found = several(values, scale, None, packed, *arguments, rows, k, given, x.dtype, expands=expands)
+            for parts, n, bias, out in zip(packed, rows, given, found, strict=True):
+                alone = several(values, scale, None, [parts], *arguments, [n], k, [bias], x.dtype, expands=expands)
+                exact = product(x, parts, names, fmt, activation, (n, k), bias, None)
+                assert torch.equal(alone[0], exact)
+                # Another plan may cut K into other parts, whose sums are rounded elsewhere.
+                assert (out - exact).float().norm() <= 1e-3 * exact.float().norm()
+                assert out.isfinite().all()
 
 
 def test_inductor_takes_the_pass():

@@ -151,11 +151,14 @@ def test_the_kernels_pass(weight):
         ("FP8_ROW", "dynamic:FP8_ROW", plain_bytes),
         ("FP8_TENSOR", "static:FP8_TENSOR", plain_bytes),
         ("FP8_128x128", "dynamic:FP8_1x128", plain_bytes),
+        ("FP8_128x128-odd", "dynamic:FP8_1x128", plain_bytes),
     ],
 )
 def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
     """With the exact product of what is multiplied, to what 8-bit floats lose in tensor cores and a bfloat16 rounds."""
-    n, k, how = 1152, 2432, Activation.parse(activation)
+    # Rows that are no whole blocks go by lowbit's kernels alone.
+    weight, _, odd = weight.partition("-")
+    n, k, how = 1152 + 8 * bool(odd), 2432, Activation.parse(activation)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2100, k, generator=generator).to("cuda", torch.bfloat16)
     values = (torch.randn(n, k, generator=generator) / k**0.5).to("cuda", torch.bfloat16)
@@ -276,7 +279,8 @@ def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, rea
     ("weight", "activation", "n", "told"),
     [
         ("FP8_ROW", "dynamic:FP8_ROW", 64, "beyond 32 tokens torch's scaled_mm, which is faster there"),
-        ("FP8_128x128", "dynamic:FP8_1x128", 128, "beyond 32 tokens torch's scaled_mm, which is faster there"),
+        ("FP8_128x128", "dynamic:FP8_1x128", 128, "beyond 8448 tokens torch's scaled_mm, which is faster there"),
+        ("FP8_128x128", "dynamic:FP8_1x128", 1 << 16, "beyond 32 tokens torch's scaled_mm, which is faster there"),
         ("FP8_128x128", "dynamic:FP8_1x128", 64, None),
         ("INT8_ROW", "dynamic:INT8_ROW", 64, None),
         ("INT4_G128", "dynamic:FP8_ROW", 64, "beyond 32 tokens codes become 8-bit floats"),
@@ -290,6 +294,7 @@ def test_what_runs_for_how_many_tokens_is_told(monkeypatch, weight, activation, 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("lowbit_kernels_cuda.linear._device", lambda _: (132, True, True))
+    monkeypatch.setattr("lowbit_kernels_cuda.byte_linear._device", lambda _: (132, True))
     call = Call("linear", Format.parse(weight), Activation.parse(activation), "cuda", torch.bfloat16, n, 128)
     module = packed if plain_bytes.refuses(call) else plain_bytes
     found = module.how(call)

@@ -15,7 +15,7 @@ from torch.fx import Graph
 
 from lowbit.backends import Call, Kernel
 from lowbit.format import WHOLE
-from lowbit_kernels_cuda import packed, plain_bytes
+from lowbit_kernels_cuda import block_scaled, packed, plain_bytes
 
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,6 +72,14 @@ class Cuda:
             Kernel(
                 *("cuda.scaled_mm", "scaled_mm", "cuda", 10, plain_bytes.run_scaled_mm, plain_bytes.refuses),
                 how=plain_bytes.how,
+            ),
+            Kernel(
+                *("cuda.linear_block_scaled", "linear", "cuda", 20, block_scaled.run, block_scaled.refuses),
+                *(block_scaled.pack, block_scaled.unpack),
+            ),
+            Kernel(
+                *("cuda.scaled_mm_block_scaled", "scaled_mm", "cuda", 10),
+                *(block_scaled.scaled_mm, block_scaled.refuses),
             ),
             _row("unpad_groups", "unpad_groups", 10, "groups:unpad_groups", _takes_all),
         )

@@ -63,7 +63,7 @@ def byte_dots(
     experts and OVERLAPS as in `linear_dots`.
     """
     index = tl.arange(0, triton.next_power_of_2(EXPERTS + 1))
-    row, expert, begin, routed, end = program_of(index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
+    row, expert, begin, routed, end = program_of(tl.program_id(0), index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
     # Python's `and` of what is known and what is not is no constant.
     if EXPERTS != 0:  # noqa: SIM102
         if begin >= end:
@@ -89,6 +89,8 @@ def byte_dots(
     of_tokens = x_scale + seen * groups
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
+    if GROUP:
+        f, s = tl.load(of_rows + first * COLUMNS // GROUP), tl.load(of_tokens + first * COLUMNS // GROUP)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * COLUMNS
         if TILED:
@@ -102,8 +104,10 @@ def byte_dots(
             a, b = a.to(tl.float8e4nv, bitcast=True), b.to(tl.float8e4nv, bitcast=True)
         left, right = (a, b.T) if SWAP else (b, a.T)
         if GROUP:
-            f, s = tl.load(of_rows + at // GROUP), tl.load(of_tokens + at // GROUP)
             times = f[:, None] * s[None, :] if SWAP else s[:, None] * f[None, :]
+            # Asked for a step before: the loop waits for what it reads itself.
+            following = tl.minimum((at + COLUMNS) // GROUP, groups - 1)
+            f, s = tl.load(of_rows + following), tl.load(of_tokens + following)
             acc += tl.dot(left, right) * times
         elif INTEGER:
             acc = tl.dot(left, right, acc, out_dtype=tl.int32)

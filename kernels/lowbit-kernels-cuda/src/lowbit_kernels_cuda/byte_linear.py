@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ from lowbit_kernels_cuda.linear import counters
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
 from lowbit_kernels_cuda.weights import repeated
+
+# More tokens than there can be.
+_MOST = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,29 +142,34 @@ def rounded_once(
     return found.values, found.scale if found.span else found.scale.view(-1, 1), found.zero
 
 
-def of_rounded(
+def several(
     values: Tensor,
     scale: Tensor | None,
     zero: Tensor | None,
-    packed: Sequence[Tensor],
+    packed: Sequence[Sequence[Tensor]],
     names: Sequence[str],
     spec_: str,
     activation: str,
-    shape: Sequence[int],
-    bias: Tensor | None,
+    rows: Sequence[int],
+    k: int,
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype,
     *,
     expands: bool,
-) -> Tensor:
-    """`product` of what `rounded_once` gave."""
-    del shape, expands
-    how, weight = Activation.parse(activation), Format.parse(spec_)
+) -> list[Tensor]:
+    """`product` of what `rounded_once` gave and each of several weights."""
+    del rows, k, expands
+    how, fmt = Activation.parse(activation), Format.parse(spec_)
     if how.scaling == "static":
-        named = dict(zip(names, packed, strict=False))
+        named = dict(zip(names, packed[0], strict=False))
         scale, zero = how.stored(named.get("act_scale")).float().view(1, 1), named.get("act_zero")
         zero = None if zero is None else zero.view(1, 1)
     assert scale is not None
-    return _multiply(Side(values, scale, zero), _weight(packed, names), how.format, weight, bias, dtype, None)
+    left = Side(values, scale, zero)
+    return [
+        _multiply(left, _weight(each, names), how.format, fmt, bias, dtype, None)
+        for each, bias in zip(packed, biases, strict=True)
+    ]
 
 
 def scaled_mm(
@@ -204,8 +213,12 @@ def _multiply(
     group, integer = inputs.block_for(2)[-1], weight.element.kind == "int"
     shared = inputs.block_for(2)[0] == WHOLE
     rows = weight.block_for(2 if offs is None else 3)[-2]
-    if not integer and in_library(m, n, k, bias, dtype, left.codes.device, experts, group, rows):
-        return by_library(left, right, bias, dtype, group, rows)
+    if not integer:
+        library = in_library(m, n, k, bias, dtype, left.codes.device, experts, group, rows)
+        if m > FEW and not experts and m <= _in_blocks(n, group, rows, left.codes.device, library=library):
+            return import_module("lowbit_kernels_cuda.hopper_blocks").of_blocks(left, right, bias, dtype)
+        if library:
+            return by_library(left, right, bias, dtype, group, rows)
     sums = None
     if right.zero is not None:
         sums = _sums(left.codes)
@@ -272,6 +285,14 @@ def _plan(m: int, n: int, k: int, experts: int, device: torch.device, *, integer
     return replace(plan, splits=splits)
 
 
+def _in_blocks(n: int, group: int, rows: int, device: torch.device, *, library: bool) -> int:
+    """Up to how many tokens the kernel for blocks of scales on Hopper is used: beside the library, of one round."""
+    if not (group == rows == 128 and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)):
+        return 0
+    rounds = _device(device)[0] // triton.cdiv(n, 64), min(_device(device)[0] // triton.cdiv(n, 128), 1)
+    return 128 * max(rounds) if library else _MOST
+
+
 def how(call: Call) -> str | None:
     """Which of torch's `scaled_mm` and lowbit's kernel runs for how many tokens, in words; None: always lowbit's."""
     assert call.format is not None
@@ -279,11 +300,13 @@ def how(call: Call) -> str | None:
     assert call.n is not None
     assert call.k is not None
     group, rows, device = call.activation.format.block_for(2)[-1], call.format.block_for(2)[-2], torch.device("cuda")
+    experts = int(call.op == "grouped_mm")
     if call.format.element.kind == "int" or not in_library(
-        FEW + 1, call.n, call.k, None, call.x_dtype, device, int(call.op == "grouped_mm"), group, rows
+        FEW + 1, call.n, call.k, None, call.x_dtype, device, experts, group, rows
     ):
         return None
-    return f"beyond {FEW} tokens torch's scaled_mm, which is faster there; up to them lowbit's own kernel"
+    few = max(FEW, _in_blocks(call.n, group, rows, device, library=True))
+    return f"beyond {few} tokens torch's scaled_mm, which is faster there; up to them lowbit's own kernels"
 
 
 @cache

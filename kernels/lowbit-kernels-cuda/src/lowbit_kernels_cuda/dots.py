@@ -36,6 +36,7 @@ def linear_dots(
     parts,
     count,
     offs,
+    others,
     m,
     n,
     k,
@@ -68,9 +69,33 @@ def linear_dots(
     (0 or 1) from token to token; with SPAN, (M, K / SPAN) of as many columns, whole steps. With EXPERTS, the weight is
     (EXPERTS, N, K), and `offs` ends the tokens of each; those beyond the last become zeros. OVERLAPS: this
     may start while the kernel before rounds the inputs. Who does what: `program_of`.
+
+    `others`: of weights of as many columns that the same inputs meet, too, results, numbers of rows, scales, zero
+    points, tensor scales, biases and words. Programs of one follow those of another, and so do their `parts`.
     """
+    program, before = tl.program_id(0), 0
+    if len(others) > 0:
+        which, first, end, above = 0, 0, tl.cdiv(n, ROWS) * tl.cdiv(m, TOKENS), n
+        for i in tl.static_range(len(others[1])):
+            beyond, rows_of = tl.program_id(0) >= end, others[1][i]
+            which, first, before = which + beyond, tl.where(beyond, end, first), tl.where(beyond, above, before)
+            end, above = end + tl.cdiv(rows_of, ROWS) * tl.cdiv(m, TOKENS), above + rows_of
+        program -= first
+        out, n, scale = _pick(which, out, others[0]), _pick(which, n, others[1]), _pick(which, scale, others[2])
+        if zero is not None:
+            zero = _pick(which, zero, others[3])
+        if tensor_scale is not None:
+            tensor_scale = _pick(which, tensor_scale, others[4])
+        if bias is not None:
+            bias = _pick(which, bias, others[5])
+        chosen = ()
+        for p in tl.static_range(len(words)):
+            chosen = chosen + (_pick(which, words[p], others[6 + p]),)
+        words = chosen
+        if SPLITS > 1:
+            parts += SPLITS * m.to(tl.int64) * before
     index = tl.arange(0, triton.next_power_of_2(EXPERTS + 1))
-    row, expert, begin, routed, end = program_of(index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
+    row, expert, begin, routed, end = program_of(program, index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
     # Python's `and` of what is known and what is not is no constant.
     if EXPERTS != 0:  # noqa: SIM102
         if begin >= end:
@@ -147,6 +172,14 @@ def linear_dots(
         *(out, parts, count, row, expert, tokens, routed, end, split, m, n, high),
         *(SPEC, LIFT, AFTER, GROUP, ROWS, TOKENS, SPLITS),
     )
+
+
+@triton.jit
+def _pick(which, own, others):
+    """What the weight number `which` has, of the first and others."""
+    for i in tl.static_range(len(others)):
+        own = tl.where(which == i + 1, others[i], own)
+    return own
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.format import FORMATS, Format
-from lowbit_kernels_cuda.codes import encode_float, from_float32, to_float32
+from lowbit_kernels_cuda.codes import encode_float, to_float32
 from lowbit_kernels_cuda.scaling import raw, spec
 from lowbit_kernels_cuda.weights import places
 
@@ -166,29 +166,3 @@ def _write(four, out, top, first, n, k, STEPS: tl.constexpr):
     row = (top + tl.arange(0, 8))[:, None]
     column = first * 16 + tl.arange(0, STEPS * 16)[None, :]
     tl.store((out + row * k).to(tl.pointer_type(tl.int32)) + column, four, (row < n) & (column * 4 < k))
-
-
-def turned(sums: Tensor, m: int, by: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, N) of sums (N, at least M), times float32 `by`, M or one, plus a bias (N,)."""
-    n, wide = sums.shape
-    out = torch.empty(m, n, dtype=sums.dtype, device=sums.device)
-    kernel: Any = turn
-    kernel[triton.cdiv(n, 64), triton.cdiv(m, 64)](
-        *(raw(sums), by, int(by.numel() > 1), None if bias is None else raw(bias), raw(out), n, m, wide),
-        SPEC=spec(FORMATS["FP8_ROW"], device=sums.device if sums.is_cuda else None),
-        TILE=64,
-    )
-    return out
-
-
-@triton.jit
-def turn(sums, by, step, bias, out, n, m, wide, SPEC: tl.constexpr, TILE: tl.constexpr):
-    """A square tile of `turned`."""
-    row, token = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    place = row.to(tl.int64)[:, None] * wide + token[None, :]
-    x = to_float32(tl.load(sums + place, (row < n)[:, None] & (token < m)[None, :], 0)).T
-    x *= tl.load(by + token * step, token < m, 0)[:, None]
-    if bias is not None:
-        x += to_float32(tl.load(bias + row, row < n, 0))[None, :]
-    place = token.to(tl.int64)[:, None] * n + row[None, :]
-    tl.store(out + place, from_float32(x, out.dtype.element_ty, SPEC), (token < m)[:, None] & (row < n)[None, :])

@@ -1,4 +1,4 @@
-"""A pass over a compiled graph: inputs are rounded once for all products that share them, where they are made.
+"""A pass over a compiled graph: products that share inputs run together, which are rounded once, where they are made.
 
 What makes them may be an RMS norm, with the sum before it, or a gated activation, `silu(gate) * up`: one kernel reads
 what these read and writes codes, rather than 16-bit floats that are read again to be rounded.
@@ -57,28 +57,50 @@ def fuse(graph: Graph) -> None:
     for node in graph.find_nodes(op="call_function", target=_ours.linear.default):
         if (product := _product(node)) is not None:
             shared.setdefault((_input([node]), product), []).append(node)
-    for (_, product), nodes in shared.items():
-        made = _gated(nodes) or _normed(nodes, product)
-        if made or len(nodes) > 1:
-            _replace(graph, product, nodes, made or _Made("", _input(nodes)))
+    for (x, product), nodes in shared.items():
+        made = (_gated(nodes) or _normed(nodes, product)) if product.activation else None
+        if product.activation and (made or len(nodes) > 1):
+            inputs = _round(graph, product, nodes, made or _Made("", x))
+        elif product.activation:
+            continue
+        else:
+            inputs = x, None, None
+        for several in _alike_in_kind(nodes):
+            if product.activation or len(several) > 1:
+                _together(graph, product, several, inputs)
     graph.eliminate_dead_code()
 
 
 def _product(node: Node) -> _Product | None:
-    """How the inputs of a product are rounded, if others may share them."""
+    """How the inputs of a product are rounded, if at all, and others may share them."""
     given: Any = node.args
     module, x, tensors, names, spec, activation, shape, bias, offs, values = given
-    if not activation or offs is not None or values is not None or "pre_scale" in names:
+    if module not in {"linear", "byte_linear"} or offs is not None or values is not None or "pre_scale" in names:
         return None
-    if not shares(Activation.parse(activation)) or _value(x).dtype not in _HALF or shape[-1] > LONGEST:
+    if activation and not shares(Activation.parse(activation)):
+        return None
+    if _value(x).dtype not in _HALF or shape[-1] > LONGEST:
         return None
     fmt, expands, count = Format.parse(spec), False, 0
     if module == "linear":
         count = len(parts(fmt.element.bits))
         of_bias = None if bias is None else _value(bias)
-        expands = Weight(tensors, names, fmt, *shape).expands(of_bias, _value(x).dtype)
+        expands = bool(activation) and Weight(tensors, names, fmt, *shape).expands(of_bias, _value(x).dtype)
     named = dict(zip(names, tensors[count:], strict=False))
     return _Product(module, spec, activation, named.get("act_scale"), named.get("act_zero"), expands)
+
+
+def _alike_in_kind(nodes: list[Node]) -> list[list[Node]]:
+    """Products that may run together, where the first of them is: whose weights have parts of the same kinds."""
+    found: dict[Any, list[Node]] = {}
+    for node in nodes:
+        given: Any = node.args
+        _, _, tensors, names, *_, bias, _, _ = given
+        kinds = tuple((_value(part).dtype, _value(part).numel() > 1) for part in tensors)
+        # What is computed in between, a weight or a bias, is not there yet.
+        early = all(map(_is_given, [*tensors, *([] if bias is None else [bias])]))
+        found.setdefault((tuple(names), kinds, bias is None, early or node), []).append(node)
+    return list(found.values())
 
 
 def _gated(nodes: list[Node]) -> _Made | None:
@@ -171,28 +193,41 @@ def _value(node: Any) -> Any:
     return node.meta["val"]
 
 
-def _replace(graph: Graph, product: _Product, nodes: list[Node], made: _Made) -> None:
+def _round(graph: Graph, product: _Product, nodes: list[Node], made: _Made) -> tuple[Node, Node, Node]:
+    """What products of a kind are multiplied with: values, scales and zero points."""
     with graph.inserting_before(made.total or nodes[0]):
         inputs = _call(
             graph,
             *(_ours.rounded.default, product.module, made.x, product.format, product.activation),
             *(product.act_scale, product.act_zero, product.expands, made.producer, made.more, made.weight, made.eps),
         )
-        *rounded, total = (_call(graph, operator.getitem, inputs, i) for i in range(4))
+        values, scale, zero, total = (_call(graph, operator.getitem, inputs, i) for i in range(4))
     if made.total is not None:
         made.total.replace_all_uses_with(total)
+    return values, scale, zero
+
+
+def _together(graph: Graph, product: _Product, nodes: list[Node], inputs: tuple[Any, Any, Any]) -> None:
+    """Put one operator in the place of products."""
+    tensors: list[Node] = []
+    given: Any = nodes[0].args
+    _, x, _, names, _, _, (_, k), *_ = given
     for node in nodes:
-        given: Any = node.args
-        _, x, tensors, names, spec, activation, shape, bias, *_ = given
-        with graph.inserting_before(node):
-            found = graph.call_function(
-                _ours.linear_of_rounded.default,
-                (product.module, *rounded, tensors, names, spec, activation, shape, bias)
-                + (product.expands, _value(x).dtype),
-            )
-        # Its arguments in eager mode were others.
-        found.meta = {name: value for name, value in node.meta.items() if name != "eager_input_vals"}
-        node.replace_all_uses_with(found)
+        of_node: Any = node.args
+        tensors += of_node[2]
+    shapes, biases = zip(*((node.args[6], node.args[7]) for node in nodes), strict=True)
+    with graph.inserting_before(nodes[0]):
+        found = _call(
+            graph,
+            *(_ours.linears.default, product.module, *inputs, tensors, names, product.format, product.activation),
+            *([n for n, _ in shapes], k, list(biases), product.expands, _value(x).dtype),
+        )
+        for i, node in enumerate(nodes):
+            out = _call(graph, operator.getitem, found, i)
+            # Its arguments in eager mode were others.
+            out.meta = {name: value for name, value in node.meta.items() if name != "eager_input_vals"}
+            node.replace_all_uses_with(out)
+    for node in nodes:
         graph.erase_node(node)
 
 

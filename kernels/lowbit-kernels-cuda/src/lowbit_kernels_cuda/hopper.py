@@ -100,7 +100,7 @@ def linear_wgmma(
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     COUNT: gl.constexpr = triton.next_power_of_2(EXPERTS + 1)
     index = gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [num_warps], [0]))
-    row, expert, begin, routed, end = program_of(index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
+    row, expert, begin, routed, end = program_of(gl.program_id(0), index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
     # Python's `and` of what is known and what is not is no constant.
     if EXPERTS != 0:  # noqa: SIM102
         if begin >= end:

@@ -66,7 +66,7 @@ def linear_wgmma_bytes(
     """
     COUNT: gl.constexpr = triton.next_power_of_2(EXPERTS + 1)
     index = gl.arange(0, COUNT, gl.BlockedLayout([1], [32], [num_warps], [0]))
-    row, expert, begin, routed, end = program_of(index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
+    row, expert, begin, routed, end = program_of(gl.program_id(0), index, offs, m, n, EXPERTS, ROWS, TOKENS, BAND)
     # Python's `and` of what is known and what is not is no constant.
     if EXPERTS != 0:  # noqa: SIM102
         if begin >= end:
@@ -103,7 +103,7 @@ def linear_wgmma_bytes(
 def _bring(x, shared, token, first, last, k, COLUMNS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr):
     """Inputs of all steps, as places become free; beyond the last, zeros."""
     inputs, full, free = shared
-    _inputs_are_there()
+    inputs_are_there()
     for at in range(gl.cdiv(last - first, DEPTH) * DEPTH):
         mbarrier.wait(free.index(at % STAGES), at // STAGES & 1 ^ 1)
         step = first + at
@@ -113,13 +113,14 @@ def _bring(x, shared, token, first, last, k, COLUMNS: gl.constexpr, STAGES: gl.c
 
 
 @gluon.jit
-def _inputs_are_there():
+def inputs_are_there():
     """The kernel before rounds the inputs, and this one may start while it does."""
     gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def _next_may_start():
+def next_may_start():
+    """What rounds the next product's inputs may start."""
     gl.inline_asm_elementwise(
         "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -180,8 +181,8 @@ def _multiply(
             else:
                 acc = new
             held = following
-    _inputs_are_there()
-    _next_may_start()
+    inputs_are_there()
+    next_may_start()
     write(
         *(acc, x_scale, x_step, scale, zero, sums, tensor_scale, tensor_row, tensor_expert, bias, out, parts, count),
         *(row, expert, begin, routed, end, split, gl.program_id(0) * 2 + PART, m, n),

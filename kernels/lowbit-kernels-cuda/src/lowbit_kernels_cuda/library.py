@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit_kernels_cuda.expanded import turned
-
 # Up to so many tokens lowbit's kernels are faster.
 FEW = 32
 
@@ -66,22 +64,3 @@ def by_library(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype,
         use_fast_accum=not group,
     )
     return found if len(found) == m else found[:m].clone()
-
-
-def swapped(left: Side, right: Side, bias: Tensor | None) -> Tensor:
-    """The product by torch's `scaled_mm` on Hopper where rows of the weight have scales (K / 128, N), tokens one each.
-
-    The library takes such scales of its first operand alone, which the weight is, then, and gives the product's
-    transpose in bfloat16. Its scales of tokens are of blocks, and 1: theirs are multiplied in where it is transposed.
-    """
-    kinds = torch.nn.functional.ScalingType
-    m, groups = len(left.codes), len(right.scale)
-    codes = left.codes
-    if m % 16:
-        codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 16)).view(codes.dtype)
-    ones = torch.ones(-(-m // 128), groups + -groups % 4, device=codes.device)
-    sums = torch.nn.functional.scaled_mm(
-        *(right.codes, codes.T, right.scale.T, kinds.BlockWise1x128, ones.T, kinds.BlockWise128x128),
-        output_dtype=torch.bfloat16,
-    )
-    return turned(sums, m, left.scale, bias)

@@ -26,7 +26,7 @@ from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.expanded import expand, row_factors
 from lowbit_kernels_cuda.fragments import Text, lines, text
 from lowbit_kernels_cuda.inputs import Inputs, Producer, overlaps, quantized, rounded
-from lowbit_kernels_cuda.library import Side, by_library, swapped
+from lowbit_kernels_cuda.library import Side, by_library
 from lowbit_kernels_cuda.lifts import is_lifted, lift, lifted, lowered
 from lowbit_kernels_cuda.packed import meet_as_bytes
 from lowbit_kernels_cuda.plans import Plan, choose, is_slower, plan_of_bytes, ratios, slower_tokens
@@ -209,31 +209,44 @@ def rounded_once(
     return values, inputs.scale, None
 
 
-def of_rounded(
+def several(
     values: Tensor,
     scale: Tensor | None,
     zero: Tensor | None,
-    packed: Sequence[Tensor],
+    packed: Sequence[Sequence[Tensor]],
     names: Sequence[str],
     spec_: str,
     activation: str,
-    shape: Sequence[int],
-    bias: Tensor | None,
+    rows: Sequence[int],
+    k: int,
+    biases: Sequence[Tensor | None],
     dtype: torch.dtype,
     *,
     expands: bool,
-) -> Tensor:
-    """`product` of what `rounded_once` gave."""
+) -> list[Tensor]:
+    """`product` of inputs and each of several weights (N, K); with an activation, of what `rounded_once` gave."""
     del zero
-    n, k = shape
-    weight, how = Weight(packed, names, Format.parse(spec_), n, k), Activation.parse(activation)
-    x, codes = _within(values, k, how, weight.fmt, expands=expands)
-    if how.scaling == "static":
-        scale = how.stored(weight.named.get("act_scale")).float().view(1)
-    span = 0 if codes or scale is None or scale.dim() == 1 else how.format.block_for(2)[-1]
-    inputs = Inputs(x, scale, span, exact=True)
-    out = torch.empty(len(values), n, dtype=dtype, device=values.device)
-    return _multiply(inputs, weight, bias, out, None, None, expands=expands)
+    fmt = Format.parse(spec_)
+    weights = [Weight(each, names, fmt, n, k) for each, n in zip(packed, rows, strict=True)]
+    outs = [torch.empty(len(values), n, dtype=dtype, device=values.device) for n in rows]
+    if not activation:
+        inputs = Inputs(values.clone() if values.data_ptr() % 16 else values)
+    else:
+        how = Activation.parse(activation)
+        x, codes = _within(values, k, how, fmt, expands=expands)
+        if how.scaling == "static":
+            scale = how.stored(weights[0].named.get("act_scale")).float().view(1)
+        span = 0 if codes or scale is None or scale.dim() == 1 else how.format.block_for(2)[-1]
+        inputs = Inputs(x, scale, span, exact=True)
+    if inputs.values.itemsize > 1 and len(weights) > 1:
+        plan = _scheduled(inputs, fmt, weights[0], len(values), sum(rows), 0)
+        if not plan.kind.depth:
+            _launch(inputs, weights, biases, outs, None, plan)
+            return outs
+    return [
+        _multiply(inputs, weight, bias, out, None, None, expands=expands)
+        for weight, bias, out in zip(weights, biases, outs, strict=True)
+    ]
 
 
 def _within(values: Tensor, k: int, how: Activation, fmt: Format, *, expands: bool) -> tuple[Tensor, bool]:
@@ -313,43 +326,52 @@ def _multiply(
         rows, factors = expand(weight.words[0], scale, weight.factors, fmt, weight.n, weight.k, by)
         left = Side(codes, inputs.scale.view(-1, 1))
         if len(factors) > 1:
-            return swapped(left, Side(rows, factors), bias)
+            of_rows = import_module("lowbit_kernels_cuda.hopper_blocks").of_rows
+            return of_rows(left, Side(rows, factors), bias, out.dtype)
         return by_library(left, Side(rows, factors.T), bias, out.dtype, group=0, rows=1)
-    _launch(inputs, weight.words, named, bias, out, fmt, offs, plan)
+    _launch(inputs, [weight], [bias], [out], offs, plan)
     return out
+
+
+def _scheduled(inputs: Inputs, fmt: Format, weight: Weight, m: int, n: int, experts: int) -> Plan:
+    """The plan for m tokens of `inputs` and n rows of weights like this one."""
+    x = inputs.values
+    if x.itemsize == 1:
+        return _one(plan_of_bytes(m, n, weight.k, _device(x.device)[0]))
+    lifted = is_lifted(weight.named["scale"], fmt)
+    return schedule(
+        *(fmt, x.dtype, m, n, weight.k, x.device), lifted=lifted, experts=experts, exact=inputs.exact, span=inputs.span
+    )
 
 
 def _launch(
     inputs: Inputs,
-    words: tuple[Tensor, ...],
-    named: dict[str, Tensor],
-    bias: Tensor | None,
-    out: Tensor,
-    fmt: Format,
+    weights: Sequence[Weight],
+    biases: Sequence[Tensor | None],
+    outs: Sequence[Tensor],
     offs: Tensor | None,
     plan: Plan | None,
 ) -> None:
-    x = inputs.values
+    """Products of inputs with a weight, or with several of a kind, whose plan is one for `linear_dots`."""
+    (weight, *others), bias, out, x = weights, biases[0], outs[0], inputs.values
+    fmt, words, named = weight.fmt, weight.words, weight.named
     (m, n), k, experts = out.shape, x.shape[1], 0 if offs is None else len(offs)
     scale, zero, whole = named["scale"], named.get("zero"), named.get("tensor_scale")
     large = is_lifted(scale, fmt)
     by_bytes = x.itemsize == 1
     dtype = torch.bfloat16 if by_bytes else x.dtype
     how = constants(fmt, dtype, x.device if x.is_cuda else None, lifted=large)
-    if plan is None and by_bytes:
-        plan = _one(plan_of_bytes(m, n, k, _device(x.device)[0]))
-    plan = plan or schedule(
-        *(fmt, dtype, m, n, k, x.device), lifted=large, experts=experts, exact=inputs.exact, span=inputs.span
-    )
+    plan = plan or _scheduled(inputs, fmt, weight, m, n, experts)
     kind = plan.kind
     sums = None
     if zero is not None and how["LINES"]:
         sums = _sums(inputs, min(how["GROUP"], kind.columns) or k)
-    blocks = triton.cdiv(n, kind.rows) * blocks_of_tokens(m, kind.tokens, experts)
-    partial = out.new_empty(plan.splits, m, n, dtype=torch.float32) if plan.splits > 1 else None
+    blocks = sum(triton.cdiv(each.n, kind.rows) for each in weights) * blocks_of_tokens(m, kind.tokens, experts)
+    rows = sum(each.n for each in weights)
+    partial = out.new_empty(plan.splits * m * rows, dtype=torch.float32) if plan.splits > 1 else None
     count = counters(blocks * (2 if by_bytes else 1), x.device) if plan.splits > 1 else None
     of_tokens = (inputs.scale, int(inputs.scale is not None and inputs.scale.numel() > 1))
-    then = (whole, *_strides(whole), None if bias is None else raw(bias), raw(out), partial, count, offs, m, n, k)
+    then = (whole, *_strides(whole), None if bias is None else raw(bias), raw(out), partial, count, offs)
     constant = how | {"ROWS": kind.rows, "TOKENS": kind.tokens, "COLUMNS": kind.columns, "STAGES": kind.stages}
     constant |= {"SPLITS": plan.splits, "BAND": 8, "EXPERTS": experts, "num_warps": kind.warps}
     kernel: Any
@@ -366,17 +388,29 @@ def _launch(
         tokens = hopper.described(x, kind.tokens, kind.columns)
         constant["DEPTH"] = kind.depth
     else:
-        kernel, given = linear_dots, (_words(scale), None if zero is None else _words(zero))
+        kernel, given = linear_dots, _scales(weight)
+        # A tuple of each thing that they have; of what they have not, an empty one.
+        of_others = [
+            (raw(o), each.n, *_scales(each), each.named.get("tensor_scale"), None if b is None else raw(b), *each.words)
+            for each, b, o in zip(others, biases[1:], outs[1:], strict=True)
+        ]
+        then += (tuple(() if field[0] is None else field for field in zip(*of_others, strict=True)),)
         tokens = x if x.is_cuda else x.float()
         constant |= {"EVEN": k % kind.columns == 0, "EXACT": kind.exact, "UNROLL": kind.unroll, "SPAN": inputs.span}
         constant["OVERLAPS"] = inputs.exact and overlaps(x.device)
         constant |= {"launch_pdl": True} if constant["OVERLAPS"] else {}
     # What is kept in caches by those who made it, so that identities are its own.
-    key = id(how), id(plan), experts, bias is None, inputs.scale is None, inputs.span
+    key = id(how), id(plan), experts, bias is None, inputs.scale is None, inputs.span, len(others)
     first = key not in _RUN
     with told(f"{fmt} x {x.dtype} for blocks of {kind.tokens} tokens") if first and x.is_cuda else nullcontext():
-        kernel[(blocks, plan.splits)](tokens, *of_tokens, words, *given, sums, *then, **constant)
+        kernel[(blocks, plan.splits)](tokens, *of_tokens, words, *given, sums, *then, m, n, k, **constant)
     _RUN.add(key)
+
+
+def _scales(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points in the words that a lane reads."""
+    zero = weight.named.get("zero")
+    return _words(weight.named["scale"]), None if zero is None else _words(zero)
 
 
 def _sums(inputs: Inputs, width: int) -> Tensor:
@@ -395,7 +429,7 @@ def _sums(inputs: Inputs, width: int) -> Tensor:
 # Constants that say how codes become 16-bit floats.
 _SIXTEEN_BITS = {"PARTS", "BF16", "LINES", "TEXT", "LIFT"}
 # Kernels that ran before.
-_RUN: set[tuple[int, int, int, bool, bool, int]] = set()
+_RUN: set[tuple[int, int, int, bool, bool, int, int]] = set()
 
 
 def _strides(tensor_scale: Tensor | None) -> tuple[int, int]:

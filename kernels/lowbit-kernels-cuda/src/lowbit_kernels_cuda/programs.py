@@ -16,7 +16,17 @@ def blocks_of_tokens(m: int, tokens: int, experts: int) -> int:
 
 
 @triton.jit
-def program_of(index, offs, m, n, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BAND: tl.constexpr):
+def program_of(
+    program,
+    index,
+    offs,
+    m,
+    n,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BAND: tl.constexpr,
+):
     """A block of rows, its expert, and the first token, the one after the last of the expert's, and that to write.
 
     Programs go down BAND blocks of rows, then along tokens. With EXPERTS, `offs` ends the tokens of each; tokens beyond
@@ -27,7 +37,7 @@ def program_of(index, offs, m, n, EXPERTS: tl.constexpr, ROWS: tl.constexpr, TOK
     """
     FEW = m <= m // TOKENS + EXPERTS + 1
     tokens_of = tl.cdiv(m, TOKENS) if EXPERTS == 0 else tl.minimum(m, m // TOKENS + EXPERTS + 1)
-    program, down = tl.program_id(0), BAND * tokens_of
+    down = BAND * tokens_of
     band = program // down * BAND
     tall = tl.minimum(tl.cdiv(n, ROWS) - band, BAND)
     row, block = band + program % down % tall, program % down // tall

@@ -1,4 +1,4 @@
-"""The operators that `fusing` puts into a compiled graph: inputs rounded once for several products, and these.
+"""The operators that `fusing` puts into a compiled graph: inputs rounded once, and products that share an input.
 
 Needs no Triton. The backend imports it, for compiled code that is kept on disk calls them without `fusing`.
 """
@@ -22,8 +22,8 @@ _LIBRARY.define(
     "str producer, Tensor? more, Tensor? weight, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define(
-    "linear_of_rounded(str module, Tensor values, Tensor scale, Tensor zero, Tensor[] parts, str[] names, str format, "
-    "str activation, int[] shape, Tensor? bias, bool expands, ScalarType dtype) -> Tensor"
+    "linears(str module, Tensor values, Tensor? scale, Tensor? zero, Tensor[] parts, str[] names, str format, "
+    "str activation, int[] rows, int columns, Tensor?[] biases, bool expands, ScalarType dtype) -> Tensor[]"
 )
 
 
@@ -84,39 +84,41 @@ def _rounded_fake(
     return values, scale, zero, total
 
 
-def _linear_of_rounded(
+def _linears(
     module: str,
     values: Tensor,
-    scale: Tensor,
-    zero: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
     parts: Sequence[Tensor],
     names: Sequence[str],
     fmt: str,
     activation: str,
-    shape: Sequence[int],
-    bias: Tensor | None,
+    rows: Sequence[int],
+    columns: int,
+    biases: Sequence[Tensor | None],
     expands: bool,  # noqa: FBT001 - an operator's
     dtype: torch.dtype,
-) -> Tensor:
+) -> list[Tensor]:
     tokens = values.reshape(-1, values.shape[-1])
     if not len(tokens):
-        return values.new_empty(*values.shape[:-1], shape[-2], dtype=dtype)
-    given = (part if part.numel() else None for part in (scale, zero))
+        return [values.new_empty(*values.shape[:-1], n, dtype=dtype) for n in rows]
+    given = (part if part is not None and part.numel() else None for part in (scale, zero))
+    size = len(parts) // len(rows)
+    packed = [parts[i : i + size] for i in range(0, len(parts), size)]
     with torch.cuda.device_of(values):
-        multiply = import_module(f"lowbit_kernels_cuda.{module}").of_rounded
-        out = multiply(tokens, *given, parts, names, fmt, activation, shape, bias, dtype, expands=expands)
-    return out.view(*values.shape[:-1], shape[-2])
+        multiply = import_module(f"lowbit_kernels_cuda.{module}").several
+        outs = multiply(
+            *(tokens, *given, packed, names, fmt, activation, rows, columns, biases, dtype), expands=expands
+        )
+    return [out.view(*values.shape[:-1], out.shape[-1]) for out in outs]
 
 
-def _linear_of_rounded_fake(module: str, values: Tensor, *rest: Any) -> Tensor:
+def _linears_fake(module: str, values: Tensor, *rest: Any) -> list[Tensor]:
     del module
-    return values.new_empty(*values.shape[:-1], rest[6][-2], dtype=rest[-1])
+    return [values.new_empty(*values.shape[:-1], n, dtype=rest[-1]) for n in rest[6]]
 
 
-for _name, _run, _fake in (
-    ("rounded", _rounded, _rounded_fake),
-    ("linear_of_rounded", _linear_of_rounded, _linear_of_rounded_fake),
-):
+for _name, _run, _fake in (("rounded", _rounded, _rounded_fake), ("linears", _linears, _linears_fake)):
     _LIBRARY.impl(_name, _run, "CPU")
     _LIBRARY.impl(_name, _run, "CUDA")
     torch.library.register_fake(f"lowbit_cuda::{_name}", _fake, lib=_LIBRARY)
