@@ -15,7 +15,7 @@ from lowbit.backends import Call, Description
 from lowbit.blocked import from_blocked
 from lowbit.format import Format
 from lowbit.testing import check_backend
-from lowbit_kernels_cuda import block_scaled
+from lowbit_kernels_cuda import block_scaled, casts
 from lowbit_kernels_cuda.backend import backend
 
 KERNELS = {"cuda.linear_block_scaled", "cuda.scaled_mm_block_scaled"}
@@ -63,6 +63,8 @@ def scaled_mm(a, b, scale_a, recipe_a, scale_b, recipe_b, order_a, order_b, *, b
 def _on_blackwell(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_mm", scaled_mm)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (10, 0))
+    # The cast has tests of its own, and takes long where Triton interprets it.
+    monkeypatch.setattr(casts, "quantize_blocked", torch.ops.lowbit.quantize_blocked)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +78,8 @@ def test_the_kernels_pass(weight, activation):
         found,
         formats=(Format.parse(weight),),
         activations=(Activation.parse(activation),),
-        dtypes=(torch.bfloat16, torch.float16),
-        shapes=((32, 128), (144, 416)),
+        dtypes=(torch.bfloat16,),
+        shapes=((32, 128), (144, 160)),
         devices=("cpu",),
     )
     assert {row.kernel for row in report.rows if row.runs > row.calls > 0} >= {"cuda.linear_block_scaled"}
