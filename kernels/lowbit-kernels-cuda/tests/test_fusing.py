@@ -191,7 +191,7 @@ WEIGHTS = [
 )
 def test_products_that_share_inputs_run_together(fmt, activation, device):
     """As one by one; of other rows each, that are not all whole tiles, with a bias or without."""
-    rows, k = (200, 64, 136), 512 if device == "cuda" else 256
+    rows, k = ((200, 64, 136), 512) if device == "cuda" else ((72, 16, 40), 128)
     generator = torch.Generator().manual_seed(0)
     packed, biases, alone = [], [], []
     how = Activation.parse(activation) if activation else None
