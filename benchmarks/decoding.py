@@ -277,9 +277,10 @@ def grouped_attention(
             query, key, value, is_causal=True, scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2), None
+    # What of the cache is not filled yet.
+    assert mask is not None
     scores = (query.view(batch, key.shape[1], -1, size) @ key.mT).float() * scaling
-    weights = scores.masked_fill(~mask, -torch.inf) if mask is not None else scores
-    out = weights.softmax(-1).to(value.dtype) @ value
+    out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(value.dtype) @ value
     return out.view(batch, 1, heads, size), None
 
 

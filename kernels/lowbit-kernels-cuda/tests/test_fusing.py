@@ -217,6 +217,21 @@ def test_products_that_share_inputs_run_together(fmt, activation, device):
                 assert out.isfinite().all()
 
 
+def test_kernels_get_inputs_without_gaps(monkeypatch):
+    """A GPU's read rows one after another; the interpreter's copy closes gaps by itself."""
+    seen = []
+
+    def run(values, *_, **__):
+        seen.append(values)
+        return [values.new_empty(3, 16)]
+
+    monkeypatch.setattr("lowbit_kernels_cuda.linear.several", run)
+    x = torch.randn(3, 256)[:, 128:]
+    torch.ops.lowbit_cuda.linears("linear", x, None, None, [x], [], "INT4_G128", "", [16], 128, [None], False, x.dtype)
+    assert seen[0].is_contiguous()
+    assert torch.equal(seen[0], x)
+
+
 def test_inductor_takes_the_pass():
     seen = Seen()
     run = decoder("INT8_ROW", "dynamic:INT8_ROW", "cpu")

@@ -128,11 +128,13 @@ def _multiply(left: _Side, right: _Side, bias: Tensor | None, dtype: torch.dtype
     kinds, orders = torch.nn.functional.ScalingType, torch.nn.functional.SwizzleType
     if not len(left.codes):
         return left.codes.new_empty(0, len(right.codes), dtype=dtype)
-    recipe, order, of_rows = [kinds.BlockWise1x32], [orders.SWIZZLE_32_4_4], None
+    recipe, order = [kinds.BlockWise1x32], [orders.SWIZZLE_32_4_4]
     if right.whole is not None:
         recipe, order = [kinds.BlockWise1x16, kinds.TensorWise], [orders.SWIZZLE_32_4_4, orders.NO_SWIZZLE]
-        # Weights that were put together have one tensor scale for each row, and the library takes one of all.
-        of_rows = right.whole.view(-1) if right.whole.numel() > 1 else None
+    # What was put together has a tensor scale for each row, and the library takes one of all.
+    of_tokens, of_rows = (
+        None if side.whole is None or side.whole.numel() == 1 else side.whole.view(-1) for side in (left, right)
+    )
     codes, scales = [], []
     for side in (left, right):
         packed = side.codes.dtype == torch.uint8
@@ -140,7 +142,7 @@ def _multiply(left: _Side, right: _Side, bias: Tensor | None, dtype: torch.dtype
         scales.append([side.scale.view(-1)])
         if side.whole is not None:
             scales[-1].append(side.whole.view(-1) if side.whole.numel() == 1 else side.whole.new_ones(1))
-    later = of_rows is not None or (bias is not None and bias.dtype != dtype)
+    later = of_tokens is not None or of_rows is not None or (bias is not None and bias.dtype != dtype)
     out = torch.nn.functional.scaled_mm(
         *(codes[0], codes[1].T, scales[0], recipe, scales[1], recipe, order, order),
         bias=None if later else bias,
@@ -148,6 +150,8 @@ def _multiply(left: _Side, right: _Side, bias: Tensor | None, dtype: torch.dtype
     )
     if not later:
         return out
+    if of_tokens is not None:
+        out *= of_tokens[:, None]
     if of_rows is not None:
         out *= of_rows
     return (out if bias is None else out + bias.float()).to(dtype)

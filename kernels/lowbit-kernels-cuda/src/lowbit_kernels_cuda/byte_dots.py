@@ -90,7 +90,9 @@ def byte_dots(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
     if GROUP:
-        f, s = tl.load(of_rows + first * COLUMNS // GROUP), tl.load(of_tokens + first * COLUMNS // GROUP)
+        # A part of K may begin beyond its end.
+        begins = tl.minimum(first * COLUMNS // GROUP, groups - 1)
+        f, s = tl.load(of_rows + begins), tl.load(of_tokens + begins)
     for step in tl.range(first, last, num_stages=STAGES):
         at = step * COLUMNS
         if TILED:

@@ -59,12 +59,11 @@ def fuse(graph: Graph) -> None:
             shared.setdefault((_input([node]), product), []).append(node)
     for (x, product), nodes in shared.items():
         made = (_gated(nodes) or _normed(nodes, product)) if product.activation else None
-        if product.activation and (made or len(nodes) > 1):
-            inputs = _round(graph, product, nodes, made or _Made("", x))
-        elif product.activation:
+        if made is None and len(nodes) == 1:
             continue
-        else:
-            inputs = x, None, None
+        inputs: tuple[Any, Any, Any] = x, None, None
+        if product.activation:
+            inputs = _round(graph, product, nodes, made or _Made("", x))
         for several in _alike_in_kind(nodes):
             if product.activation or len(several) > 1:
                 _together(graph, product, several, inputs)

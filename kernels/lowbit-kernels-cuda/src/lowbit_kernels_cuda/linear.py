@@ -239,7 +239,7 @@ def several(
         span = 0 if codes or scale is None or scale.dim() == 1 else how.format.block_for(2)[-1]
         inputs = Inputs(x, scale, span, exact=True)
     if inputs.values.itemsize > 1 and len(weights) > 1:
-        plan = _scheduled(inputs, fmt, weights[0], len(values), sum(rows), 0)
+        plan = _scheduled(inputs, weights[0], sum(rows), 0)
         if not plan.kind.depth:
             _launch(inputs, weights, biases, outs, None, plan)
             return outs
@@ -333,14 +333,15 @@ def _multiply(
     return out
 
 
-def _scheduled(inputs: Inputs, fmt: Format, weight: Weight, m: int, n: int, experts: int) -> Plan:
-    """The plan for m tokens of `inputs` and n rows of weights like this one."""
+def _scheduled(inputs: Inputs, weight: Weight, n: int, experts: int) -> Plan:
+    """The plan for `inputs` and n rows of weights like this one."""
     x = inputs.values
+    (m, k), fmt = x.shape, weight.fmt
     if x.itemsize == 1:
-        return _one(plan_of_bytes(m, n, weight.k, _device(x.device)[0]))
+        return _one(plan_of_bytes(m, n, k, _device(x.device)[0]))
     lifted = is_lifted(weight.named["scale"], fmt)
     return schedule(
-        *(fmt, x.dtype, m, n, weight.k, x.device), lifted=lifted, experts=experts, exact=inputs.exact, span=inputs.span
+        *(fmt, x.dtype, m, n, k, x.device), lifted=lifted, experts=experts, exact=inputs.exact, span=inputs.span
     )
 
 
@@ -361,7 +362,7 @@ def _launch(
     by_bytes = x.itemsize == 1
     dtype = torch.bfloat16 if by_bytes else x.dtype
     how = constants(fmt, dtype, x.device if x.is_cuda else None, lifted=large)
-    plan = plan or _scheduled(inputs, fmt, weight, m, n, experts)
+    plan = plan or _scheduled(inputs, weight, n, experts)
     kind = plan.kind
     sums = None
     if zero is not None and how["LINES"]:

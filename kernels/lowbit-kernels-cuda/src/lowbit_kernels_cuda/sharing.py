@@ -99,7 +99,7 @@ def _linears(
     expands: bool,  # noqa: FBT001 - an operator's
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    tokens = values.reshape(-1, values.shape[-1])
+    tokens = values.reshape(-1, values.shape[-1]).contiguous()
     if not len(tokens):
         return [values.new_empty(*values.shape[:-1], n, dtype=dtype) for n in rows]
     given = (part if part is not None and part.numel() else None for part in (scale, zero))
