@@ -190,11 +190,13 @@ def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
         ("FP8_128x128", "dynamic:FP8_1x128", plain_bytes),
     ],
 )
-def test_experts_with_many_tokens_have_their_own_product(weight, activation, kernel):
-    n, k, how = 384, 512, Activation.parse(activation)
+@pytest.mark.parametrize("ends", [(300, 300, 301, 1000), (0, 7, 150, 190)])
+def test_experts_with_many_tokens_have_their_own_product(weight, activation, kernel, ends):
+    # Rows that are no whole blocks, and K in parts where experts are few.
+    n, k, how = 392, 2048, Activation.parse(activation)
     generator = torch.Generator().manual_seed(0)
-    ends = torch.tensor([300, 300, 301, 1000], dtype=torch.int32)
-    x = torch.randn(1010, k, generator=generator).to("cuda", torch.bfloat16)
+    ends = torch.tensor(ends, dtype=torch.int32)
+    x = torch.randn(int(ends[-1]) + 10, k, generator=generator).to("cuda", torch.bfloat16)
     values = (torch.randn(4, n, k, generator=generator) / k**0.5).to("cuda", torch.bfloat16)
     q = lowbit.quantize(values, weight, activation=how)
     parts, description = kernel.pack(q), Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))

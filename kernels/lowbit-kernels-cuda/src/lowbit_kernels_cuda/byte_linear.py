@@ -18,7 +18,7 @@ from lowbit.backends import Call, Description
 from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.byte_dots import byte_dots
-from lowbit_kernels_cuda.inputs import Producer, overlaps, quantized, rounded
+from lowbit_kernels_cuda.inputs import Producer, overlaps, quantized
 from lowbit_kernels_cuda.library import FEW, Side, by_library, in_library
 from lowbit_kernels_cuda.linear import counters
 from lowbit_kernels_cuda.programs import blocks_of_tokens
@@ -135,11 +135,7 @@ def rounded_once(
     """Codes, scales and zero points of x (M, K) rounded for several weights."""
     del spec_, expands
     how = Activation.parse(activation)
-    if not producer.kind:
-        return quantized(x, how, act_scale, act_zero)
-    found = rounded(x, how, act_scale, act_zero, codes=True, producer=producer)
-    assert found.scale is not None
-    return found.values, found.scale if found.span else found.scale.view(-1, 1), found.zero
+    return quantized(x, how, act_scale, act_zero, producer if producer.kind else None)
 
 
 def several(

@@ -176,15 +176,17 @@ def quantize(
     mode: ScaleMode,
     rounding: Rounding,
     seed: int,
+    *,
+    soon: bool = True,
 ) -> list[Tensor]:
-    """The operator `quantize`.
+    """The operator `quantize`; unless `soon`, the kernel that follows may not start long before this ends.
 
     Raises:
         FormatError: as the operator.
     """
     given = None if scale is None else (scale, zero)
     out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, given=given)
-    return _run(x, out, None, rounding, seed)
+    return _run(x, out, None, rounding, seed, soon=soon)
 
 
 def quantize_blocked(
@@ -396,10 +398,13 @@ def _run(
     seed: int,
     moved: tuple[Tensor, Tensor] | None = None,
     turned: Rotation | None = None,
+    *,
+    soon: bool = True,
 ) -> list[Tensor]:
     """Fill what `out` holds from x, and what `other` holds from `x.mT`; their parts.
 
     `moved`: a matrix and which of its rows each of x is; a negative one: a row of zeros. `turned`: rotates x first.
+    `soon`: whether the next kernel may start while all programs run.
     """
     outs = [each for each in (out, other) if each is not None]
     parts = [part for each in outs for part in each.parts()]
@@ -460,6 +465,7 @@ def _run(
         "TURN": size,
         "SPREAD": spread,
         "OVERLAPS": overlaps,
+        "SOON": soon,
         "num_warps": tile.warps,
         "enable_fp_fusion": False,
         **({"launch_pdl": True} if overlaps else {}),

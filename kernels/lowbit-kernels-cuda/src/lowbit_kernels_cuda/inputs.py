@@ -24,6 +24,7 @@ from lowbit.activation import Activation
 from lowbit.numerics import DEFAULT_MODE
 from lowbit_kernels_cuda.casts import quantize
 from lowbit_kernels_cuda.codes import decode, encode_float, from_float32, to_float32
+from lowbit_kernels_cuda.library import FEW
 from lowbit_kernels_cuda.packed import folds
 from lowbit_kernels_cuda.scaling import (
     from_ordered,
@@ -35,6 +36,7 @@ from lowbit_kernels_cuda.scaling import (
     scale_value,
     spec,
 )
+from lowbit_kernels_cuda.tiles import begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,18 +147,27 @@ def rounded(
 
 
 def quantized(
-    x: Tensor, activation: Activation, act_scale: Tensor | None, act_zero: Tensor | None
+    x: Tensor,
+    activation: Activation,
+    act_scale: Tensor | None,
+    act_zero: Tensor | None,
+    producer: Producer | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes of tokens (M, K), their float32 scales and their zero points, by an activation without tensor scales.
 
     Raises:
         FormatError: a stored scale is needed, and there is none.
     """
+    if producer is not None:
+        found = rounded(x, activation, act_scale, act_zero, codes=True, producer=producer)
+        assert found.scale is not None
+        return found.values, found.scale if found.span else found.scale.view(-1, 1), found.zero
     scale = zero = None
     if activation.scaling == "static":
         scale = activation.stored(act_scale).to(activation.format.scale.storage).reshape(1, 1)
         zero = None if act_zero is None else act_zero.reshape(1, 1)
-    codes, scale, *rest = quantize(x, scale, zero, None, str(activation.format), DEFAULT_MODE, "nearest", 0)
+    given = x, scale, zero, None, str(activation.format), DEFAULT_MODE, "nearest", 0
+    codes, scale, *rest = quantize(*given, soon=len(x) > FEW)
     return codes, scale.float(), rest[0] if rest else None
 
 
@@ -202,11 +213,8 @@ def round_inputs(
         more += row.to(tl.int64) * k
     if total is not None:
         total += row.to(tl.int64) * k
-    if OVERLAPS:
-        # The product may start, and wait for what is written here, as this does for the kernel before: first, for a
-        # product reads `offs` before it waits.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    # First, for a product reads `offs` before it waits.
+    begin(OVERLAPS, False)
     if GROUP == 0:
         place = tl.arange(0, COLUMNS)
         # Of 16, four for each of four lanes.

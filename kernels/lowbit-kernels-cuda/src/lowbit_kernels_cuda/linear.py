@@ -173,11 +173,9 @@ def product(
         if activation:
             how = Activation.parse(activation)
             use, many = (how, named.get("act_scale"), named.get("act_zero")), weight.expands(bias, x.dtype)
-            codes = (
-                plan.kind.bytes
-                if plan
-                else offs is None and _as_codes(how, fmt, len(tokens), k, x.device, expands=many)
-            )
+            each = len(tokens) if offs is None else triton.cdiv(len(tokens), min(len(tokens), len(offs)))
+            as_codes = _as_codes(how, fmt, each, k, x.device, expands=many and offs is None)
+            codes = plan.kind.bytes if plan else as_codes
             if codes:
                 found, scale, _ = quantized(tokens, *use)
                 inputs = Inputs(found, scale.view(-1), exact=True)
@@ -318,7 +316,8 @@ def _multiply(
 ) -> Tensor:
     """The product, in `out` or elsewhere."""
     fmt, named, codes = weight.fmt, weight.named, inputs.values
-    many = _many(fmt, codes.device) if expands and plan is None and codes.itemsize == 1 else None
+    expands = expands and offs is None and plan is None and codes.itemsize == 1
+    many = _many(fmt, codes.device) if expands else None
     if many is not None and len(codes) >= many:
         assert inputs.scale is not None
         scale = named["scale"]
@@ -338,7 +337,7 @@ def _scheduled(inputs: Inputs, weight: Weight, n: int, experts: int) -> Plan:
     x = inputs.values
     (m, k), fmt = x.shape, weight.fmt
     if x.itemsize == 1:
-        return _one(plan_of_bytes(m, n, k, _device(x.device)[0]))
+        return _one(plan_of_bytes(m, n, k, _device(x.device)[0], experts))
     lifted = is_lifted(weight.named["scale"], fmt)
     return schedule(
         *(fmt, x.dtype, m, n, k, x.device), lifted=lifted, experts=experts, exact=inputs.exact, span=inputs.span
@@ -523,10 +522,13 @@ def how(call: Call) -> str | None:
         return None
     device = torch.device("cuda", torch.cuda.current_device())
     integer, many, hopper = fmt.element.kind == "int", _many(fmt, device), _device(device)[1]
+    of_each = " an expert" if call.op == "grouped_mm" else ""
     words: list[str] = []
     if integer and hopper:
-        words.append(f"beyond {_FEW} tokens codes become 8-bit floats, up to them 16-bit ones, which is as fast there")
-    if many and Weight((), (), fmt, call.n, k).expands(None, call.x_dtype, factored=True):
+        words.append(
+            f"beyond {_FEW} tokens{of_each} codes become 8-bit floats, up to them 16-bit ones, which is as fast there"
+        )
+    if many and not of_each and Weight((), (), fmt, call.n, k).expands(None, call.x_dtype, factored=True):
         near = "" if integer else ", if the scales of each row are within 2^11 of one another"
         words.append(f"from {many} tokens on the weight becomes 8-bit floats in memory for torch's scaled_mm{near}")
     return "; ".join(words) or None

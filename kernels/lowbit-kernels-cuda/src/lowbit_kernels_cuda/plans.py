@@ -157,11 +157,16 @@ def choose(
     return min(found, key=lambda each: each[0])
 
 
-def plan_of_bytes(m: int, n: int, k: int, multiprocessors: int) -> Plan:
-    """The plan for m tokens whose codes meet those of a weight as 8-bit floats; a program fills a multiprocessor."""
-    few = m <= 64
+def plan_of_bytes(m: int, n: int, k: int, multiprocessors: int, experts: int = 0) -> Plan:
+    """The plan for m tokens, of as many experts, whose codes meet those of a weight as 8-bit floats.
+
+    A program fills a multiprocessor.
+    """
+    read = min(m, experts) or 1
+    each = math.ceil(m / read)
+    few = each <= 64
     kind = Kind(128, 64 if few else 128, 128, 8, 6, depth=4 if few else 2, bytes=True)
-    programs, splits = math.ceil(n / kind.rows) * math.ceil(m / kind.tokens), 1
+    programs, splits = math.ceil(n / kind.rows) * math.ceil(each / kind.tokens) * read, 1
     while splits < 4 and 2 * programs * splits <= multiprocessors and k >= 4 * splits * kind.columns:
         splits *= 2
     return Plan(kind, splits)

@@ -58,9 +58,10 @@ def cast_tiles(
     BACKWARDS: tl.constexpr,
     SPREAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
+    SOON: tl.constexpr,
 ):
     """Write what `out` holds of `_Out.pointers` from x, and `other` from its transpose; see `casts._run`."""
-    _begin(OVERLAPS)
+    begin(OVERLAPS, SOON)
     if FLAT:
         # As the compiler does not know.
         columns, x_row = COLUMNS, COLUMNS
@@ -106,9 +107,10 @@ def measure_tiles(
     TURN: tl.constexpr,
     SPREAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
+    SOON: tl.constexpr,
 ):
     """Fill in what scales are chosen from that are no tile's own."""
-    _begin(OVERLAPS)
+    begin(OVERLAPS, SOON)
     batch, row, column = _place(tl.program_id(0), rows, columns, ROWS, COLUMNS, ACROSS, False, SPREAD)
     x += batch * x_batch
     extents = rows, columns, x_row, x_column
@@ -123,12 +125,21 @@ def measure_tiles(
         _extend(planes, other, batch, r, columns, OTHER, COLUMNS, ROWS // OTHER_PLANES, OTHER_PLANES)
 
 
+# Up to so many programs leave room everywhere for those of the kernel that follows.
+_LONE = tl.constexpr(4)
+
+
 @triton.jit
-def _begin(OVERLAPS: tl.constexpr):
-    """Wait for the kernel before, if this one may start while that one ends, and let the next one do the same."""
+def begin(OVERLAPS: tl.constexpr, SOON: tl.constexpr):
+    """Wait for the kernel before, if this one may start while that one ends, and let the next one do the same.
+
+    Unless SOON, the next starts beside a few programs or none: beside many, those of a product would be spread
+    unevenly, and the multiprocessors with most of them take up to half as long again.
+    """
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if SOON or tl.num_programs(0) * tl.num_programs(1) <= _LONE:
+            tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
