@@ -4,23 +4,44 @@
 // Tokens whose sums are in registers, and tiles that they meet at once: an input is read once for two vectors of rows.
 constexpr int TOKENS = W == 16 ? 8 : W == 8 ? 4 : 2;
 constexpr int TILES = H == 1 ? 2 : 1;
+// Columns of weights that become bytes before many tokens meet them, if groups are no longer: a part of the first cache.
+constexpr int64_t BYTES = 512;
 
-// How codes of a weight become bytes: `planes` of them in a word, byte t of plane j having code planes * t + j, less
-// `zero`. Those of 8 bits are signed, others count from the lowest.
+// Bytes that a code of an input takes: two where it meets bytes as 16-bit numbers.
+#if defined(__AVX512VNNI__)
+constexpr int code_size(int) { return 1; }
+#else
+constexpr int code_size(int bits) { return bits == 8 ? 2 : 1; }
+#endif
+
+// How codes of a weight become bytes: `planes` of them in a word, byte t of plane j having code planes * t + j, counted
+// from the lowest, less `zero`. Where those of 8 bits become 16-bit numbers, they are signed as they are.
 template <class Code>
 struct Planes {
-  static constexpr int bits = Code::bits, count = 8 / bits;
-  static constexpr bool is_signed = bits == 8;
+  static constexpr int bits = Code::bits, count = 8 / bits, size = code_size(bits);
+  static constexpr bool as_they_are = Code::offset || size == 2;
   static constexpr uint32_t each_byte = 0x01010101u;
   static constexpr uint32_t top = bits == 8 ? 0x80u : bits == 4 ? 0x88u : bits == 2 ? 0xaau : 0xffu;
-  // Signed codes count from the lowest with their highest bit flipped; unsigned ones of 8 bits become signed so.
-  static constexpr uint32_t flip = (Code::offset == is_signed ? top : 0) * each_byte;
-  static constexpr int zero = Code::offset ? (is_signed ? -128 : 0) : (is_signed ? 0 : 1 << (bits - 1));
+  static constexpr uint32_t flip = as_they_are ? 0 : top * each_byte;
+  static constexpr int32_t zero = as_they_are ? 0 : 1 << (bits - 1);
+  // Vectors that a word becomes.
+  static constexpr int parts = count * size;
 
   template <int J>
-  static U plane(U word) {
-    if constexpr (is_signed) return word;
+  INLINE static U plane(U word) {
+    if constexpr (bits == 8) return word;
     return (word >> (bits * J)) & (((1u << bits) - 1) * each_byte);
+  }
+
+  // Vector P of those of a word, flipped before.
+  template <int P>
+  INLINE static U part(U word) {
+    typedef int16_t Signeds __attribute__((vector_size(4 * W)));
+    const U bytes = plane<P / size>(word);
+    if constexpr (size == 1) return bytes;
+    // Even bytes of a word as 16-bit numbers, or odd ones.
+    if constexpr (Code::offset) return P % 2 ? bytes >> 8 & 0x00ff00ffu : bytes & 0x00ff00ffu;
+    return P % 2 ? (U)((Signeds)bytes >> 8) : (U)((Signeds)bytes << 8 >> 8);
   }
 };
 
@@ -35,28 +56,28 @@ inline I pairs(U a, U b) {
 #endif
 }
 
-// Bytes that a code of an input takes: two where it meets signed bytes as 16-bit numbers.
+// sum + the products of four bytes of `w`, which are unsigned, and of `x`, exactly; without VNNI, w has 4 bits or fewer.
+inline I dot(I sum, U w, U x) {
 #if defined(__AVX512VNNI__)
-constexpr int code_size(int) { return 1; }
+  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 #else
-constexpr int code_size(int bits) { return bits == 8 ? 2 : 1; }
-#endif
-
-// sum + the products of four bytes of `x`, which are unsigned, and of `w`, exactly; without VNNI, w has 4 bits or fewer.
-inline I dot(I sum, U x, U w) {
-#if defined(__AVX512VNNI__)
-  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, (__m512i)w);
-#else
-  // Two products of 255 and 15 or less are no more than 16 bits hold.
+  // Two products of 15 and 128 or less are no more than 16 bits hold.
 #if defined(__AVX512BW__)
-  return sum + pairs((U)_mm512_maddubs_epi16((__m512i)x, (__m512i)w), all(0x00010001u));
+  return sum + pairs((U)_mm512_maddubs_epi16((__m512i)w, (__m512i)x), all(0x00010001u));
 #elif defined(__AVX2__)
-  return sum + pairs((U)_mm256_maddubs_epi16((__m256i)x, (__m256i)w), all(0x00010001u));
+  return sum + pairs((U)_mm256_maddubs_epi16((__m256i)w, (__m256i)x), all(0x00010001u));
 #else
+  typedef int16_t Signeds __attribute__((vector_size(4 * W)));
   constexpr uint32_t low = 0x00ff00ffu;
-  return sum + pairs(x & low, w & low) + pairs((x >> 8) & low, (w >> 8) & low);
+  const U even = (U)((Signeds)x << 8 >> 8), odd = (U)((Signeds)x >> 8);
+  return sum + pairs(w & low, even) + pairs((w >> 8) & low, odd);
 #endif
 #endif
+}
+
+template <class Code>
+INLINE inline I with_part(I sum, U part, U four) {
+  return Planes<Code>::size == 1 ? dot(sum, part, four) : sum + pairs(part, four);
 }
 
 inline uint32_t four_at(const uint8_t* codes) {
@@ -65,93 +86,169 @@ inline uint32_t four_at(const uint8_t* codes) {
   return four;
 }
 
-// Even or odd bytes of a plane of signed ones, as 16-bit numbers.
-template <int Odd>
-inline U signed_bytes(U plane) {
-  typedef int16_t Signeds __attribute__((vector_size(4 * W)));
-  return Odd ? (U)((Signeds)plane >> 8) : (U)((Signeds)plane << 8 >> 8);
+// Scales of V / H tiles, `apart` from one another, as float32; what their codes are counted from besides a constant, and
+// the sums of codes less that and the constant: [group][V][W]. The last two may be missing.
+struct Factors {
+  std::vector<float> scale;
+  std::vector<int32_t> zero, sums;
+};
+
+// Groups of a weight: columns, the words of a tile that one has, and of those that there are.
+struct Groups {
+  int64_t columns, words, all, count;
+
+  Groups(const Packed& w)
+      : columns(w.format.columns ? w.format.columns : up(w.k, STEP)),
+        words(columns * w.format.element.bits / 32),
+        all(up(w.k, STEP) / 32 * w.format.element.bits),
+        count(w.format.groups(w.k)) {}
+
+  int64_t words_of(int64_t group) const { return std::min(words, all - group * words); }
+};
+
+template <class Code, int V>
+void find_factors(const Packed& w, const Codes& x, int64_t index, int64_t apart, Factors& to) {
+  using Of = Planes<Code>;
+  const Groups groups(w);
+  for (int v = 0; v < V; ++v) {
+    const Tile tile(w, index + v / H * apart);
+    tile.scales(groups.count, v % H, to.scale.data() + v * W, V * W);
+    if constexpr (Code::offset) {
+      for (int64_t group = 0; group < groups.count; ++group) {
+        store(to.zero.data() + (group * V + v) * W, __builtin_convertvector(tile.zero(group, v % H), I));
+      }
+    }
+    if (!x.asymmetric) continue;
+    const uint32_t* word = tile.codes(0) + v % H * W;
+    const uint8_t* ones = x.ones;
+    for (int64_t group = 0; group < groups.count; ++group) {
+      I sum{};
+      for (int64_t i = 0; i < groups.words_of(group); ++i, word += TILE) {
+        const U now = load<U>(word) ^ Of::flip;
+        unroll<Of::parts>([&](auto p) INLINE {
+          sum = with_part<Code>(sum, Of::template part<p>(now), all(four_at(ones)));
+          ones += 4;
+        });
+      }
+      const int64_t here = std::min(groups.columns, w.k - group * groups.columns);
+      I zero = I{} + Of::zero;
+      if constexpr (Code::offset) zero = load<I>(to.zero.data() + (group * V + v) * W);
+      store(to.sums.data() + (group * V + v) * W, (U)sum - (U)zero * static_cast<uint32_t>(here));
+    }
+  }
 }
 
-// Products of `tokens` tokens, at most M, which lie together, from the one numbered `token` on, with N tiles: the one
-// numbered `index` and one that is `apart` tiles on. `weights` are their sums of codes less zero points, [group][N][16],
-// which the First tokens find.
-template <class Code, int M, int N, bool First>
-void integer_tiles(const Packed& w, const Codes& x, int64_t token, int tokens, const void* bias, void* out, Type type,
-                   int64_t index, int64_t apart, uint32_t* weights) {
+// Adds to `totals`, [M][V][W], products of M tokens, which lie together from the one numbered `token` on, with N tiles:
+// groups [first, last). Their codes are in the weight, or where there is a `panel` there, as bytes.
+template <class Code, int M, int N, bool Panel>
+void integer_groups(const Packed& w, const Codes& x, int64_t token, int64_t index, int64_t apart, int64_t first,
+                    int64_t last, const uint32_t* panel, const Factors& factors, float* totals) {
   using Of = Planes<Code>;
   // Of one token each plane has sums of its own, which need not wait for one another.
-  constexpr int SIZE = code_size(Of::bits), V = N * H, SUMS = M == 1 ? std::min(Of::count, 4) : 1;
-  const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), words = columns * Of::bits / 32;
-  const int64_t groups = w.format.groups(w.k);
-  const uint32_t* word = Tile(w, index).codes(0);
-  const int64_t next = Tile(w, index + apart).codes(0) - word;
-  const uint8_t *codes = x.codes + token * x.stride, *ones_at = x.ones;
-  alignas(64) float totals[M][V * W] = {};
-  alignas(64) int32_t kept[M][V * W];
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t here = std::min(columns, w.k - group * columns);
-    const int64_t end = std::min(words, (up(w.k, STEP) - group * columns) * Of::bits / 32);
-    // Registers are for these: nothing is called until they are stored.
-    I sums[M][V][SUMS], ones[V];
-    unroll<V>([&](auto v) INLINE {
-      ones[v] = I{};
-      unroll<M>([&](auto m) INLINE { unroll<SUMS>([&](auto s) INLINE { sums[m][v][s] = I{}; }); });
+  constexpr int V = N * H, SUMS = M == 1 ? std::min(Of::count, 4) : 1;
+  const Groups groups(w);
+  const uint32_t* word = Panel ? panel : Tile(w, index).codes(0) + first * groups.words * TILE;
+  const int64_t next = Panel ? 0 : Tile(w, index + apart).codes(0) - Tile(w, index).codes(0);
+  const uint8_t* codes = x.codes + token * x.stride + first * groups.columns * Of::size * M;
+  for (int64_t group = first; group < last; ++group) {
+    // Registers are for these: nothing is called until they are added.
+    I sums[M][V][SUMS];
+    unroll<M>([&](auto m) INLINE {
+      const I begin = I{} - Of::zero * x.sums[(token + m) * groups.count + group];
+      unroll<V>([&](auto v) INLINE {
+        sums[m][v][0] = begin;
+        unroll<SUMS - 1>([&](auto s) INLINE { sums[m][v][s + 1] = I{}; });
+      });
     });
-    for (int64_t i = 0; i < end; ++i, word += TILE) {
+    for (int64_t i = groups.words_of(group); i > 0; --i) {
       U now[V];
-      unroll<V>([&](auto v) INLINE { now[v] = load<U>(word + v / H * next + v % H * W) ^ Of::flip; });
-      unroll<Of::count>([&](auto j) INLINE {
-        unroll<SIZE>([&](auto p) INLINE {
-          U part[V];
+      if constexpr (!Panel) {
+        if constexpr (M == 1) fetch(word + AHEAD_OF_WORDS);
+        unroll<V>([&](auto v) INLINE { now[v] = load<U>(word + v / H * next + v % H * W) ^ Of::flip; });
+        word += TILE;
+      }
+      unroll<Of::parts>([&](auto p) INLINE {
+        U part[V];
+        unroll<V>([&](auto v) INLINE {
+          part[v] = Panel ? load<U>(word + (p * V + v) * W) : Of::template part<p>(now[v]);
+        });
+        unroll<M>([&](auto m) INLINE {
+          const U four = all(four_at(codes + 4 * (p * M + m)));
           unroll<V>([&](auto v) INLINE {
-            part[v] = Of::template plane<j>(now[v]);
-            if constexpr (SIZE == 2) part[v] = signed_bytes<p>(part[v]);
-          });
-          auto add = [&](const uint8_t* with, I& sum, auto v) INLINE {
-            const U four = all(four_at(with));
-            I more = SIZE == 1 ? dot(sum, four, part[v]) : sum + pairs(four, part[v]);
+            I& sum = sums[m][v][p / Of::size % SUMS];
+            I more = with_part<Code>(sum, part[v], four);
             // Here and not later, lest products wait in memory.
             asm("" : "+v"(more));
             sum = more;
-          };
-          constexpr int at = j * SIZE + p;
-          if constexpr (First) unroll<V>([&](auto v) INLINE { add(ones_at + 4 * at, ones[v], v); });
-          unroll<M>([&](auto m) INLINE {
-            unroll<V>([&](auto v) INLINE { add(codes + 4 * (at * M + m), sums[m][v][j % SUMS], v); });
           });
         });
       });
-      ones_at += Of::count * 4 * SIZE;
-      codes += Of::count * 4 * SIZE * M;
+      if constexpr (Panel) word += Of::parts * V * W;
+      codes += Of::parts * 4 * M;
     }
-    unroll<V>([&](auto v) INLINE {
-      if constexpr (First) store(weights + (group * V + v) * W, ones[v]);
-      unroll<M>([&](auto m) INLINE {
+    const int64_t at = group * V * W;
+    unroll<M>([&](auto m) INLINE {
+      unroll<V>([&](auto v) INLINE {
         I sum = sums[m][v][0];
         unroll<SUMS - 1>([&](auto s) INLINE { sum += sums[m][v][s + 1]; });
-        store(kept[m] + v * W, sum);
+        // The sum of (x - x's zero) (w - w's zero); unsigned, so that what overflows on the way comes back.
+        if constexpr (Code::offset) {
+          const uint32_t inputs = x.sums[(token + m) * groups.count + group];
+          sum = (I)((U)sum - load<U>(factors.zero.data() + at + v * W) * inputs);
+        }
+        if (x.asymmetric) {
+          const uint32_t less = x.zero[token + m];
+          sum = (I)((U)sum - load<U>(factors.sums.data() + at + v * W) * less);
+        }
+        float* const total = totals + (m * V + v) * W;
+        const F scale = load<F>(factors.scale.data() + at + v * W);
+        store(total, fma(__builtin_convertvector(sum, F), scale, load<F>(total)));
       });
     });
-    for (int v = 0; v < V; ++v) {
-      const Tile tile(w, index + v / H * apart);
-      U zero = all(static_cast<uint32_t>(Of::zero));
-      if constexpr (Code::offset) zero += (U)__builtin_convertvector(tile.zero(group, v % H), I);
-      uint32_t* const less_zero = weights + (group * V + v) * W;
-      if constexpr (First) store(less_zero, load<U>(less_zero) - zero * static_cast<uint32_t>(here));
-      const F scale = tile.scale(group, v % H);
-      for (int m = 0; m < tokens; ++m) {
-        // The sum of (x - x's zero) (w - w's zero); unsigned, so that what overflows on the way comes back.
-        const uint32_t inputs = x.sums[(token + m) * groups + group], less = x.zero[token + m];
-        const I product = (I)(load<U>(kept[m] + v * W) - zero * inputs - load<U>(less_zero) * less);
-        float* const total = totals[m] + v * W;
-        store(total, fma(__builtin_convertvector(product, F), scale, load<F>(total)));
-      }
-    }
   }
-  for (int m = 0; m < tokens; ++m) {
+}
+
+// Of groups [first, last) of N tiles, each word as the vectors that it becomes: [word][part][V][W].
+template <class Code, int N>
+void fill_bytes(const Packed& w, int64_t index, int64_t apart, int64_t first, int64_t last, uint32_t* panel) {
+  using Of = Planes<Code>;
+  constexpr int V = N * H;
+  const Groups groups(w);
+  const int64_t begin = first * groups.words, end = std::min(last * groups.words, groups.all);
+  const uint32_t* const words = Tile(w, index).codes(0);
+  const int64_t next = Tile(w, index + apart).codes(0) - words;
+  for (int64_t i = begin; i < end; ++i) {
     for (int v = 0; v < V; ++v) {
-      const F sum = load<F>(totals[m] + v * W) * x.scale[token + m];
-      finish(w, index + v / H * apart, v % H, sum, bias, out, type, token + m);
+      const U now = load<U>(words + i * TILE + v / H * next + v % H * W) ^ Of::flip;
+      unroll<Of::parts>([&](auto p) INLINE { store(panel + (p * V + v) * W, Of::template part<p>(now)); });
+    }
+    panel += Of::parts * V * W;
+  }
+}
+
+// Products of all tokens with N tiles; M tokens lie together.
+template <class Code, int M, int N>
+void integer_tiles(const Packed& w, const Codes& x, int64_t tokens, int64_t index, int64_t apart, Factors& factors,
+                   std::vector<uint32_t>& panel, std::vector<float>& totals) {
+  constexpr int V = N * H;
+  const Groups groups(w);
+  find_factors<Code, V>(w, x, index, apart, factors);
+  std::fill(totals.begin(), totals.end(), 0.0f);
+  if (tokens <= 2 * M) {
+    for (int64_t token = 0; token < tokens; token += M) {
+      integer_groups<Code, M, N, false>(w, x, token, index, apart, 0, groups.count, nullptr, factors,
+                                        totals.data() + token * V * W);
+    }
+  } else {
+    const int64_t some = std::max<int64_t>(1, BYTES / groups.columns);
+    panel.resize(std::min(some, groups.count) * groups.words * Planes<Code>::parts * V * W);
+    for (int64_t first = 0; first < groups.count; first += some) {
+      const int64_t last = std::min(first + some, groups.count);
+      fill_bytes<Code, N>(w, index, apart, first, last, panel.data());
+      for (int64_t token = 0; token < tokens; token += M) {
+        integer_groups<Code, M, N, true>(w, x, token, index, apart, first, last, panel.data(), factors,
+                                         totals.data() + token * V * W);
+      }
     }
   }
 }
@@ -162,20 +259,25 @@ void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias,
     using Code = decltype(code);
     if constexpr (std::is_same_v<Code, IntCode<Code::bits>> || std::is_same_v<Code, OffsetCode<Code::bits>>) {
       if constexpr (8 % Code::bits == 0) {
-        const std::unique_ptr<uint32_t[]> weights(new uint32_t[w.format.groups(w.k) * TILE * TILES]);
-        if (x.together == 1) {
-          for (int64_t tile = first; tile < last; ++tile) {
-            integer_tiles<Code, 1, 1, true>(w, x, 0, 1, bias, out, type, tile, 0, weights.get());
-          }
-          return;
-        }
-        for (int64_t tile = first; tile < last; tile += TILES) {
+        const int64_t numbers = w.format.groups(w.k) * TILE * TILES;
+        Factors factors{std::vector<float>(numbers), std::vector<int32_t>(Code::offset ? numbers : 0),
+                        std::vector<int32_t>(x.asymmetric ? numbers : 0)};
+        std::vector<uint32_t> panel;
+        std::vector<float> totals(up(tokens, x.together) * TILE * TILES);
+        const bool one = x.together == 1;
+        const auto run = one                    ? integer_tiles<Code, 1, 1>
+                         : x.together == TOKENS ? integer_tiles<Code, TOKENS, TILES>
+                                                : integer_tiles<Code, TOKENS / 2, TILES>;
+        const int tiles = one ? 1 : TILES;
+        for (int64_t tile = first; tile < last; tile += tiles) {
           // The last may be without another, and is then computed twice.
-          const int64_t apart = tile + 1 < last ? TILES - 1 : 0;
-          for (int64_t token = 0; token < tokens; token += TOKENS) {
-            const int some = static_cast<int>(std::min<int64_t>(TOKENS, tokens - token));
-            auto run = token ? integer_tiles<Code, TOKENS, TILES, false> : integer_tiles<Code, TOKENS, TILES, true>;
-            run(w, x, token, some, bias, out, type, tile, apart, weights.get());
+          const int64_t apart = tile + 1 < last ? tiles - 1 : 0;
+          run(w, x, tokens, tile, apart, factors, panel, totals);
+          for (int64_t m = 0; m < tokens; ++m) {
+            for (int v = 0; v < tiles * H; ++v) {
+              const F sum = load<F>(totals.data() + (m * tiles * H + v) * W) * x.scale[m];
+              finish(w, tile + v / H * apart, v % H, sum, bias, out, type, m);
+            }
           }
         }
       }
@@ -198,7 +300,8 @@ void arrange(const uint8_t* bytes, int64_t k, uint8_t* to) {
 void arrange_bytes(const uint8_t* bytes, int64_t k, uint8_t* to) {
   if (code_size(8) == 1) return arrange<1>(bytes, k, to);
   for (int64_t at = 0; at < k; at += 4) {
-    const uint16_t four[] = {bytes[at], bytes[at + 2], bytes[at + 1], bytes[at + 3]};
+    const auto wide = [&](int i) { return static_cast<int16_t>(static_cast<int8_t>(bytes[at + i])); };
+    const int16_t four[] = {wide(0), wide(2), wide(1), wide(3)};
     std::memcpy(to + 2 * at, four, sizeof four);
   }
 }
@@ -223,8 +326,7 @@ void choose_scale(const float* x, int64_t k, const Activation& how, float& scale
   if (how.asymmetric && finite) zero = std::clamp(low - std::nearbyint(down / scale), low, high);
 }
 
-// The codes of one token, counted from the lowest that 8 bits have, and their sums by groups of the weight. `x` has
-// zeros up to STEP.
+// The codes of one token and their sums by groups of the weight. `x` has zeros up to STEP.
 void round_token(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to) {
   const float low = -static_cast<float>(1 << (how.bits - 1)), high = -low - 1;
   float scale = how.scale;
@@ -242,7 +344,7 @@ void round_token(const float* x, int64_t k, const Activation& how, const Format&
       const F near = nearest(most(least(given, all(1024.0f)), all(-1024.0f)));
       const F code = most(least(near + static_cast<float>(zero), last), first);
       // Of what is no number, the code is 0.
-      I byte = (__builtin_convertvector(code, I) & (I)(given == given)) + 128;
+      I byte = __builtin_convertvector(code, I) & (I)(given == given);
       if (i + W > k) {
         for (int64_t j = k - i; j < W; ++j) byte[j] = 0;
       }
@@ -264,7 +366,7 @@ void round_token(const float* x, int64_t k, const Activation& how, const Format&
     for (int64_t i = 0; i < size; i += 4) std::memcpy(codes + i * to.together, own.get() + i, 4);
   }
   to.scale[token] = scale;
-  to.zero[token] = zero + 128;
+  to.zero[token] = zero;
 }
 
 // 1 for each column that there is.

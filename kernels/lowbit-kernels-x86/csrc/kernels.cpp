@@ -16,6 +16,8 @@ namespace {
 // Tokens that a weight is decoded for at once, and of a block of products by decoded weights.
 constexpr int FEW = W == 4 ? 1 : W / 2;
 constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 2;
+// Numbers of 32 bits that are fetched ahead of those that one token meets.
+constexpr int AHEAD_OF_WORDS = 512;
 // Columns that are decoded at once: a panel stays in the first cache.
 constexpr int PANEL = 256;
 
@@ -58,6 +60,11 @@ struct Tile {
       scale *= w.tensor_scales == 1 ? all(*w.tensor_scale) : load<F>(w.tensor_scale + tile * TILE + h * W);
     }
     return scale;
+  }
+
+  // Those of all groups, `step` numbers from one to the next.
+  void scales(int64_t groups, int h, float* to, int64_t step) const {
+    for (int64_t group = 0; group < groups; ++group) store(to + group * step, scale(group, h));
   }
 
   F zero(int64_t group, int h) const {

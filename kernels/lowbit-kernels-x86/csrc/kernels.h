@@ -58,9 +58,9 @@ struct Activation {
   int32_t zero;
 };
 
-// Rounded tokens, `stride` bytes each: codes counted from -128, of one byte or two, in the order in which a word of the
-// weight holds its own, 0 from k on, so many tokens `together`, four bytes of each in turn; the sums of those that share
-// a scale of the weight; what codes of 0 are counted as; 1 for each column.
+// Rounded tokens, `stride` bytes each: signed codes of one byte or two, in the order in which a word of the weight holds
+// its own, 0 from k on, so many tokens `together`, four bytes of each in turn; the sums of those that share a scale of
+// the weight; zero points, all 0 unless `asymmetric`; 1 for each column.
 struct Codes {
   uint8_t* codes;
   int64_t stride;
@@ -69,6 +69,7 @@ struct Codes {
   int32_t* sums;
   uint8_t* ones;
   int64_t together;
+  bool asymmetric;
 };
 
 // How scales come of what blocks extend to: of largest magnitudes, or of ranges where there are zero points.
@@ -148,7 +149,8 @@ struct Kernels {
   // x (k,), with zeros up to STEP, as token `token` of `to`; and the columns that there are.
   void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to);
   void (*mark)(int64_t k, const Format& weight, uint8_t* ones);
-  // As `few`, of rounded tokens, of which whole `integer_tokens` may be read. Weights are integers of 1, 2, 4 or 8 bits
+  // As `few`, of rounded tokens, of which whole numbers of those `together` may be read: one, or `integer_tokens`, or
+  // half of that. Weights are integers of 1, 2, 4 or 8 bits
   // with scales of multiples of 32 columns, or of all.
   void (*integers)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
                    int64_t first, int64_t last);

@@ -130,13 +130,14 @@ void integer_product(const Packed& w, const char* x, Type type, const void* pre_
   const int64_t stride = apart(up(w.k, STEP) * run.code_size(w.format.element.bits), 1);
   const int64_t groups = w.format.groups(w.k), tiles = up(w.n, TILE) / TILE;
   // Those of a chunk stay in a core's cache while tiles pass.
-  const int64_t chunk = std::min<int64_t>(tokens, 256), together = tokens == 1 ? 1 : run.integer_tokens;
+  const int64_t chunk = std::min<int64_t>(tokens, 256), half = run.integer_tokens / 2;
+  const int64_t together = tokens == 1 ? 1 : tokens <= half ? half : run.integer_tokens;
   const int64_t rows = up(chunk, together);
   const std::unique_ptr<uint8_t[]> codes(new uint8_t[(rows + 1) * stride]());
   const std::unique_ptr<float[]> scale(new float[rows]());
   const std::unique_ptr<int32_t[]> numbers(new int32_t[rows * (groups + 1)]());
   lowbit::Codes to{codes.get(), stride, scale.get(), numbers.get(), numbers.get() + rows, codes.get() + rows * stride,
-                   together};
+                   together, how.asymmetric};
   run.mark(w.k, w.format, to.ones);
   for (int64_t token = 0; token < tokens; token += chunk) {
     const int64_t some = std::min(chunk, tokens - token);
