@@ -228,7 +228,7 @@ def x86_avx2(session: nox.Session) -> None:
 
 
 @nox.session(name="x86-avx512")
-@nox.parametrize("isa", ["avx512", "avx512_vnni"])
+@nox.parametrize("isa", ["avx512", "avx512_vnni", "avx512_bf16", "amx"])
 def x86_avx512(session: nox.Session, isa: str) -> None:
-    """The same with AVX-512, with and without VNNI."""
+    """The same with AVX-512 alone, with VNNI, with products of bfloat16s, and with AMX."""
     on_x86(session, isa)

@@ -43,6 +43,9 @@ SETS = {
     ),
 }
 SETS["avx512_vnni"] = (*SETS["avx512"], "-mavx512vnni")
+# These multiply bfloat16s, and tiles, and have the rest of the last set's kernels.
+DOTS = {"avx512_bf16": (*SETS["avx512_vnni"], "-mavx512bf16")}
+DOTS["amx"] = (*DOTS["avx512_bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 LIBRARY = "lowbit_x86.so"
 
 
@@ -70,8 +73,9 @@ def compile_library(source: Path, target: Path) -> None:
     headers = ("-isystem", str(root / "include"), f"-DTORCH_TARGET_VERSION={TARGET}")
     with tempfile.TemporaryDirectory() as folder:
         jobs = {
-            Path(folder, f"kernels.{isa}.o"): ("kernels.cpp", f"-DLOWBIT_ISA={isa}", *flags)
-            for isa, flags in SETS.items()
+            Path(folder, f"{name}.{isa}.o"): (f"{name}.cpp", f"-DLOWBIT_ISA={isa}", *flags)
+            for name, sets in (("kernels", SETS), ("dots", DOTS))
+            for isa, flags in sets.items()
         }
         jobs |= {Path(folder, f"{name}.o"): (f"{name}.cpp", *headers) for name in ("library", "isa", "format")}
 

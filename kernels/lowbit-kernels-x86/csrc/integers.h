@@ -4,139 +4,8 @@
 // Tokens whose sums are in registers, and tiles that they meet at once: an input is read once for two vectors of rows.
 constexpr int TOKENS = W == 16 ? 8 : W == 8 ? 4 : 2;
 constexpr int TILES = H == 1 ? 2 : 1;
-// Columns of weights that become bytes before many tokens meet them, if groups are no longer: a part of the first cache.
-constexpr int64_t BYTES = 512;
-
-// Bytes that a code of an input takes: two where it meets bytes as 16-bit numbers.
-#if defined(__AVX512VNNI__)
-constexpr int code_size(int) { return 1; }
-#else
-constexpr int code_size(int bits) { return bits == 8 ? 2 : 1; }
-#endif
-
-// How codes of a weight become bytes: `planes` of them in a word, byte t of plane j having code planes * t + j, counted
-// from the lowest, less `zero`. Where those of 8 bits become 16-bit numbers, they are signed as they are.
-template <class Code>
-struct Planes {
-  static constexpr int bits = Code::bits, count = 8 / bits, size = code_size(bits);
-  static constexpr bool as_they_are = Code::offset || size == 2;
-  static constexpr uint32_t each_byte = 0x01010101u;
-  static constexpr uint32_t top = bits == 8 ? 0x80u : bits == 4 ? 0x88u : bits == 2 ? 0xaau : 0xffu;
-  static constexpr uint32_t flip = as_they_are ? 0 : top * each_byte;
-  static constexpr int32_t zero = as_they_are ? 0 : 1 << (bits - 1);
-  // Vectors that a word becomes.
-  static constexpr int parts = count * size;
-
-  template <int J>
-  INLINE static U plane(U word) {
-    if constexpr (bits == 8) return word;
-    return (word >> (bits * J)) & (((1u << bits) - 1) * each_byte);
-  }
-
-  // Vector P of those of a word, flipped before.
-  template <int P>
-  INLINE static U part(U word) {
-    typedef int16_t Signeds __attribute__((vector_size(4 * W)));
-    const U bytes = plane<P / size>(word);
-    if constexpr (size == 1) return bytes;
-    // Even bytes of a word as 16-bit numbers, or odd ones.
-    if constexpr (Code::offset) return P % 2 ? bytes >> 8 & 0x00ff00ffu : bytes & 0x00ff00ffu;
-    return P % 2 ? (U)((Signeds)bytes >> 8) : (U)((Signeds)bytes << 8 >> 8);
-  }
-};
-
-// Sums of two neighbouring products of signed 16-bit numbers.
-inline I pairs(U a, U b) {
-#if defined(__AVX512BW__)
-  return (I)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__)
-  return (I)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#else
-  return (I)_mm_madd_epi16((__m128i)a, (__m128i)b);
-#endif
-}
-
-// sum + the products of four bytes of `w`, which are unsigned, and of `x`, exactly; without VNNI, w has 4 bits or fewer.
-inline I dot(I sum, U w, U x) {
-#if defined(__AVX512VNNI__)
-  return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
-#else
-  // Two products of 15 and 128 or less are no more than 16 bits hold.
-#if defined(__AVX512BW__)
-  return sum + pairs((U)_mm512_maddubs_epi16((__m512i)w, (__m512i)x), all(0x00010001u));
-#elif defined(__AVX2__)
-  return sum + pairs((U)_mm256_maddubs_epi16((__m256i)w, (__m256i)x), all(0x00010001u));
-#else
-  typedef int16_t Signeds __attribute__((vector_size(4 * W)));
-  constexpr uint32_t low = 0x00ff00ffu;
-  const U even = (U)((Signeds)x << 8 >> 8), odd = (U)((Signeds)x >> 8);
-  return sum + pairs(w & low, even) + pairs((w >> 8) & low, odd);
-#endif
-#endif
-}
-
-template <class Code>
-INLINE inline I with_part(I sum, U part, U four) {
-  return Planes<Code>::size == 1 ? dot(sum, part, four) : sum + pairs(part, four);
-}
-
-inline uint32_t four_at(const uint8_t* codes) {
-  uint32_t four;
-  std::memcpy(&four, codes, 4);
-  return four;
-}
-
-// Scales of V / H tiles, `apart` from one another, as float32; what their codes are counted from besides a constant, and
-// the sums of codes less that and the constant: [group][V][W]. The last two may be missing.
-struct Factors {
-  std::vector<float> scale;
-  std::vector<int32_t> zero, sums;
-};
-
-// Groups of a weight: columns, the words of a tile that one has, and of those that there are.
-struct Groups {
-  int64_t columns, words, all, count;
-
-  Groups(const Packed& w)
-      : columns(w.format.columns ? w.format.columns : up(w.k, STEP)),
-        words(columns * w.format.element.bits / 32),
-        all(up(w.k, STEP) / 32 * w.format.element.bits),
-        count(w.format.groups(w.k)) {}
-
-  int64_t words_of(int64_t group) const { return std::min(words, all - group * words); }
-};
-
-template <class Code, int V>
-void find_factors(const Packed& w, const Codes& x, int64_t index, int64_t apart, Factors& to) {
-  using Of = Planes<Code>;
-  const Groups groups(w);
-  for (int v = 0; v < V; ++v) {
-    const Tile tile(w, index + v / H * apart);
-    tile.scales(groups.count, v % H, to.scale.data() + v * W, V * W);
-    if constexpr (Code::offset) {
-      for (int64_t group = 0; group < groups.count; ++group) {
-        store(to.zero.data() + (group * V + v) * W, __builtin_convertvector(tile.zero(group, v % H), I));
-      }
-    }
-    if (!x.asymmetric) continue;
-    const uint32_t* word = tile.codes(0) + v % H * W;
-    const uint8_t* ones = x.ones;
-    for (int64_t group = 0; group < groups.count; ++group) {
-      I sum{};
-      for (int64_t i = 0; i < groups.words_of(group); ++i, word += TILE) {
-        const U now = load<U>(word) ^ Of::flip;
-        unroll<Of::parts>([&](auto p) INLINE {
-          sum = with_part<Code>(sum, Of::template part<p>(now), all(four_at(ones)));
-          ones += 4;
-        });
-      }
-      const int64_t here = std::min(groups.columns, w.k - group * groups.columns);
-      I zero = I{} + Of::zero;
-      if constexpr (Code::offset) zero = load<I>(to.zero.data() + (group * V + v) * W);
-      store(to.sums.data() + (group * V + v) * W, (U)sum - (U)zero * static_cast<uint32_t>(here));
-    }
-  }
-}
+// Numbers of 32 bits that are fetched ahead of those that one token meets.
+constexpr int AHEAD_OF_WORDS = 512;
 
 // Adds to `totals`, [M][V][W], products of M tokens, which lie together from the one numbered `token` on, with N tiles:
 // groups [first, last). Their codes are in the weight, or where there is a `panel` there, as bytes.
@@ -208,24 +77,6 @@ void integer_groups(const Packed& w, const Codes& x, int64_t token, int64_t inde
   }
 }
 
-// Of groups [first, last) of N tiles, each word as the vectors that it becomes: [word][part][V][W].
-template <class Code, int N>
-void fill_bytes(const Packed& w, int64_t index, int64_t apart, int64_t first, int64_t last, uint32_t* panel) {
-  using Of = Planes<Code>;
-  constexpr int V = N * H;
-  const Groups groups(w);
-  const int64_t begin = first * groups.words, end = std::min(last * groups.words, groups.all);
-  const uint32_t* const words = Tile(w, index).codes(0);
-  const int64_t next = Tile(w, index + apart).codes(0) - words;
-  for (int64_t i = begin; i < end; ++i) {
-    for (int v = 0; v < V; ++v) {
-      const U now = load<U>(words + i * TILE + v / H * next + v % H * W) ^ Of::flip;
-      unroll<Of::parts>([&](auto p) INLINE { store(panel + (p * V + v) * W, Of::template part<p>(now)); });
-    }
-    panel += Of::parts * V * W;
-  }
-}
-
 // Products of all tokens with N tiles; M tokens lie together.
 template <class Code, int M, int N>
 void integer_tiles(const Packed& w, const Codes& x, int64_t tokens, int64_t index, int64_t apart, Factors& factors,
@@ -244,7 +95,7 @@ void integer_tiles(const Packed& w, const Codes& x, int64_t tokens, int64_t inde
     panel.resize(std::min(some, groups.count) * groups.words * Planes<Code>::parts * V * W);
     for (int64_t first = 0; first < groups.count; first += some) {
       const int64_t last = std::min(first + some, groups.count);
-      fill_bytes<Code, N>(w, index, apart, first, last, panel.data());
+      fill_bytes<Code, N>(w, index, apart, first * groups.words, std::min(last * groups.words, groups.all), panel.data());
       for (int64_t token = 0; token < tokens; token += M) {
         integer_groups<Code, M, N, true>(w, x, token, index, apart, first, last, panel.data(), factors,
                                          totals.data() + token * V * W);
@@ -285,13 +136,25 @@ void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias,
   });
 }
 
-// Bytes of columns, k of them and zeros up to whole words of the weight, in the order in which planes of its words meet
-// them: of a word's 4 * Planes columns, every Planes-th.
+// Bytes of columns, k of them and zeros up to a STEP, in the order in which planes of words of the weight meet them: of a
+// word's 4 * Planes columns, every Planes-th.
 template <int Planes>
 void arrange(const uint8_t* bytes, int64_t k, uint8_t* to) {
-  for (int64_t at = 0; at < k; at += 4 * Planes) {
-    for (int j = 0; j < Planes; ++j) {
-      for (int t = 0; t < 4; ++t) to[at + 4 * j + t] = bytes[at + Planes * t + j];
+  typedef uint8_t Sixteen __attribute__((vector_size(16)));
+  if constexpr (Planes == 8) {
+    for (int64_t at = 0; at < k; at += 32) {
+      for (int i = 0; i < 32; ++i) to[at + i] = bytes[at + 8 * (i % 4) + i / 4];
+    }
+    return;
+  }
+  for (int64_t at = 0; at < k; at += 16) {
+    const auto some = load<Sixteen>(bytes + at);
+    if constexpr (Planes == 4) {
+      store(to + at, __builtin_shufflevector(some, some, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    } else if constexpr (Planes == 2) {
+      store(to + at, __builtin_shufflevector(some, some, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+    } else {
+      store(to + at, some);
     }
   }
 }
@@ -358,7 +221,12 @@ void round_token(const float* x, int64_t k, const Activation& how, const Format&
   // Where other tokens stand between its words of four, its own are put apart.
   const int64_t size = up(k, STEP) * code_size(weight.element.bits), at = token % to.together;
   uint8_t* const codes = to.codes + (token - at) * to.stride + 4 * at;
-  if (to.together == 1) {
+  if (to.tile > 0) {
+    const std::unique_ptr<uint8_t[]> own(new uint8_t[size]());
+    arrange(weight, bytes.get(), k, own.get());
+    uint8_t* const tiles = to.codes + token / TILE * TILE * size + token % TILE * to.tile;
+    for (int64_t i = 0; i < size; i += to.tile) std::memcpy(tiles + i * TILE, own.get() + i, to.tile);
+  } else if (to.together == 1) {
     arrange(weight, bytes.get(), k, codes);
   } else {
     const std::unique_ptr<uint8_t[]> own(new uint8_t[size]());

@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -17,6 +21,12 @@ extern const Kernels kernels;
 namespace avx512_vnni {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+Kernels with_dots(Kernels kernels);
+}
+namespace amx {
+Kernels with_dots(Kernels kernels);
+}
 namespace {
 
 struct Set {
@@ -24,13 +34,28 @@ struct Set {
   bool here;
 };
 
+// Whether there are tiles of bytes and bfloat16s, and the operating system keeps them for this process, which must ask.
+bool has_tiles() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;
+  constexpr long ask = 0x1023, tile_data = 18;
+  return (d & needed) == needed && syscall(SYS_arch_prctl, ask, tile_data) == 0;
+}
+
 const Kernels& choose() {
   // These ask the operating system too, whether it keeps the registers.
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  const Set sets[] = {{&avx512_vnni::kernels, has_avx512 && __builtin_cpu_supports("avx512vnni")},
+  const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
+  static const Kernels with_bf16 = avx512_bf16::with_dots(avx512_vnni::kernels);
+  static const Kernels with_tiles = amx::with_dots(avx512_vnni::kernels);
+  const Set sets[] = {{&with_tiles, has_bf16 && has_tiles()},
+                      {&with_bf16, has_bf16},
+                      {&avx512_vnni::kernels, has_vnni},
                       {&avx512::kernels, has_avx512}, {&avx2::kernels, has_avx2}, {&scalar::kernels, true}};
   const char* named = std::getenv("LOWBIT_X86_ISA");
   std::string known;

@@ -16,88 +16,10 @@ namespace {
 // Tokens that a weight is decoded for at once, and of a block of products by decoded weights.
 constexpr int FEW = W == 4 ? 1 : W / 2;
 constexpr int ROWS = W == 16 ? 12 : W == 8 ? 6 : 2;
-// Numbers of 32 bits that are fetched ahead of those that one token meets.
-constexpr int AHEAD_OF_WORDS = 512;
 // Columns that are decoded at once: a panel stays in the first cache.
 constexpr int PANEL = 256;
 
-// Calls body(Code{}) with the way to read codes of `format`.
-template <class Body>
-void with_code(const Format& format, const Body& body) {
-  const Element& e = format.element;
-  if (e.is_float) {
-    switch (e.exponent) {
-      case 5: return body(FloatCode<5, 2, 15>{});
-      case 4: return body(FloatCode<4, 3, 7>{});
-      case 3: return body(FloatCode<3, 2, 3>{});
-      default: return e.mantissa == 3 ? body(FloatCode<2, 3, 1>{}) : body(FloatCode<2, 1, 1>{});
-    }
-  }
-  unroll<8>([&](auto less) {
-    constexpr int bits = less + 1;
-    if (e.bits != bits) return;
-    if (e.is_signed && !format.zero) return body(IntCode<bits>{});
-    body(OffsetCode<bits>{});
-  });
-}
-
-// The vectors of one tile's row of words, scales or zero points.
-struct Tile {
-  const Packed& w;
-  int64_t groups, tile;
-
-  Tile(const Packed& w, int64_t tile)
-      : w(w), groups(w.format.groups(w.k)), tile(tile) {}
-
-  const uint32_t* codes(int64_t step) const {
-    const int64_t words = up(w.k, STEP) / 32 * w.format.element.bits;
-    return w.codes + (tile * words + step * w.format.element.bits) * TILE;
-  }
-
-  [[gnu::noinline]] F scale(int64_t group, int h) const {
-    F scale = load_scale(w.scale, w.format.scale, (tile * groups + group) * TILE + h * W);
-    if (w.tensor_scale != nullptr) {
-      scale *= w.tensor_scales == 1 ? all(*w.tensor_scale) : load<F>(w.tensor_scale + tile * TILE + h * W);
-    }
-    return scale;
-  }
-
-  // Those of all groups, `step` numbers from one to the next.
-  void scales(int64_t groups, int h, float* to, int64_t step) const {
-    for (int64_t group = 0; group < groups; ++group) store(to + group * step, scale(group, h));
-  }
-
-  F zero(int64_t group, int h) const {
-    if (w.zero == nullptr) return F{};
-    return load_zero(w.zero, w.format, (tile * groups + group) * TILE + h * W);
-  }
-};
-
-// Values of code P of the words of a step, or from a word that is the first of a run.
-template <class Code, int P>
-F code_at(const uint32_t* words, int h) {
-  return value_of<Code, P>([&](int i) { return load<U>(words + i * TILE + h * W); });
-}
-
-// Lanes of rows that exist, of a tile's product, with the bias, rounded.
-[[gnu::noinline]] void finish(const Packed& w, int64_t tile, int h, F sum, const void* bias, void* out, Type type,
-                              int64_t token) {
-  const int64_t row = tile * TILE + h * W;
-  if (row >= w.n) return;
-  const int64_t at = token * w.n + row;
-  if (row + W <= w.n) {
-    if (bias != nullptr) sum += load_as(bias, type, row);
-    return store_as(out, type, at, sum);
-  }
-  const size_t bytes = (w.n - row) * size_of(type);
-  char lanes[4 * W] = {};
-  if (bias != nullptr) {
-    std::memcpy(lanes, static_cast<const char*>(bias) + row * size_of(type), bytes);
-    sum += load_as(lanes, type, 0);
-  }
-  store_as(lanes, type, 0, sum);
-  std::memcpy(static_cast<char*>(out) + at * size_of(type), lanes, bytes);
-}
+#include "tiles.h"
 
 // Calls body(first column, constant that is the first code, words it counts from) for each run of a step.
 template <int Bits, class Body>
@@ -397,6 +319,7 @@ inline float zero_at(const void* zero, const Format& format, int64_t at) {
 
 #include "rows.h"
 #include "casts.h"
+#include "bytes.h"
 #include "integers.h"
 
 #define LOWBIT_TEXT(name) LOWBIT_QUOTED(name)

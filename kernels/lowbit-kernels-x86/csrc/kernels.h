@@ -59,8 +59,9 @@ struct Activation {
 };
 
 // Rounded tokens, `stride` bytes each: signed codes of one byte or two, in the order in which a word of the weight holds
-// its own, 0 from k on, so many tokens `together`, four bytes of each in turn; the sums of those that share a scale of
-// the weight; zero points, all 0 unless `asymmetric`; 1 for each column.
+// its own, 0 from k on, so many tokens `together`, four bytes of each in turn, or in tiles: 16 tokens, `tile` bytes of
+// each in turn; the sums of those that share a scale of the weight; zero points, all 0 unless `asymmetric`; 1 for each
+// column.
 struct Codes {
   uint8_t* codes;
   int64_t stride;
@@ -70,6 +71,17 @@ struct Codes {
   uint8_t* ones;
   int64_t together;
   bool asymmetric;
+  // Or 0.
+  int64_t tile;
+};
+
+// Tokens of bfloat16s as pairs of 32 bits, `stride` from one to the next, in the order in which words of the weight have
+// theirs, or in tiles: 16 tokens, a STEP of each in turn; and the sums of those of a group, where codes have zero points.
+struct Paired {
+  const uint32_t* pairs;
+  const float* sums;
+  int64_t stride;
+  bool tiled;
 };
 
 // How scales come of what blocks extend to: of largest magnitudes, or of ranges where there are zero points.
@@ -166,6 +178,20 @@ struct Kernels {
   // The codes of such a row, by `noise`, which is as long, where it is not null.
   void (*encode)(const float* x, int64_t k, const Format& format, const void* scale, const void* zero, int64_t at,
                  float tensor_scale, const float* noise, const Scratch& scratch, uint8_t* codes);
+  // Where pairs of bfloat16s are multiplied, else null. Whether so many tokens and a weight of a format are.
+  bool (*takes_pairs)(const Format& format, int64_t tokens) = nullptr;
+  // x (k,) as pairs, `step` from one STEP to the next, and sums of groups; false where products would lose a number that
+  // is too small.
+  bool (*pair)(const float* x, int64_t k, const Format& weight, int64_t step, uint32_t* pairs, float* sums) = nullptr;
+  // As `many`.
+  void (*by_pairs)(const Packed& w, const Paired& x, int64_t tokens, const void* bias, void* out, Type type,
+                   int64_t first, int64_t last) = nullptr;
+  // Numbers of tokens from which on tiles of pairs are multiplied, and of bytes, whole tiles of which are read; bytes of
+  // a row of those, for a weight of k columns.
+  int64_t tiled_pairs = INT64_MAX, tiled_bytes = INT64_MAX;
+  int64_t (*tile_bytes)(const Format& weight, int64_t k) = nullptr;
+  void (*integers_by_tiles)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
+                            int64_t first, int64_t last) = nullptr;
 };
 
 }  // namespace lowbit

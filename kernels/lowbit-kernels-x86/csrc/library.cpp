@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <memory>
@@ -94,67 +95,119 @@ struct Experts {
 // all tokens into one set of the cache.
 int64_t apart(int64_t k, int64_t size) { return up(k * size, 128) / size + 64 / size; }
 
-void product(const Packed& w, const char* x, Type type, const void* pre_scale, int64_t tokens, const void* bias,
-             char* out) {
+// Inputs of a product: values of a token as float32.
+struct Row {
+  const Packed& w;
+  const char* x;
+  Type type;
+  const void* pre_scale;
+
+  void operator()(int64_t token, float* to) const {
+    lowbit::kernels().widen(x + token * w.k * size_of(type), type, pre_scale, w.k, to);
+  }
+};
+
+// Calls body(begin, end) for parts of `count`; of one by itself.
+template <class Body>
+void shared(int64_t count, const Body& body) {
+  if (count == 1) {
+    body(0, 1);
+  } else {
+    torch::stable::parallel_for(0, count, 1, body);
+  }
+}
+
+// By pairs of bfloat16s; false if some input is not for that.
+bool paired_product(const Packed& w, const Row& row, int64_t tokens, const void* bias, char* out) {
   const lowbit::Kernels& run = lowbit::kernels();
+  const int64_t stride = apart(up(w.k, STEP) / 2, sizeof(uint32_t)), groups = w.format.groups(w.k);
+  // Those of a chunk stay in a core's cache while tiles pass.
+  const int64_t fit = std::clamp<int64_t>((1 << 19) / up(w.k, STEP) / TILE * TILE, 64, 256);
+  const int64_t chunk = std::min(tokens, fit), rows = up(chunk, TILE);
+  // In tiles, lines of the cache that follow one another are read.
+  const bool tiled = tokens >= run.tiled_pairs;
+  const int64_t each = STEP / 2, step = tiled ? each * TILE : each;
+  const std::unique_ptr<uint32_t[]> pairs(new uint32_t[rows * stride]());
+  const std::unique_ptr<float[]> sums(new float[rows * groups]());
+  for (int64_t token = 0; token < tokens; token += chunk) {
+    const int64_t some = std::min(chunk, tokens - token);
+    std::atomic<bool> fits{true};
+    shared(some, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> values(new float[up(w.k, STEP)]());
+      for (int64_t at = begin; at < end; ++at) {
+        row(token + at, values.get());
+        const int64_t from = tiled ? at / TILE * TILE * up(w.k, STEP) / 2 + at % TILE * each : at * stride;
+        if (!run.pair(values.get(), w.k, w.format, step, pairs.get() + from, sums.get() + at * groups)) fits = false;
+      }
+    });
+    if (!fits) return false;
+    torch::stable::parallel_for(0, up(w.n, TILE) / TILE, 1, [&](int64_t begin, int64_t end) {
+      run.by_pairs(w, {pairs.get(), sums.get(), stride, tiled}, some, bias, out + token * w.n * size_of(row.type), row.type,
+                   begin, end);
+    });
+  }
+  return true;
+}
+
+void product(const Packed& w, const Row& row, int64_t tokens, const void* bias, char* out) {
+  const lowbit::Kernels& run = lowbit::kernels();
+  if (row.type == Type::bfloat16 && run.takes_pairs != nullptr && run.takes_pairs(w.format, tokens) &&
+      paired_product(w, row, tokens, bias, out)) {
+    return;
+  }
   const int64_t stride = apart(w.k, sizeof(float)), tiles = up(w.n, TILE) / TILE;
   const int64_t chunk = tokens <= run.few_tokens ? tokens : std::min(tokens, lowbit::MOST_TOKENS);
   const std::unique_ptr<float[]> values(new float[std::max<int64_t>(chunk, run.few_tokens) * stride]());
   for (int64_t token = 0; token < tokens; token += chunk) {
     const int64_t some = std::min(chunk, tokens - token);
     auto widen = [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        run.widen(x + (token + row) * w.k * size_of(type), type, pre_scale, w.k, values.get() + row * stride);
-      }
+      for (int64_t at = begin; at < end; ++at) row(token + at, values.get() + at * stride);
     };
     if (some <= run.few_tokens) {
       widen(0, some);
     } else {
       torch::stable::parallel_for(0, some, 1, widen);
     }
-    char* const to = out + token * w.n * size_of(type);
+    char* const to = out + token * w.n * size_of(row.type);
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       if (some <= run.few_tokens) {
-        run.few(w, values.get(), stride, static_cast<int>(some), bias, to, type, begin, end);
+        run.few(w, values.get(), stride, static_cast<int>(some), bias, to, row.type, begin, end);
       } else {
-        run.many(w, values.get(), stride, some, bias, to, type, begin, end);
+        run.many(w, values.get(), stride, some, bias, to, row.type, begin, end);
       }
     });
   }
 }
 
 // The same of inputs that are rounded to integers.
-void integer_product(const Packed& w, const char* x, Type type, const void* pre_scale, const lowbit::Activation& how,
-                     int64_t tokens, const void* bias, char* out) {
+void integer_product(const Packed& w, const Row& row, const lowbit::Activation& how, int64_t tokens, const void* bias,
+                     char* out) {
   const lowbit::Kernels& run = lowbit::kernels();
   const int64_t stride = apart(up(w.k, STEP) * run.code_size(w.format.element.bits), 1);
   const int64_t groups = w.format.groups(w.k), tiles = up(w.n, TILE) / TILE;
   // Those of a chunk stay in a core's cache while tiles pass.
   const int64_t chunk = std::min<int64_t>(tokens, 256), half = run.integer_tokens / 2;
-  const int64_t together = tokens == 1 ? 1 : tokens <= half ? half : run.integer_tokens;
-  const int64_t rows = up(chunk, together);
+  const bool tiled = tokens >= run.tiled_bytes;
+  const int64_t together = tokens == 1 || tiled ? 1 : tokens <= half ? half : run.integer_tokens;
+  const int64_t rows = up(chunk, tiled ? TILE : together);
   const std::unique_ptr<uint8_t[]> codes(new uint8_t[(rows + 1) * stride]());
   const std::unique_ptr<float[]> scale(new float[rows]());
   const std::unique_ptr<int32_t[]> numbers(new int32_t[rows * (groups + 1)]());
   lowbit::Codes to{codes.get(), stride, scale.get(), numbers.get(), numbers.get() + rows, codes.get() + rows * stride,
-                   together, how.asymmetric};
+                   together, how.asymmetric, tiled ? run.tile_bytes(w.format, w.k) : 0};
   run.mark(w.k, w.format, to.ones);
+  const auto multiply = tiled ? run.integers_by_tiles : run.integers;
   for (int64_t token = 0; token < tokens; token += chunk) {
     const int64_t some = std::min(chunk, tokens - token);
-    auto round = [&](int64_t begin, int64_t end) {
+    shared(some, [&](int64_t begin, int64_t end) {
       const std::unique_ptr<float[]> values(new float[up(w.k, STEP)]());
-      for (int64_t row = begin; row < end; ++row) {
-        run.widen(x + (token + row) * w.k * size_of(type), type, pre_scale, w.k, values.get());
-        run.round(values.get(), w.k, how, w.format, row, to);
+      for (int64_t at = begin; at < end; ++at) {
+        row(token + at, values.get());
+        run.round(values.get(), w.k, how, w.format, at, to);
       }
-    };
-    if (some == 1) {
-      round(0, 1);
-    } else {
-      torch::stable::parallel_for(0, some, 1, round);
-    }
+    });
     torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      run.integers(w, to, some, bias, out + token * w.n * size_of(type), type, begin, end);
+      multiply(w, to, some, bias, out + token * w.n * size_of(row.type), row.type, begin, end);
     });
   }
 }
@@ -262,13 +315,14 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
   int64_t begin = 0;
   for (size_t expert = 0; expert < ends.size(); ++expert) {
     if (begin < ends[expert]) {
-      const char* x_of = from + begin * k * size_of(type);
+      const Packed w = of.at(expert);
+      const Row row{w, from + begin * k * size_of(type), type, pointer(pre_scale)};
       char* out_of = to + begin * n * size_of(type);
       const int64_t rows = ends[expert] - begin;
       if (activation.empty()) {
-        product(of.at(expert), x_of, type, pointer(pre_scale), rows, pointer(bias), out_of);
+        product(w, row, rows, pointer(bias), out_of);
       } else {
-        integer_product(of.at(expert), x_of, type, pointer(pre_scale), how, rows, pointer(bias), out_of);
+        integer_product(w, row, how, rows, pointer(bias), out_of);
       }
     }
     begin = ends[expert];

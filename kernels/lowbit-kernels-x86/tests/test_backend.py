@@ -26,6 +26,8 @@ SETS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
 }
 SETS["avx512_vnni"] = SETS["avx512"] | {"avx512_vnni"}
+SETS["avx512_bf16"] = SETS["avx512_vnni"] | {"avx512_bf16"}
+SETS["amx"] = SETS["avx512_bf16"] | {"amx_tile", "amx_int8", "amx_bf16"}
 HERE = [name for name, needed in SETS.items() if needed <= set(FLAGS)]
 pytestmark = pytest.mark.skipif(not library.FILE.exists(), reason="there is no library for this processor or system")
 
@@ -39,8 +41,9 @@ CHECK = """
     print(library.isa())
     # Slow without wide registers, whose integers EXACT has.
     rounded = [] if library.isa() == "scalar" else [Activation.parse("dynamic:INT8_ROW_ASYM")]
-    # Sets differ in how they multiply, not in how they read inputs.
-    dtypes = (torch.float32, torch.bfloat16, torch.float16) if "best" in sys.argv else (torch.float32,)
+    # Sets differ in how they multiply, not in how they read inputs; some multiply bfloat16s as they are.
+    dtypes = (torch.bfloat16,) if library.isa() in {"avx512_bf16", "amx"} else (torch.float32,)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16) if "best" in sys.argv else dtypes
     report = check_backend(backend, activations=rounded, dtypes=dtypes)
     assert all(row.runs > row.calls > 0 for row in report.rows), report
 """
@@ -63,7 +66,7 @@ def test_the_best_set_runs_and_others_are_refused():
     assert backend.probe() is None
     assert library.isa() == os.environ.get("LOWBIT_X86_ISA", HERE[-1])
     done = in_process("from lowbit_kernels_x86.backend import backend\nprint(backend.probe())", "avx9")
-    assert done.stdout.strip() == "LOWBIT_X86_ISA is avx9; it must be one of avx512_vnni, avx512, avx2, scalar"
+    assert done.stdout.strip() == f"LOWBIT_X86_ISA is avx9; it must be one of {', '.join(reversed(SETS))}"
 
 
 def packed(spec, shape, dtype=torch.float32):
@@ -71,17 +74,55 @@ def packed(spec, shape, dtype=torch.float32):
     return q, weights.pack(q), Description(q.storage_layout, tuple(q.inner_tensors()), tuple(q.shape))
 
 
-@pytest.mark.parametrize("spec", ["INT4_G128", "UINT4_G128", "int3:1x64:float32:zero=int3", "MXFP6_E2M3", "NVFP4"])
-@pytest.mark.parametrize("tokens", [2, 4, 7, 96, 97, 203])
-def test_products_of_many_tokens_and_long_rows(spec, tokens):
+MANY = ("INT4_G128", "UINT4_G128", "int3:1x64:float32:zero=int3", "MXFP6_E2M3", "NVFP4", "MXFP8", "FP8_ROW")
+MANY += ("e5m2:1x96:float32", "int2:1x32:bfloat16", "int1:1x16:e8m0", "uint1:1x48:float32:zero=uint1", "INT8_ROW_ASYM")
+MANY += ("uint8:1x64:float32:zero=uint8", "int4:1x16:e4m3fn", "int4:1x48:float16", "int5:1x*:float32")
+
+
+@pytest.mark.parametrize("spec", MANY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_many_tokens_and_long_rows(spec, dtype):
     """Beyond one chunk of tokens, one panel of columns, and not by whole tiles or panels."""
     q, parts, description = packed(spec, (77, 1152))
-    x, bias = sample((tokens, 1152), seed=1), sample((77,), seed=2)
-    found = weights.run(x, parts, description, bias)
-    left, right = x.double(), q.dequantize(torch.float32).double()
-    size = left.abs() @ right.abs().T + bias.double().abs()
-    # Scales on sums or on values, and sums in any order.
-    assert ((found - (left @ right.T + bias)).abs() <= (1152 + 8) * 2.0**-24 * size).all()
+    right = q.dequantize(torch.float32).double()
+    for tokens in (1, 2, 4, 7, 13, 33, 96, 97, 300):
+        x, bias = sample((tokens, 1152), seed=1, dtype=dtype), sample((77,), seed=2, dtype=dtype)
+        found, left = weights.run(x, parts, description, bias), x.double()
+        wanted, size = left @ right.T + bias.double(), left.abs() @ right.abs().T + bias.double().abs()
+        # Scales on sums or on values, and sums in any order; of codes before their zero points are taken away.
+        lost = (1152 + 8) * 2.0**-24 * size
+        if q.format.zero is not None:
+            lost = lost + 1152 * 2.0**-24 * left.abs() @ (right.abs() + 256 * q.scale.float().max().double()).T
+        rounded = torch.finfo(dtype).eps / 2 * (wanted.abs() + lost)
+        assert ((found.double() - wanted).abs() <= lost + rounded).all(), tokens
+
+
+@pytest.mark.skipif("avx512_bf16" not in HERE[:-1], reason="needs a processor with AMX, whose second best set this is")
+def test_pairs_of_bfloat16s_are_multiplied_without_tiles_too():
+    line = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "many_tokens",
+    ]
+    environment = {**os.environ, "LOWBIT_X86_ISA": "avx512_bf16"}
+    done = subprocess.run(line, check=False, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_numbers_too_small_for_pairs_are_kept():
+    """A multiplication of pairs would take subnormal numbers for 0."""
+    _, parts, description = packed("FP8_ROW", (16, 64), torch.bfloat16)
+    for tokens in (1, 20):
+        x = torch.full((tokens, 64), 2.0**-130, dtype=torch.bfloat16)
+        assert weights.run(x, parts, description, None).count_nonzero() > 0
 
 
 EXACT = """
@@ -89,20 +130,21 @@ EXACT = """
     from lowbit_kernels_x86 import library
     from lowbit_kernels_x86.weights import pack
 
-    x = torch.randint(-128, 128, (11, 200), generator=torch.Generator().manual_seed(0)).float()
+    x = torch.randint(-128, 128, (45, 256), generator=torch.Generator().manual_seed(0)).float()
     x[0], x[1], x[2] = 127, -128, 1000
     codes = x.clamp(-135, 120).long()
     act = "static:int8:*x*:float32:zero=int8", torch.ones(1), torch.tensor([7], dtype=torch.int8)
     for spec in ("int8:1x*:float32", "int8:1x*:float32:zero=int8", "int4:1x*:float32", "uint4:1x*:float32:zero=uint4",
-                 "int2:1x*:float32", "uint1:1x*:float32:zero=uint1"):
-        q = lowbit.quantize(torch.randn(37, 200, generator=torch.Generator().manual_seed(1)), spec)
-        q.scale.fill_(1)
-        wanted = codes @ q.dequantize(torch.float32).long().T
-        packed, scale, *zero = pack(q)
-        for tokens in (1, 11):
-            rest = *(zero or [None]), *[None] * 4, spec, 37, *act
-            found = torch.ops.lowbit_x86.linear(x[:tokens], packed, scale, *rest)
-            assert torch.equal(found.long(), wanted[:tokens]), (spec, tokens)
+                 "int2:1x*:float32", "uint1:1x*:float32:zero=uint1", "int4:1x64:float32", "uint8:1x32:float32:zero=uint8"):
+        for k in (256,) if ":1x*:" not in spec else (200, 256):
+            q = lowbit.quantize(torch.randn(37, k, generator=torch.Generator().manual_seed(1)), spec)
+            q.scale.fill_(1)
+            wanted = codes[:, :k] @ q.dequantize(torch.float32).long().T
+            packed, scale, *zero = pack(q)
+            for tokens in (1, 3, 11, 45):
+                rest = *(zero or [None]), *[None] * 4, spec, 37, *act
+                found = torch.ops.lowbit_x86.linear(x[:tokens, :k].contiguous(), packed, scale, *rest)
+                assert torch.equal(found.long(), wanted[:tokens]), (spec, k, tokens)
 """
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     not library.FILE.exists() or shutil.which("objdump") is None, reason="there is no library, or nothing to read it by"
 )
 # Of symbols without a version: C functions of torch's stable interface, and what every library in C++ asks for.
-STABLE = re.compile(r"(aoti_torch|torch)_\w+|_ITM_\w+|__gmon_start__|_ZN[KOR]*St\w+")
+STABLE = re.compile(r"(aoti_torch|torch)_\w+|_ITM_\w+|__gmon_start__|_Z(N[KOR]*)?St\w+")
 
 
 def undefined():

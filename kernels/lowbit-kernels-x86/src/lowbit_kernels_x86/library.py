@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("lowbit_x86.so")
 
 
 def isa() -> str:
-    """The instruction set whose kernels run here: scalar, avx2, avx512 or avx512_vnni.
+    """The instruction set whose kernels run here: scalar, avx2, avx512, avx512_vnni, avx512_bf16 or amx.
 
     Raises:
         RuntimeError: LOWBIT_X86_ISA names none, or one that this machine lacks.

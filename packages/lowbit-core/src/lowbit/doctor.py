@@ -24,7 +24,7 @@ _DISTRIBUTIONS = {
     "lowbit-hf": "Hugging Face checkpoints: lowbit quantize, eval, diff, ...",
     "lowbit-kernels-cuda": "fast kernels for NVIDIA GPUs",
 }
-_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
 _SHAPE = (4096, 4096)
 _OPS = ("quantize", "dequantize", "linear", "embedding", "embedding_bag")
 
