@@ -252,12 +252,40 @@ INLINE inline U codes_at(const uint8_t* row, int64_t at) {
   return top;
 }
 
+#if defined(__AVX512F__)
+// The same of at most 4 bits, at the bottom of each lane, with others above.
+template <int Bits>
+INLINE inline U low_codes_at(const uint8_t* row, int64_t at) {
+  const uint8_t* const from = row + at * Bits / 8;
+  if constexpr (Bits == 4) {
+    // A byte in each lane of two, then its upper half in the other.
+    const __m512i wide = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    return (U)_mm512_or_si512(wide, _mm512_slli_epi64(wide, 28));
+  } else {
+    // The bits of 8 codes fit a lane.
+    uint32_t first = 0, second = 0;
+    std::memcpy(&first, from, Bits);
+    std::memcpy(&second, from + Bits, Bits);
+    U shift;
+    for (int i = 0; i < W; ++i) shift[i] = i % 8 * Bits;
+    return (U)_mm512_mask_set1_epi32((__m512i)all(first), 0xff00, second) >> shift;
+  }
+}
+#endif
+
 // Values, not scaled yet, of W codes of a row from `at` on, which begins a byte; `flip`: of codes that count from the
 // lowest, but are stored as they are.
 template <class Code>
 INLINE inline F values_at(const uint8_t* row, int64_t at, uint32_t flip) {
   constexpr int Bits = Code::bits;
   if constexpr (std::is_same_v<Code, IntCode<8>>) return __builtin_convertvector(signed_bytes(row + at), F);
+#if defined(__AVX512F__)
+  if constexpr (Bits <= 4) {
+    U low = low_codes_at<Bits>(row, at);
+    if constexpr (Code::offset) low ^= flip >> (32 - Bits);
+    return looked_up<Code>(low);
+  }
+#endif
   U top = codes_at<Bits>(row, at);
   if constexpr (Code::offset) top ^= flip;
   return Code::value(top);

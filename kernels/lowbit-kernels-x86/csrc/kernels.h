@@ -96,7 +96,7 @@ struct Rounding {
 // What `encode` writes to on its way: numbers of a row's blocks, in whole STEPs, and k + 8 bytes. And what is read
 // next, in numbers of `size` bytes: as many as the row has.
 struct Scratch {
-  float *low, *high;
+  float *low, *high, *inverse;
   uint8_t* codes;
   const char* next;
   int64_t size;

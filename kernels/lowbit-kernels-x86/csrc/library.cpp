@@ -463,9 +463,9 @@ void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const st
     }
   }
   torch::stable::parallel_for(0, table.rows, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> values, low(room), high(room), noise(seed ? padded : 0);
+    std::vector<float> values, low(room), high(room), inverse(room), noise(seed ? padded : 0);
     std::vector<uint8_t> bytes(k + 8);
-    lowbit::Scratch scratch{low.data(), high.data(), bytes.data(), from, size_of(type)};
+    lowbit::Scratch scratch{low.data(), high.data(), inverse.data(), bytes.data(), from, size_of(type)};
     for (int64_t row = begin; row < end; ++row) {
       widened(row, values);
       scratch.next = from + std::min(row + 1, end - 1) * k * size_of(type);

@@ -50,7 +50,7 @@ CHECK = """
 
 
 def in_process(code, isa, *arguments):
-    environment = {**os.environ, "LOWBIT_X86_ISA": isa, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "LOWBIT_X86_ISA": isa, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
     line = [sys.executable, "-c", textwrap.dedent(code), *arguments]
     return subprocess.run(line, check=False, env=environment, capture_output=True, text=True)
 
