@@ -31,7 +31,7 @@ namespace {
 
 struct Set {
   const Kernels* kernels;
-  bool here;
+  bool here, preferred;
 };
 
 // Whether there are tiles of bytes and bfloat16s, and the operating system keeps them for this process, which must ask.
@@ -53,15 +53,18 @@ const Kernels& choose() {
   const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
   static const Kernels with_bf16 = avx512_bf16::with_dots(avx512_vnni::kernels);
   static const Kernels with_tiles = amx::with_dots(avx512_vnni::kernels);
-  const Set sets[] = {{&with_tiles, has_bf16 && has_tiles()},
-                      {&with_bf16, has_bf16},
-                      {&avx512_vnni::kernels, has_vnni},
-                      {&avx512::kernels, has_avx512}, {&avx2::kernels, has_avx2}, {&scalar::kernels, true}};
+  // Pairs of bfloat16s take Intel's processors longer than two products of float32.
+  const Set sets[] = {{&with_tiles, has_bf16 && has_tiles(), true},
+                      {&with_bf16, has_bf16, !__builtin_cpu_is("intel")},
+                      {&avx512_vnni::kernels, has_vnni, true},
+                      {&avx512::kernels, has_avx512, true},
+                      {&avx2::kernels, has_avx2, true},
+                      {&scalar::kernels, true, true}};
   const char* named = std::getenv("LOWBIT_X86_ISA");
   std::string known;
   for (const Set& set : sets) {
     if (named == nullptr || *named == 0) {
-      if (set.here) return *set.kernels;
+      if (set.here && set.preferred) return *set.kernels;
     } else if (std::string(named) == set.kernels->isa) {
       if (set.here) return *set.kernels;
       throw std::runtime_error(std::string("LOWBIT_X86_ISA is ") + named + ", which this processor or system lacks");

@@ -29,6 +29,8 @@ SETS["avx512_vnni"] = SETS["avx512"] | {"avx512_vnni"}
 SETS["avx512_bf16"] = SETS["avx512_vnni"] | {"avx512_bf16"}
 SETS["amx"] = SETS["avx512_bf16"] | {"amx_tile", "amx_int8", "amx_bf16"}
 HERE = [name for name, needed in SETS.items() if needed <= set(FLAGS)]
+# Of Intel's processors, those without AMX multiply pairs of bfloat16s more slowly than float32s.
+BEST = "avx512_vnni" if HERE and HERE[-1] == "avx512_bf16" and "GenuineIntel" in FLAGS else HERE[-1] if HERE else ""
 pytestmark = pytest.mark.skipif(not library.FILE.exists(), reason="there is no library for this processor or system")
 
 CHECK = """
@@ -57,14 +59,14 @@ def in_process(code, isa, *arguments):
 
 @pytest.mark.parametrize("isa", HERE)
 def test_every_set_of_instructions_passes(isa):
-    done = in_process(CHECK, isa, *(["best"] if isa == HERE[-1] else []))
+    done = in_process(CHECK, isa, *(["best"] if isa == BEST else []))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [isa]
 
 
 def test_the_best_set_runs_and_others_are_refused():
     assert backend.probe() is None
-    assert library.isa() == os.environ.get("LOWBIT_X86_ISA", HERE[-1])
+    assert library.isa() == os.environ.get("LOWBIT_X86_ISA", BEST)
     done = in_process("from lowbit_kernels_x86.backend import backend\nprint(backend.probe())", "avx9")
     assert done.stdout.strip() == f"LOWBIT_X86_ISA is avx9; it must be one of {', '.join(reversed(SETS))}"
 
