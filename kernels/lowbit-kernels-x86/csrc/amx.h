@@ -3,8 +3,8 @@
 
 #if defined(__AMX_INT8__)
 
-// From so many tokens on tiles are faster, of pairs and of bytes.
-constexpr int64_t TILED_PAIRS = 2, TILED_BYTES = 9;
+// Up to so many tokens pairs are faster without tiles; from so many on bytes are with them.
+constexpr int64_t FEW = 1, TILED_BYTES = 9;
 
 // As long as it lives, tiles of 16 rows: of products and inputs, with `bytes` of inputs in one, and of as many of weights.
 struct Tiles {
@@ -16,7 +16,10 @@ struct Tiles {
     } shape;
     for (int i = 0; i < 8; ++i) shape.bytes[i] = 64, shape.rows[i] = 16;
     // Four of products, two of inputs, two of weights.
-    for (int i = 4; i < 6; ++i) shape.bytes[i] = static_cast<uint16_t>(bytes), shape.rows[i + 2] = static_cast<uint8_t>(bytes / 4);
+    for (int i = 4; i < 6; ++i) {
+      shape.bytes[i] = static_cast<uint16_t>(bytes);
+      shape.rows[i + 2] = static_cast<uint8_t>(bytes / 4);
+    }
     asm volatile("ldtilecfg %0" : : "m"(shape));
   }
   ~Tiles() { asm volatile("tilerelease"); }
@@ -74,7 +77,7 @@ void tile_products(const char* x, int64_t next, const char* panel, int64_t apart
 }
 
 // What is multiplied, and where it goes: `rows` panels, and products of tokens in blocks of two tiles, [4][16][16] each,
-// those of the last block in one place unless they are `kept`.
+// those of all blocks in one place unless they are `kept`.
 struct TilePass {
   const void* x;
   const void* panel;
@@ -117,7 +120,7 @@ void multiply_tiles(const uint32_t* x, int64_t next, const uint32_t* panel, int6
 
 // Whole tiles of columns, or half ones.
 int64_t tile_bytes(const Format& weight, int64_t k) {
-  return std::min(weight.columns ? weight.columns : k, up(k, STEP)) % 64 ? 32 : 64;
+  return weight.columns % 64 || up(k, STEP) % 64 ? 32 : 64;
 }
 
 // As `integers`, of tokens in tiles.
@@ -187,7 +190,7 @@ void integers_by_tiles(const Packed& w, const Codes& x, int64_t tokens, const vo
 #else
 
 // There are none.
-constexpr int64_t TILED_PAIRS = std::numeric_limits<int64_t>::max();
+constexpr int64_t FEW = 4;
 
 struct Tiles {
   explicit Tiles(int) {}

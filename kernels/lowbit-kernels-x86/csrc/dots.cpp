@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <limits>
 #include <memory>
 #include <vector>
 
@@ -168,7 +167,7 @@ bool folds(const Format& format) {
   return !format.zero && (format.scale == Scale::e8m0 || (format.scale == Scale::e4m3fn && digits + 4 <= 8));
 }
 
-// Pairs of one tile's columns [begin, end), times their scales where those fold.
+// Pairs of one tile's columns [begin, end), times their scales where those fold; below 2^-126 products take them for 0.
 template <class Code>
 void fill_pairs(const Packed& w, const Tile& tile, int64_t begin, int64_t end, bool folded, uint32_t* panel) {
   const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), last = w.format.groups(w.k) - 1;
@@ -200,9 +199,6 @@ struct Sums {
 };
 
 #include "amx.h"
-
-// Up to so many tokens a weight is decoded for all at once.
-constexpr int64_t FEW = std::min<int64_t>(4, TILED_PAIRS - 1);
 
 // Of R tokens with `count` pairs of a panel.
 template <class Code, int R>
@@ -324,7 +320,7 @@ void by_pairs(const Packed& w, const Paired& x, int64_t tokens, const void* bias
               int64_t last) {
   with_code(w.format, [&](auto code) {
     using Code = decltype(code);
-    if (tokens > FEW) {
+    if (x.many) {
       const Tiles tiles(4 * TILE);
       const std::unique_ptr<Line[]> panel(new Line[PANEL]), totals(new Line[2 * tokens]);
       const int rows = x.tiled ? 2 : 1;
@@ -351,8 +347,8 @@ Kernels with_dots(Kernels kernels) {
   kernels.takes_pairs = takes_pairs;
   kernels.pair = pair;
   kernels.by_pairs = by_pairs;
+  kernels.few_pairs = FEW;
 #if defined(__AMX_INT8__)
-  kernels.tiled_pairs = TILED_PAIRS;
   kernels.tiled_bytes = TILED_BYTES;
   kernels.tile_bytes = tile_bytes;
   kernels.integers_by_tiles = integers_by_tiles;

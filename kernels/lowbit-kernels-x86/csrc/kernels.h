@@ -81,7 +81,8 @@ struct Paired {
   const uint32_t* pairs;
   const float* sums;
   int64_t stride;
-  bool tiled;
+  // Whether they are a part of many, and those in tiles.
+  bool many, tiled;
 };
 
 // How scales come of what blocks extend to: of largest magnitudes, or of ranges where there are zero points.
@@ -186,9 +187,11 @@ struct Kernels {
   // As `many`.
   void (*by_pairs)(const Packed& w, const Paired& x, int64_t tokens, const void* bias, void* out, Type type,
                    int64_t first, int64_t last) = nullptr;
-  // Numbers of tokens from which on tiles of pairs are multiplied, and of bytes, whole tiles of which are read; bytes of
-  // a row of those, for a weight of k columns.
-  int64_t tiled_pairs = INT64_MAX, tiled_bytes = INT64_MAX;
+  // Up to so many tokens a weight is decoded for all of them at once; beyond, pairs are in tiles where `tiled_bytes` are.
+  int64_t few_pairs = 0;
+  // The number of tokens from which on tiles of bytes are multiplied, whole ones read; the bytes of a row of those, for a
+  // weight of k columns.
+  int64_t tiled_bytes = INT64_MAX;
   int64_t (*tile_bytes)(const Format& weight, int64_t k) = nullptr;
   void (*integers_by_tiles)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
                             int64_t first, int64_t last) = nullptr;

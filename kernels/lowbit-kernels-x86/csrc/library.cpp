@@ -125,7 +125,7 @@ bool paired_product(const Packed& w, const Row& row, int64_t tokens, const void*
   const int64_t fit = std::clamp<int64_t>((1 << 19) / up(w.k, STEP) / TILE * TILE, 64, 256);
   const int64_t chunk = std::min(tokens, fit), rows = up(chunk, TILE);
   // In tiles, lines of the cache that follow one another are read.
-  const bool tiled = tokens >= run.tiled_pairs;
+  const bool many = tokens > run.few_pairs, tiled = many && run.tile_bytes != nullptr;
   const int64_t each = STEP / 2, step = tiled ? each * TILE : each;
   const std::unique_ptr<uint32_t[]> pairs(new uint32_t[rows * stride]());
   const std::unique_ptr<float[]> sums(new float[rows * groups]());
@@ -142,8 +142,8 @@ bool paired_product(const Packed& w, const Row& row, int64_t tokens, const void*
     });
     if (!fits) return false;
     torch::stable::parallel_for(0, up(w.n, TILE) / TILE, 1, [&](int64_t begin, int64_t end) {
-      run.by_pairs(w, {pairs.get(), sums.get(), stride, tiled}, some, bias, out + token * w.n * size_of(row.type), row.type,
-                   begin, end);
+      run.by_pairs(w, {pairs.get(), sums.get(), stride, many, tiled}, some, bias,
+                   out + token * w.n * size_of(row.type), row.type, begin, end);
     });
   }
   return true;

@@ -87,7 +87,7 @@ def test_products_of_many_tokens_and_long_rows(spec, dtype):
     """Beyond one chunk of tokens, one panel of columns, and not by whole tiles or panels."""
     q, parts, description = packed(spec, (77, 1152))
     right = q.dequantize(torch.float32).double()
-    for tokens in (1, 2, 4, 7, 13, 33, 96, 97, 300):
+    for tokens in (1, 2, 4, 7, 13, 33, 96, 97, 257, 300):
         x, bias = sample((tokens, 1152), seed=1, dtype=dtype), sample((77,), seed=2, dtype=dtype)
         found, left = weights.run(x, parts, description, bias), x.double()
         wanted, size = left @ right.T + bias.double(), left.abs() @ right.abs().T + bias.double().abs()
@@ -136,9 +136,10 @@ EXACT = """
     x[0], x[1], x[2] = 127, -128, 1000
     codes = x.clamp(-135, 120).long()
     act = "static:int8:*x*:float32:zero=int8", torch.ones(1), torch.tensor([7], dtype=torch.int8)
-    for spec in ("int8:1x*:float32", "int8:1x*:float32:zero=int8", "int4:1x*:float32", "uint4:1x*:float32:zero=uint4",
-                 "int2:1x*:float32", "uint1:1x*:float32:zero=uint1", "int4:1x64:float32", "uint8:1x32:float32:zero=uint8"):
-        for k in (256,) if ":1x*:" not in spec else (200, 256):
+    for spec in ("int8:1x*:float32", "int8:16x128:float32", "int8:1x*:float32:zero=int8", "int4:1x*:float32",
+                 "uint4:1x*:float32:zero=uint4", "int2:1x*:float32", "uint1:1x*:float32:zero=uint1", "int4:1x64:float32",
+                 "uint8:1x32:float32:zero=uint8"):
+        for k in (256,) if spec in {"int4:1x64:float32", "uint8:1x32:float32:zero=uint8"} else (160, 200, 256):
             q = lowbit.quantize(torch.randn(37, k, generator=torch.Generator().manual_seed(1)), spec)
             q.scale.fill_(1)
             wanted = codes[:, :k] @ q.dequantize(torch.float32).long().T
