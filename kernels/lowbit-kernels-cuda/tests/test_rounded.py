@@ -301,6 +301,11 @@ def test_what_runs_for_how_many_tokens_is_told(monkeypatch, weight, activation, 
     module = packed if plain_bytes.refuses(call) else plain_bytes
     found = module.how(call)
     assert found is None if told is None else found.startswith(told)
+    if weight == "INT4_G128" and told:
+        # Experts' weights are never expanded, and each expert's tokens count.
+        found = module.how(Call("grouped_mm", call.format, call.activation, "cuda", torch.bfloat16, n, 128))
+        assert found.startswith("beyond 32 tokens an expert")
+        assert "scaled_mm" not in found
 
 
 @pytest.mark.parametrize("activation", ["dynamic:FP8_TENSOR", "dynamic:NVFP4"])

@@ -138,8 +138,8 @@ void integers_by_tiles(const Packed& w, const Codes& x, int64_t tokens, const vo
                         std::vector<int32_t>(x.asymmetric ? numbers : 0)};
       Factors factors[2] = {one, one};
       // Whole groups of words become bytes together, or parts of one, whose products are kept until its end.
-      const int64_t words = BYTES * Code::bits / 32, some = std::max<int64_t>(1, words / groups.words) * groups.words;
-      const int64_t part = std::min(std::min(some, words), groups.all), apart = part * each;
+      const int64_t words = BYTES * Code::bits / 32, whole = words / groups.words * groups.words;
+      const int64_t part = std::min(whole ? whole : words, groups.all), apart = part * each;
       const bool kept = part < std::min(groups.words, groups.all);
       const std::unique_ptr<Line[]> panel(new Line[2 * apart / TILE]), totals(new Line[2 * tokens]);
       const std::unique_ptr<Line[]> found(new Line[kept ? up(tokens, 2 * TILE) * 2 : 64]);
@@ -150,7 +150,8 @@ void integers_by_tiles(const Packed& w, const Codes& x, int64_t tokens, const vo
         for (int r = 0; r < rows; ++r) find_factors<Code, 1>(w, x, tile + r, 0, factors[r]);
         std::fill(sums_of, sums_of + 2 * tokens * TILE, 0.0f);
         for (int64_t begin = 0, end; begin < groups.all; begin = end) {
-          end = std::min(begin + part, kept ? std::min((begin / groups.words + 1) * groups.words, groups.all) : groups.all);
+          end = std::min(begin + part, groups.all);
+          if (kept) end = std::min(end, (begin / groups.words + 1) * groups.words);
           for (int r = 0; r < rows; ++r) fill_bytes<Code, 1>(w, tile + r, 0, begin, end, words_of + r * apart);
           for (int64_t at = begin, stop; at < end; at = stop) {
             const int64_t group = at / groups.words;
