@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.activation import Activation
 from lowbit.format import Format
-from lowbit_kernels_cuda import byte_linear, expanded, hopper, hopper_blocks, hopper_bytes, inputs, plans
+from lowbit_kernels_cuda import byte_linear, expanded, hopper, hopper_blocks, hopper_bytes, hopper_rows, inputs, plans
 from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.lifts import lift
@@ -142,11 +142,29 @@ def by_blocks(tall, wide, *, turned):
     torch.cuda.get_device_capability = lambda _=None: (9, 0)
     a, b = (torch.zeros(size, K, dtype=torch.float8_e4m3fn) for size in (tall, wide))
     given = {"a": hopper.described(a, tall, 128), "b": hopper.described(b, wide, 128), "a_scale": torch.zeros(1)}
-    given |= {"x_scale" if turned else "b_scale": torch.zeros(1), "a_row": 1, "a_group": N, "x_step": 1}
-    given |= {"out": torch.zeros(1, dtype=torch.int16), "m": 4096, "n": N, "k": K}
+    given |= {"x_scale" if turned else "b_scale": torch.zeros(1), "a_row": 1, "a_group": N}
+    given |= {"x_step": 1, "w_step": 1}
+    out = torch.zeros(4096, N, dtype=torch.int16)
+    given |= {"out": hopper.described(out, 64, 32 if wide == 64 else 64), "m": 4096, "n": N, "k": K}
     known_as = {"SPEC": spec_of(Format.parse("FP8_ROW"), device=torch.device("cuda:0")), "TURNED": turned}
     known_as |= {"TALL": tall, "WIDE": wide, "STAGES": 4 if wide > 128 else 6, "BAND": 8, "num_warps": 4}
     return built(hopper_blocks.blocks_wgmma, given, known_as, 90)
+
+
+def by_rows(name, experts):
+    """The kernel for scales of rows of 8-bit codes, and many tokens."""
+    fmt = Format.parse(name)
+    torch.cuda.get_device_capability = lambda _=None: (9, 0)
+    x, w = (torch.zeros(size, K, dtype=torch.uint8).view(fmt.element.storage) for size in (4096, N * max(experts, 1)))
+    out = torch.zeros(4096, N, dtype=torch.int16)
+    given = {"x": hopper.described(x, 128, 128), "w": hopper.described(w, 256, 128), "x_scale": torch.zeros(1)}
+    given |= {"w_scale": torch.zeros(1), "out": out, "blocks": hopper.described(out, 64, 64), "m": 4096, "n": N, "k": K}
+    given["tall"] = 2
+    if experts:
+        given["offs"] = torch.zeros(1, dtype=torch.int32)
+    known_as = {"SPEC": spec_of(Format.parse("FP8_ROW"), device=torch.device("cuda:0")), "SHARED": False}
+    known_as |= {"INTEGER": fmt.element.kind == "int", "EXPERTS": experts, "STAGES": 4, "BAND": 8, "num_warps": 4}
+    return built(hopper_rows.rows_wgmma, given, known_as, 90)
 
 
 def built(kernel, given, known_as, capability):
@@ -194,6 +212,9 @@ if __name__ == "__main__":
     for tall, wide, turned in ((64, 64, False), (128, 128, False), (128, 256, True)):
         if overlap(by_blocks(tall, wide, turned=turned)):
             sys.stdout.write(f"90 blocks of {tall} by {wide}\n")
+    for name, experts in (("INT8_ROW", 0), ("FP8_ROW", 8)):
+        if overlap(by_rows(name, experts)):
+            sys.stdout.write(f"90 rows of {name}\n")
     few = Plan(Kind(64, 16, 128, 4, 4, exact=True), 2)
     for name in ("INT4_G128", "UINT4_G128"):
         if compiled(name, 16, few, 90, others=2).asm["cubin"]:

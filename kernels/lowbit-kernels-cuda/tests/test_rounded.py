@@ -160,7 +160,7 @@ def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
     weight, _, odd = weight.partition("-")
     n, k, how = 1152 + 8 * bool(odd), 2432, Activation.parse(activation)
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2100, k, generator=generator).to("cuda", torch.bfloat16)
+    x = torch.randn(4300, k, generator=generator).to("cuda", torch.bfloat16)
     values = (torch.randn(n, k, generator=generator) / k**0.5).to("cuda", torch.bfloat16)
     scale = choose_scale(x, how.format).scale.reshape(()) if how.scaling == "static" else None
     plain = lowbit.quantize(values, weight)
@@ -172,7 +172,8 @@ def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
         assert torch.equal(part.reshape(-1).view(torch.uint8), q.inner_tensors()[name].reshape(-1).view(torch.uint8))
     bias = torch.randn(n, generator=generator).to("cuda", torch.bfloat16)
     wide = q.dequantize(torch.float32).double().T
-    for m in (1, 3, 16, 17, 64, 65, 130, 257, 600, 2100):
+    # With the most, programs that stay have several tiles.
+    for m in (1, 3, 16, 17, 64, 65, 130, 257, 600, 2100, 4300):
         wanted = quantize_input(x[:m], how, scale, None).values().double() @ wide + bias.double()
         error = (kernel.run(x[:m], parts, description, bias).double() - wanted).abs()
         # Sums that stay in tensor cores for 8-bit floats keep 13 bits of 2432 products.
@@ -190,7 +191,7 @@ def test_plans_for_any_number_of_tokens_agree(weight, activation, kernel):
         ("FP8_128x128", "dynamic:FP8_1x128", plain_bytes),
     ],
 )
-@pytest.mark.parametrize("ends", [(300, 300, 301, 1000), (0, 7, 150, 190)])
+@pytest.mark.parametrize("ends", [(300, 300, 301, 1000), (0, 7, 150, 190), (1000, 1001, 5000, 9001)])
 def test_experts_with_many_tokens_have_their_own_product(weight, activation, kernel, ends):
     # Rows that are no whole blocks, and K in parts where experts are few.
     n, k, how = 392, 2048, Activation.parse(activation)
@@ -280,7 +281,8 @@ def test_what_is_not_exact_is_refused_with_the_reason(weight, activation, k, rea
 @pytest.mark.parametrize(
     ("weight", "activation", "n", "told"),
     [
-        ("FP8_ROW", "dynamic:FP8_ROW", 64, "beyond 32 tokens torch's scaled_mm, which is faster there"),
+        ("FP8_ROW", "dynamic:FP8_ROW", 64, "beyond 16896 tokens torch's scaled_mm, which is faster there"),
+        ("FP8_TENSOR", "dynamic:FP8_ROW", 1 << 16, "beyond 64 tokens torch's scaled_mm, which is faster there"),
         ("FP8_128x128", "dynamic:FP8_1x128", 128, "beyond 8448 tokens torch's scaled_mm, which is faster there"),
         ("FP8_128x128", "dynamic:FP8_1x128", 1 << 16, "beyond 32 tokens torch's scaled_mm, which is faster there"),
         ("FP8_128x128", "dynamic:FP8_1x128", 64, None),

@@ -211,8 +211,10 @@ def _multiply(
     rows = weight.block_for(2 if offs is None else 3)[-2]
     if not integer:
         library = in_library(m, n, k, bias, dtype, left.codes.device, experts, group, rows)
-        if m > FEW and not experts and m <= _in_blocks(n, group, rows, left.codes.device, library=library):
-            return import_module("lowbit_kernels_cuda.hopper_blocks").of_blocks(left, right, bias, dtype)
+        most = _in_blocks(n, group, rows, left.codes.device, library=library)
+        if FEW < m <= most and not experts and _aligned(n, dtype):
+            blocks = import_module("lowbit_kernels_cuda.hopper_blocks")
+            return (blocks.of_blocks if group else blocks.of_rows)(left, right, bias, dtype)
         if library:
             return by_library(left, right, bias, dtype, group, rows)
     sums = None
@@ -220,6 +222,9 @@ def _multiply(
         sums = _sums(left.codes)
         if left.zero is not None:
             sums -= k * left.zero.to(torch.int32).view(-1)
+    if not group and _in_rows(m, n, experts, left.codes.device) and _aligned(n, dtype):
+        of_rows = import_module("lowbit_kernels_cuda.hopper_rows").of_rows
+        return of_rows(replace(left, sums=sums), right, bias, dtype, offs, rows or n, shared=shared)
     out = left.scale.new_empty(m, n, dtype=dtype)
     plan = _plan(m, n, k, experts, out.device, integer=integer)
     blocks = triton.cdiv(n, plan.rows) * blocks_of_tokens(m, plan.tokens, experts)
@@ -281,12 +286,31 @@ def _plan(m: int, n: int, k: int, experts: int, device: torch.device, *, integer
     return replace(plan, splits=splits)
 
 
+def _aligned(n: int, dtype: torch.dtype) -> bool:
+    """Whether kernels that write by the tensor memory accelerator take n rows of a weight."""
+    return dtype.itemsize == 2 and n % 8 == 0
+
+
+def _on_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _in_rows(m: int, n: int, experts: int, device: torch.device) -> bool:
+    """Whether the kernel for scales of rows on Hopper, of 128 tokens by 256 rows a program, is the fastest of ours."""
+    if experts:
+        return _on_hopper(device) and m > 64 * min(m, experts)
+    return _on_hopper(device) and m > 64 and 2 * triton.cdiv(m, 128) * triton.cdiv(n, 256) > _device(device)[0]
+
+
 def _in_blocks(n: int, group: int, rows: int, device: torch.device, *, library: bool) -> int:
-    """Up to how many tokens the kernel for blocks of scales on Hopper is used: beside the library, of one round."""
-    if not (group == rows == 128 and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)):
+    """Up to how many tokens of e4m3 `hopper_blocks` is used: beside another kernel, of one round of programs or so."""
+    if not _on_hopper(device) or group not in {0, 128} or (group and rows != 128):
         return 0
-    rounds = _device(device)[0] // triton.cdiv(n, 64), min(_device(device)[0] // triton.cdiv(n, 128), 1)
-    return 128 * max(rounds) if library else _MOST
+    multiprocessors, _ = _device(device)
+    most = 128 * (multiprocessors // triton.cdiv(n, 64))
+    if not group:
+        return max(most, 64)
+    return max(most, 128 * min(multiprocessors // triton.cdiv(n, 128), 1)) if library else _MOST
 
 
 def how(call: Call) -> str | None:

@@ -10,12 +10,20 @@ Gluon a lane keeps the words of DEPTH steps, two operands take turns, and inputs
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lowbit_kernels_cuda.codes import from_float32, split_planes, to_float32
@@ -24,12 +32,27 @@ from lowbit_kernels_cuda.programs import program_of
 
 # Later Tritons have other names.
 load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+_KINDS = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.int8: gl.int8,
+    torch.int16: gl.int16,
+}
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def described(x: Tensor, tokens: int, columns: int) -> TensorDescriptor:
     """Inputs (M, K) for the tensor memory accelerator, in blocks of (tokens, columns)."""
-    kind = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float8_e4m3fn: gl.float8e4nv}[x.dtype]
+    kind = _KINDS[x.dtype]
     return TensorDescriptor.from_tensor(
         x, [tokens, columns], gl.NVMMASharedLayout.get_default_for([tokens, columns], kind)
     )
@@ -182,6 +205,30 @@ def put(all_, AT: gl.constexpr, one):
     for i in gl.static_range(len(all_)):
         found = found + ((one,) if i == AT else (all_[i],))
     return found
+
+
+@gluon.jit
+def columns_of(acc, WIDE: gl.constexpr, PART: gl.constexpr):
+    """Sums of four warps of WIDE columns, the PART-th such of all."""
+    TIMES: gl.constexpr = acc.shape[1] // WIDE
+    for _ in gl.static_range(TIMES.bit_length() - 1):
+        halves = gl.split(gl.permute(gl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
+        acc = halves[PART * 2 * WIDE // acc.shape[1] % 2]
+    return gl.convert_layout(acc, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDE, 32]), assert_trivial=True)
+
+
+@gluon.jit
+def keep(value, place):
+    """Put a block where its warps write it from, once what was there two blocks before has left."""
+    tma.store_wait(pendings=1)
+    place.store(value)
+
+
+@gluon.jit
+def send(place, described, top, left):
+    """Write a block that was kept, as far as it is within what is described, while its warps go on."""
+    fence_async_shared()
+    store(described, [top, left], place)
 
 
 @gluon.jit

@@ -10,7 +10,6 @@ meet their scales. One more warp brings both operands. Programs stay, and go fro
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,11 +17,11 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from lowbit.format import FORMATS
 from lowbit_kernels_cuda.codes import from_float32, to_float32
-from lowbit_kernels_cuda.hopper import described, load, put, write
+from lowbit_kernels_cuda.hopper import columns_of, described, keep, load, multiprocessors, put, send
 from lowbit_kernels_cuda.hopper_bytes import REGISTERS, inputs_are_there, next_may_start
 from lowbit_kernels_cuda.library import Side
 from lowbit_kernels_cuda.scaling import raw, spec
@@ -33,17 +32,28 @@ GROUP = gl.constexpr(128)
 
 def of_blocks(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of tokens with scales of 128 columns (M, K / 128) by a weight with those of blocks of 128x128."""
-    m, n = len(left.codes), len(right.codes)
-    tall = 64 if m <= 64 else 128
-    wide = 64 if triton.cdiv(n, 64) * triton.cdiv(m, tall) <= _multiprocessors(left.codes.device) else 128
-    scales = left.scale, left.scale.shape[1], 1, right.scale, None, 0
-    return _product(left.codes, right.codes, scales, bias, left.codes.new_empty(m, n, dtype=dtype), tall, wide)
+    scales = left.scale, left.scale.shape[1], 1, right.scale, None, 0, None, 0
+    return _upright(left, right, scales, bias, dtype)
 
 
 def of_rows(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product of tokens with a scale each, or one, by a weight whose rows have one each, or one."""
+    steps = [int(side.scale.numel() > 1) for side in (left, right)]
+    scales = left.scale, steps[0], 0, None, None, 0, right.scale, steps[1]
+    return _upright(left, right, scales, bias, dtype)
+
+
+def _upright(left: Side, right: Side, scales: tuple[Any, ...], bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    m, n = len(left.codes), len(right.codes)
+    tall = 64 if m <= 64 else 128
+    wide = 64 if triton.cdiv(n, 64) * triton.cdiv(m, tall) <= multiprocessors(left.codes.device) else 128
+    return _product(left.codes, right.codes, scales, bias, left.codes.new_empty(m, n, dtype=dtype), tall, wide)
+
+
+def of_groups(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of tokens with a scale each, or one, by a weight with scales (K / 128, N) of its rows' columns."""
     m, n = len(left.codes), len(right.codes)
-    scales = right.scale, 1, n, None, left.scale, int(left.scale.numel() > 1)
+    scales = right.scale, 1, n, None, left.scale, int(left.scale.numel() > 1), None, 0
     out = left.codes.new_empty(m, n, dtype=dtype)
     return _product(right.codes, left.codes, scales, bias, out, 128, 256, turned=True)
 
@@ -61,9 +71,9 @@ def _product(
 ) -> Tensor:
     kernel: Any = blocks_wgmma
     tiles = triton.cdiv(len(a), tall) * triton.cdiv(len(b), wide)
-    kernel[(min(tiles, _multiprocessors(out.device)),)](
+    kernel[(min(tiles, multiprocessors(out.device)),)](
         *(described(a, tall, 128), described(b, wide, 128), *scales, None if bias is None else raw(bias)),
-        *(raw(out), *out.shape, a.shape[1]),
+        *(described(raw(out), 64, min(64, wide // 2) if tall == 64 else 64), *out.shape, a.shape[1]),
         SPEC=spec(FORMATS["FP8_ROW"], device=out.device),
         TURNED=turned,
         TALL=tall,
@@ -76,11 +86,6 @@ def _product(
     return out
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 @gluon.jit(do_not_specialize=["m"])
 def blocks_wgmma(
     a,
@@ -91,6 +96,8 @@ def blocks_wgmma(
     b_scale,
     x_scale,
     x_step,
+    w_scale,
+    w_step,
     bias,
     out,
     m,
@@ -107,24 +114,27 @@ def blocks_wgmma(
 
     `a` and `b` describe blocks of TALL, 64 or 128, and WIDE rows by 128 columns. Rows of `a`, tokens or, if TURNED, the
     weight's, have scales `a_scale`, `a_row` from row to row and `a_group` from group to group; 128 rows of `b` have one
-    together, `b_scale` (N / 128, K / 128), if any, and every token one of all columns, `x_scale`, if any.
+    together, `b_scale` (N / 128, K / 128), if any. Tokens and rows of the weight have others of all columns, `x_scale`
+    and `w_scale`, if any.
     """
     # What each half multiplies: 64 of 128 rows with all of the other operand, in parts, or all 64 with its half.
     HALF: gl.constexpr = WIDE // 2 if TALL == 64 or WIDE > 128 else WIDE
     first = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TALL, GROUP], a.layout)
     second = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, WIDE, GROUP], b.layout)
+    done = gl.allocate_shared_memory(out.dtype, [4, out.block_shape[0], out.block_shape[1]], out.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     shared = first, second, full, free
-    given = a_scale, a_row, a_group, b_scale, x_scale, x_step, bias, out
+    given = done, a_scale, a_row, a_group, b_scale, out
+    whole = x_scale, x_step, w_scale, w_step, bias
     size = m, n, k
     gl.warp_specialize(
         [
-            (_multiply, (shared, given, size, SPEC, TURNED, TALL, WIDE, HALF, STAGES, BAND, 0)),
-            (_multiply, (shared, given, size, SPEC, TURNED, TALL, WIDE, HALF, STAGES, BAND, 1)),
+            (_multiply, (shared, given, whole, size, SPEC, TURNED, TALL, WIDE, HALF, STAGES, BAND, 0)),
+            (_multiply, (shared, given, whole, size, SPEC, TURNED, TALL, WIDE, HALF, STAGES, BAND, 1)),
             (_bring, (a, b, shared, size, TURNED, TALL, WIDE, STAGES, BAND)),
         ],
         [4, 1],
@@ -187,6 +197,7 @@ def _bring(
 def _multiply(
     shared,
     given,
+    whole,
     size,
     SPEC: gl.constexpr,
     TURNED: gl.constexpr,
@@ -204,7 +215,7 @@ def _multiply(
     UPPER: gl.constexpr = PART * 64 if TALL > 64 else 0
     BESIDE: gl.constexpr = PART * HALF if TALL == 64 else 0
     first, second, full, free = shared
-    a_scale, a_row, a_group, b_scale, x_scale, x_step, bias, out = given
+    done, a_scale, a_row, a_group, b_scale, out = given
     m, n, k = size
     down, along = _tiles(size, TURNED, TALL, WIDE)
     groups = gl.cdiv(k, GROUP)
@@ -238,15 +249,22 @@ def _multiply(
                 sums = put(sums, i, sums[i] + new * each[:, None])
             times, by = next_times, next_by
             at += 1
+        # A part's columns are written side by side, those of SIDE at a time.
+        SIDE: gl.constexpr = out.block_shape[0] if TURNED else out.block_shape[1]
         for i in gl.static_range(PARTS):
-            if TURNED:
-                write(
-                    *(sums[i], x_scale, x_step, None, None, None, None, 0, 0, bias, out, None, None),
-                    *(row // 64 + PART, 0, token + i * HALF, m, m, 0, 0, m, n),
-                    *(SPEC, 1, GROUP, 64, HALF, 1, MMA, 4),
-                )
-            else:
-                _write(sums[i], bias, out, token + UPPER, row + BESIDE + i * HALF, m, n, SPEC, HALF, MMA)
+            for j in gl.static_range(HALF // SIDE):
+                columns = columns_of(sums[i], SIDE, j)
+                beside = BESIDE + i * HALF + j * SIDE
+                place = done.index(PART * 2 + (i * (HALF // SIDE) + j) % 2)
+                if TURNED:
+                    value = _finished(columns, whole, token + beside, row + UPPER, m, n, 0, 1)
+                    keep(from_float32(value, out.dtype, SPEC), place.permute((1, 0)))
+                    send(place, out, token + beside, row + UPPER)
+                else:
+                    value = _finished(columns, whole, token + UPPER, row + beside, m, n, 1, 0)
+                    keep(from_float32(value, out.dtype, SPEC), place)
+                    send(place, out, token + UPPER, row + beside)
+    tma.store_wait(pendings=0)
     next_may_start()
 
 
@@ -257,14 +275,16 @@ def _of_block(b_scale, row, n, groups, group=0):
 
 
 @gluon.jit
-def _write(acc, bias, out, token, row, m, n, SPEC: gl.constexpr, HALF: gl.constexpr, MMA: gl.constexpr):
-    """Sums (tokens, rows)."""
+def _finished(sums, whole, token, row, m, n, OF_TOKENS: gl.constexpr, OF_ROWS: gl.constexpr):
+    """Sums with tokens and rows as these dimensions of the layout have them, times their scales, and the bias."""
+    MMA: gl.constexpr = sums.type.layout
+    x_scale, x_step, w_scale, w_step, bias = whole
+    tokens = token + gl.arange(0, sums.shape[1 - OF_TOKENS], gl.SliceLayout(OF_TOKENS, MMA))
+    rows = row + gl.arange(0, sums.shape[1 - OF_ROWS], gl.SliceLayout(OF_ROWS, MMA))
+    if x_scale is not None:
+        sums *= gl.expand_dims(gl.load(x_scale + tokens * x_step, tokens < m, 0.0), OF_TOKENS)
+    if w_scale is not None:
+        sums *= gl.expand_dims(gl.load(w_scale + rows * w_step, rows < n, 0.0), OF_ROWS)
     if bias is not None:
-        rows = row + gl.arange(0, HALF, gl.SliceLayout(0, MMA))
-        acc += to_float32(gl.load(bias + rows, rows < n, 0))[None, :]
-    value = from_float32(acc, out.dtype.element_ty, SPEC)
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HALF, HALF // 8], [4, 1], [1, 0])
-    rows = row + gl.arange(0, HALF, gl.SliceLayout(0, FLAT))
-    tokens = token + gl.arange(0, 64, gl.SliceLayout(1, FLAT))
-    place = tokens.to(gl.int64)[:, None] * n + rows[None, :]
-    gl.store(out + place, gl.convert_layout(value, FLAT), (tokens < m)[:, None] & (rows < n)[None, :])
+        sums += gl.expand_dims(to_float32(gl.load(bias + rows, rows < n, 0)), OF_ROWS)
+    return sums

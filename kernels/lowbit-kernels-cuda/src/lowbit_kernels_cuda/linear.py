@@ -325,8 +325,8 @@ def _multiply(
         rows, factors = expand(weight.words[0], scale, weight.factors, fmt, weight.n, weight.k, by)
         left = Side(codes, inputs.scale.view(-1, 1))
         if len(factors) > 1:
-            of_rows = import_module("lowbit_kernels_cuda.hopper_blocks").of_rows
-            return of_rows(left, Side(rows, factors), bias, out.dtype)
+            of_groups = import_module("lowbit_kernels_cuda.hopper_blocks").of_groups
+            return of_groups(left, Side(rows, factors), bias, out.dtype)
         return by_library(left, Side(rows, factors.T), bias, out.dtype, group=0, rows=1)
     _launch(inputs, [weight], [bias], [out], offs, plan)
     return out
