@@ -27,6 +27,29 @@ inline int32_t largest_of(I x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// The largest of each of 16 vectors: halves of two meet in one, until one is left, in order.
+INLINE inline I largest_of_each(const I (&x)[16]) {
+  __m512i found[16];
+  auto larger = [](__m512i a, __m512i b) INLINE { return _mm512_max_epi32(a, b); };
+  for (int i = 0; i < 8; ++i) {
+    const __m512i a = (__m512i)x[2 * i], b = (__m512i)x[2 * i + 1];
+    found[i] = larger(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i a = found[2 * i], b = found[2 * i + 1];
+    found[i] = larger(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  }
+  for (int some = 2; some > 0; --some) {
+    for (int i = 0; i < some; ++i) {
+      const __m512i a = found[2 * i], b = found[2 * i + 1];
+      found[i] = larger(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+    }
+  }
+  return (I)found[0];
+}
+#endif
+
 struct Range {
   float low, high;
   bool finite;
@@ -55,12 +78,25 @@ Range range_of(const float* x, int64_t count) {
 // zero points the lowest and the highest, none beyond 0, or NaN in both.
 void extents(const float* x, int64_t k, const Format& format, float* low, float* high) {
   const int64_t columns = format.columns ? format.columns : std::max<int64_t>(k, 1);
-  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += columns) {
+  int64_t group = 0, begin = 0;
+  // Without their sign, floats order as integers, NaN above infinity.
+  auto larger_of = [](I a, I b) INLINE { return a > b ? a : b; };
+#if defined(__AVX512F__)
+  const bool short_blocks = !format.zero && (columns == W || columns == 2 * W);
+  for (; short_blocks && begin + W * columns <= k; group += W, begin += W * columns) {
+    I tops[W];
+    unroll<W>([&](auto i) INLINE {
+      const float* const from = x + begin + i * columns;
+      tops[i] = load<I>(from) & 0x7fffffff;
+      if (columns == 2 * W) tops[i] = larger_of(tops[i], load<I>(from + W) & 0x7fffffff);
+    });
+    store(high + group, largest_of_each(tops));
+  }
+#endif
+  for (; begin < k; ++group, begin += columns) {
     const int64_t end = std::min(k, begin + columns);
     if (!format.zero) {
-      // Without their sign, floats order as integers, NaN above infinity.
       I top{}, other{};
-      auto larger_of = [](I a, I b) INLINE { return a > b ? a : b; };
       int64_t i = begin;
       for (; i + 2 * W <= end; i += 2 * W) {
         top = larger_of(top, load<I>(x + i) & 0x7fffffff);
@@ -150,7 +186,7 @@ void choose(const float* low, const float* high, int64_t groups, const Format& f
     const F bottom = load<F>(low + group), steps = all(how.divisor);
     store_scales(scale, format, at + group, top / steps - bottom / steps, count);
     const float least_code = e.is_signed ? -static_cast<float>(1 << (e.bits - 1)) : 0;
-    const F by = bottom / scales_at(scale, format.scale, at + group, count);
+    const F by = bottom / scales_at(scale, format.scale, at + group, count, at + group + count);
     for (int64_t i = 0; i < count; ++i) {
       const float zero_point = least_code - std::nearbyint(by[i]);
       // A block that is not finite has none.
@@ -309,11 +345,12 @@ void encode_row(const float* x, int64_t k, const Format& format, const void* sca
   const float lowest = format.element.is_signed ? static_cast<float>(1 << (format.element.bits - 1)) : 0;
   U usual = ~U{};
   for (int64_t group = 0; group < groups; group += W) {
-    const F by = scales_at(scale, format.scale, at + group, groups - group) * tensor_scale, inverse = 1 / by;
+    const int64_t count = std::min<int64_t>(W, groups - group), first = at + group;
+    const F by = scales_at(scale, format.scale, first, count, at + groups) * tensor_scale, inverse = 1 / by;
     store(scratch.low + group, multiplies ? inverse : by);
     store(scratch.inverse + group, inverse);
-    usual &= ~first_lanes(groups - group) | ((U)(by >= 0x1p-80f) & (U)(by <= 0x1p100f));
-    if (zero != nullptr) store(scratch.high + group, zeros_at(zero, format, at + group, groups - group) - lowest);
+    usual &= ~first_lanes(count) | ((U)(by >= 0x1p-80f) & (U)(by <= 0x1p100f));
+    if (zero != nullptr) store(scratch.high + group, zeros_at(zero, format, first, count, at + groups) - lowest);
   }
   uint8_t* const to = whole_bytes ? codes : scratch.codes;
   const Element& e = format.element;

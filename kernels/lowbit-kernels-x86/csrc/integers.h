@@ -4,7 +4,12 @@
 // Tokens whose sums are in registers, and tiles that they meet at once: an input is read once for two vectors of rows.
 constexpr int TOKENS = W == 16 ? 8 : W == 8 ? 4 : 2;
 constexpr int TILES = H == 1 ? 2 : 1;
-// Numbers of 32 bits that are fetched ahead of those that one token meets.
+#if defined(__AVX512VNNI__)
+constexpr int MOST_DIGITS = 2 * TOKENS;
+#else
+constexpr int MOST_DIGITS = W == 4 ? 0 : TOKENS;
+#endif
+// Numbers of 32 bits that are fetched ahead.
 constexpr int AHEAD_OF_WORDS = 512;
 
 // Adds to `totals`, [M][V][W], products of M tokens, which lie together from the one numbered `token` on, with N tiles:
@@ -32,7 +37,7 @@ void integer_groups(const Packed& w, const Codes& x, int64_t token, int64_t inde
     for (int64_t i = groups.words_of(group); i > 0; --i) {
       U now[V];
       if constexpr (!Panel) {
-        if constexpr (M == 1) fetch(word + AHEAD_OF_WORDS);
+        unroll<N>([&](auto n) INLINE { fetch(word + n * next + AHEAD_OF_WORDS); });
         unroll<V>([&](auto v) INLINE { now[v] = load<U>(word + v / H * next + v % H * W) ^ Of::flip; });
         word += TILE;
       }
@@ -124,10 +129,15 @@ void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias,
           // The last may be without another, and is then computed twice.
           const int64_t apart = tile + 1 < last ? tiles - 1 : 0;
           run(w, x, tokens, tile, apart, factors, panel, totals);
-          for (int64_t m = 0; m < tokens; ++m) {
+          for (int64_t m = 0; m < tokens; m += x.digits) {
             for (int v = 0; v < tiles * H; ++v) {
-              const F sum = load<F>(totals.data() + (m * tiles * H + v) * W) * x.scale[m];
-              finish(w, tile + v / H * apart, v % H, sum, bias, out, type, m);
+              const float* const total = totals.data() + (m * tiles * H + v) * W;
+              F sum = load<F>(total) * x.scale[m];
+              // The last digit counts most.
+              for (int64_t d = 1; d < x.digits; ++d) {
+                sum = fma(load<F>(total + d * tiles * TILE), all(x.scale[m + d]), sum);
+              }
+              finish(w, tile + v / H * apart, v % H, sum, bias, out, type, m / x.digits);
             }
           }
         }
@@ -189,6 +199,25 @@ void choose_scale(const float* x, int64_t k, const Activation& how, float& scale
   if (how.asymmetric && finite) zero = std::clamp(low - std::nearbyint(down / scale), low, high);
 }
 
+// One token's bytes, with zeros up to STEP, to where its codes stand.
+void put_codes(const uint8_t* bytes, int64_t k, const Format& weight, int64_t token, Codes& to) {
+  // Where other tokens stand between its words of four, its own are put apart.
+  const int64_t size = up(k, STEP) * code_size(weight.element.bits), at = token % to.together;
+  uint8_t* const codes = to.codes + (token - at) * to.stride + 4 * at;
+  if (to.tile > 0) {
+    const std::unique_ptr<uint8_t[]> own(new uint8_t[size]());
+    arrange(weight, bytes, k, own.get());
+    uint8_t* const tiles = to.codes + token / TILE * TILE * size + token % TILE * to.tile;
+    for (int64_t i = 0; i < size; i += to.tile) std::memcpy(tiles + i * TILE, own.get() + i, to.tile);
+  } else if (to.together == 1) {
+    arrange(weight, bytes, k, codes);
+  } else {
+    const std::unique_ptr<uint8_t[]> own(new uint8_t[size]());
+    arrange(weight, bytes, k, own.get());
+    for (int64_t i = 0; i < size; i += 4) std::memcpy(codes + i * to.together, own.get() + i, 4);
+  }
+}
+
 // The codes of one token and their sums by groups of the weight. `x` has zeros up to STEP.
 void round_token(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to) {
   const float low = -static_cast<float>(1 << (how.bits - 1)), high = -low - 1;
@@ -218,23 +247,46 @@ void round_token(const float* x, int64_t k, const Activation& how, const Format&
     for (int j = 0; j < W; ++j) total += sum[j];
     sums[group] = total;
   }
-  // Where other tokens stand between its words of four, its own are put apart.
-  const int64_t size = up(k, STEP) * code_size(weight.element.bits), at = token % to.together;
-  uint8_t* const codes = to.codes + (token - at) * to.stride + 4 * at;
-  if (to.tile > 0) {
-    const std::unique_ptr<uint8_t[]> own(new uint8_t[size]());
-    arrange(weight, bytes.get(), k, own.get());
-    uint8_t* const tiles = to.codes + token / TILE * TILE * size + token % TILE * to.tile;
-    for (int64_t i = 0; i < size; i += to.tile) std::memcpy(tiles + i * TILE, own.get() + i, to.tile);
-  } else if (to.together == 1) {
-    arrange(weight, bytes.get(), k, codes);
-  } else {
-    const std::unique_ptr<uint8_t[]> own(new uint8_t[size]());
-    arrange(weight, bytes.get(), k, own.get());
-    for (int64_t i = 0; i < size; i += 4) std::memcpy(codes + i * to.together, own.get() + i, 4);
-  }
+  put_codes(bytes.get(), k, weight, token, to);
   to.scale[token] = scale;
   to.zero[token] = zero;
+}
+
+bool split_token(const float* x, int64_t k, const Format& weight, int64_t token, Codes& to) {
+  const auto [down, top, finite] = range_of(x, k);
+  const float largest = std::max(top, -down);
+  if (!finite || (largest != 0 && largest < 0x1p-90f)) return false;
+  // What the last digit counts, at most 2^30 of which make the largest number.
+  const int exponent = largest == 0 ? 0 : std::ilogb(largest) - 29;
+  const F inverse = all(std::ldexp(1.0f, -exponent));
+  const int64_t size = up(k, STEP), groups = weight.groups(k);
+  const int64_t columns = weight.columns ? weight.columns : std::max<int64_t>(k, 1);
+  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[DIGITS * size]());
+  for (int64_t group = 0, begin = 0; begin < k; ++group, begin += columns) {
+    I sums[DIGITS] = {};
+    // Beyond k there are zeros, whose digits are.
+    for (int64_t i = begin; i < std::min(k, begin + columns); i += W) {
+      const I whole = __builtin_convertvector(nearest(load<F>(x + i) * inverse), I);
+      // Each digit but the last is counted from -128.
+      const U digits = (U)whole + 0x808080u;
+      for (int d = 0; d < DIGITS; ++d) {
+        const I digit = (I)((digits ^ 0x808080u) << (24 - 8 * d)) >> 24;
+        sums[d] += digit;
+        store(bytes.get() + d * size + i, narrowed((U)digit));
+      }
+    }
+    for (int d = 0; d < DIGITS; ++d) {
+      int32_t total = 0;
+      for (int j = 0; j < W; ++j) total += sums[d][j];
+      to.sums[(token + d) * groups + group] = total;
+    }
+  }
+  for (int d = 0; d < DIGITS; ++d) {
+    put_codes(bytes.get() + d * size, k, weight, token + d, to);
+    to.scale[token + d] = std::ldexp(1.0f, exponent + 8 * d);
+    to.zero[token + d] = 0;
+  }
+  return true;
 }
 
 // 1 for each column that there is.

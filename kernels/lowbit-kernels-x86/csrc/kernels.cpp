@@ -230,7 +230,7 @@ void widen(const void* x, Type type, const void* by, int64_t count, float* to) {
   }
 }
 
-// W codes of a row from `at` on, which begins a byte, at the top of each lane; of the lanes of a run, those before it.
+// W codes of a row from `at` on, a multiple of W, at the top of each lane; of the lanes of a run, those before it.
 template <int Bits>
 INLINE inline U codes_at(const uint8_t* row, int64_t at) {
   if constexpr (Bits == 8) return widened(load<Bytes>(row + at)) << 24;
@@ -239,6 +239,7 @@ INLINE inline U codes_at(const uint8_t* row, int64_t at) {
   for (int begin = 0; begin < W; begin += some) {
     uint64_t run = 0;
     std::memcpy(&run, row + (at + begin) * Bits / 8, up(some * Bits, 8) / 8);
+    run >>= (at + begin) * Bits % 8;
     for (int i = 0; i < some; ++i) {
       if constexpr (some * Bits <= 32) {
         top[begin + i] = static_cast<uint32_t>(run);
@@ -273,55 +274,50 @@ INLINE inline U low_codes_at(const uint8_t* row, int64_t at) {
 }
 #endif
 
-// Values, not scaled yet, of W codes of a row from `at` on, which begins a byte; `flip`: of codes that count from the
+// VECTORS codes of a row in each lane, with other bits above: of at least `count` columns, the rest 0.
+template <int Bits>
+INLINE inline U codes_in_lanes(const uint8_t* row, int64_t count) {
+  const int64_t bytes = up(count * Bits, 8) / 8;
+  if constexpr (Bits == 4) return load_first<U>(row, bytes, row + sizeof(U));
+  if constexpr (Bits == 2) return widened(load_first<Halves>(row, bytes, row + sizeof(Halves)));
+  return widened(load_first<Bytes>(row, bytes, row + sizeof(Bytes)));
+}
+
+// Values, not scaled yet, of W codes of a row from `at` on, a multiple of W; `flip`: of codes that count from the
 // lowest, but are stored as they are.
 template <class Code>
 INLINE inline F values_at(const uint8_t* row, int64_t at, uint32_t flip) {
-  constexpr int Bits = Code::bits;
   if constexpr (std::is_same_v<Code, IntCode<8>>) return __builtin_convertvector(signed_bytes(row + at), F);
 #if defined(__AVX512F__)
-  if constexpr (Bits <= 4) {
-    U low = low_codes_at<Bits>(row, at);
-    if constexpr (Code::offset) low ^= flip >> (32 - Bits);
+  if constexpr (Code::bits <= 4) {
+    U low = low_codes_at<Code::bits>(row, at);
+    if constexpr (Code::offset) low ^= flip >> (32 - Code::bits);
     return looked_up<Code>(low);
   }
 #endif
-  U top = codes_at<Bits>(row, at);
-  if constexpr (Code::offset) top ^= flip;
-  return Code::value(top);
-}
-
-// The same of one code, in every lane.
-template <class Code>
-F value_at(const uint8_t* row, int64_t column, uint32_t flip) {
-  constexpr int Bits = Code::bits;
-  const int64_t bit = column * Bits;
-  uint32_t code = row[bit / 8] >> (bit % 8);
-  if (bit % 8 + Bits > 8) code |= uint32_t{row[bit / 8 + 1]} << (8 - bit % 8);
-  U top = all(code << (32 - Bits));
+  U top = codes_at<Code::bits>(row, at);
   if constexpr (Code::offset) top ^= flip;
   return Code::value(top);
 }
 
 // Codes with zero points are counted from the lowest.
-uint32_t flip_of(const Format& format, const void* zero) {
+inline uint32_t flip_of(const Format& format, const void* zero) {
   return zero != nullptr && format.element.is_signed ? 0x80000000u : 0;
 }
 
-// `count` scales or zero points from `at` on, behind which W may not exist.
-F scales_at(const void* scale, Scale kind, int64_t at, int64_t count) {
-  if (count >= W) return load_scale(scale, kind, at);
-  char bytes[4 * W] = {};
-  std::memcpy(bytes, static_cast<const char*>(scale) + at * size_of(kind), count * size_of(kind));
-  return load_scale(bytes, kind, 0);
+// `count` scales, at most W, or zero points from `at` on, of which those from `end` on may not exist.
+INLINE inline F scales_at(const void* scale, Scale kind, int64_t at, int64_t count, int64_t end) {
+  return scales_by(kind, [&](auto v) INLINE {
+    constexpr int64_t size = sizeof v / W;
+    const char* const from = static_cast<const char*>(scale);
+    return load_first<decltype(v)>(from + at * size, count * size, from + end * size);
+  });
 }
 
-F zeros_at(const void* zero, const Format& format, int64_t at, int64_t count) {
+INLINE inline F zeros_at(const void* zero, const Format& format, int64_t at, int64_t count, int64_t end) {
   if (zero == nullptr) return F{};
-  if (count >= W) return load_zero(zero, format, at);
-  char bytes[W] = {};
-  std::memcpy(bytes, static_cast<const char*>(zero) + at, count);
-  return load_zero(bytes, format, 0);
+  const char* const from = static_cast<const char*>(zero);
+  return zeros_of(load_first<Bytes>(from + at, count, from + end), format);
 }
 
 // One of them, which never goes through memory on its way.
@@ -345,7 +341,20 @@ inline float zero_at(const void* zero, const Format& format, int64_t at) {
   return static_cast<float>(format.element.is_signed ? code + (1 << (format.element.bits - 1)) : code);
 }
 
+// Rows that are on their way while one is read: as many as a core waits for at once.
+constexpr int64_t AHEAD = 16;
+
+// A NaN is larger than anything.
+inline F larger(F a, F b) {
+  const U takes = (U)(b > a) | (U)(b != b);
+  return (F)((takes & (U)b) | (~takes & (U)a));
+}
+
+#if defined(__AVX512F__)
+#include "blocks.h"
+#else
 #include "rows.h"
+#endif
 #include "casts.h"
 #include "bytes.h"
 #include "integers.h"
@@ -357,8 +366,8 @@ inline float zero_at(const void* zero, const Format& format, int64_t at) {
 
 extern const Kernels kernels;
 const Kernels kernels{
-    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, code_size, widen, few, many, decode, pool, round_token,
-    mark_columns, integers, extents, choose, draw, encode,
+    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, MOST_DIGITS, code_size, widen, few, many, decode, pool, round_token,
+    mark_columns, split_token, integers, extents, choose, draw, encode,
 };
 
 }  // namespace LOWBIT_ISA

@@ -73,7 +73,13 @@ struct Codes {
   bool asymmetric;
   // Or 0.
   int64_t tile;
+  // As many follow one another that are digits of one token.
+  int64_t digits = 1;
 };
+
+// Digits of a token that is as it was, signed ones of a byte: it is rounded to 2^-30 of its largest number, no more than
+// sums of float32s are.
+inline constexpr int64_t DIGITS = 4;
 
 // Tokens of bfloat16s as pairs of 32 bits, `stride` from one to the next, in the order in which words of the weight have
 // theirs, or in tiles: 16 tokens, a STEP of each in turn; and the sums of those of a group, where codes have zero points.
@@ -113,13 +119,21 @@ struct Rows {
   const void* zero;
   const float* factor;
 
-  // Calls run(codes, first scale, tensor scale) of a row.
-  template <class Run>
-  void row(int64_t row, const Run& run) const {
+  struct Row {
+    const uint8_t* codes;
+    // The number of its first scale.
+    int64_t at;
+    // The tensor scale.
+    float factor;
+  };
+
+  Row row(int64_t row) const {
     // Of most tables this takes no division.
-    const int64_t of = matrices == 1 ? 0 : row / matrix, in = row - of * matrix;
-    const int64_t at = of * blocks + (block == 0 ? in : in / block);
-    run(codes + row * bytes, at * groups, factor == nullptr ? 1.0f : factor[factors == 1 ? of : at]);
+    int64_t of = 0, at = row;
+    if (matrices > 1) of = row / matrix, at = row - of * matrix;
+    if (block > 0) at /= block;
+    if (matrices > 1) at += of * blocks;
+    return {codes + row * bytes, at * groups, factor == nullptr ? 1.0f : factor[factors == 1 ? of : at]};
   }
 
   // Into the cache, what a row of a table begins with; more follows by itself once that is read.
@@ -144,6 +158,8 @@ struct Kernels {
   const char* isa;
   // Tokens of which `few` takes as many at once, and `integers`, in whose rounded codes as many lie together.
   int few_tokens, integer_tokens;
+  // Up to so many digits of tokens that are as they were meet integers, which takes less than making floats of those.
+  int most_digits;
   // Bytes that `round` makes of a code, by the bits of the weight's.
   int (*code_size)(int bits);
   // Values of `count` numbers as float32, times `by` (rounded to their type) where there is one.
@@ -162,6 +178,8 @@ struct Kernels {
   // x (k,), with zeros up to STEP, as token `token` of `to`; and the columns that there are.
   void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to);
   void (*mark)(int64_t k, const Format& weight, uint8_t* ones);
+  // x as DIGITS tokens from `token` on; false where a number is not finite, or all are so small that scales are not.
+  bool (*split)(const float* x, int64_t k, const Format& weight, int64_t token, Codes& to);
   // As `few`, of rounded tokens, of which whole numbers of those `together` may be read: one, or `integer_tokens`, or
   // half of that. Weights are integers of 1, 2, 4 or 8 bits
   // with scales of multiples of 32 columns, or of all.

@@ -149,8 +149,60 @@ bool paired_product(const Packed& w, const Row& row, int64_t tokens, const void*
   return true;
 }
 
+// Of inputs that are rounded to integers, or, not being rounded, become digits; false if some input cannot.
+bool integer_product(const Packed& w, const Row& row, const lowbit::Activation* how, int64_t tokens, const void* bias,
+                     char* out) {
+  const lowbit::Kernels& run = lowbit::kernels();
+  const int64_t digits = how == nullptr ? lowbit::DIGITS : 1;
+  tokens *= digits;
+  const int64_t stride = apart(up(w.k, STEP) * run.code_size(w.format.element.bits), 1);
+  const int64_t groups = w.format.groups(w.k), tiles = up(w.n, TILE) / TILE;
+  // Those of a chunk stay in a core's cache while tiles pass.
+  const int64_t chunk = std::min<int64_t>(tokens, 256), half = run.integer_tokens / 2;
+  const bool tiled = how != nullptr && tokens >= run.tiled_bytes;
+  const int64_t together = tokens == 1 || tiled ? 1 : tokens <= half ? half : run.integer_tokens;
+  const int64_t rows = up(chunk, tiled ? TILE : together);
+  const std::unique_ptr<uint8_t[]> codes(new uint8_t[(rows + 1) * stride]());
+  const std::unique_ptr<float[]> scale(new float[rows]());
+  const std::unique_ptr<int32_t[]> numbers(new int32_t[rows * (groups + 1)]());
+  lowbit::Codes to{codes.get(), stride, scale.get(), numbers.get(), numbers.get() + rows, codes.get() + rows * stride,
+                   together, how != nullptr && how->asymmetric, tiled ? run.tile_bytes(w.format, w.k) : 0, digits};
+  run.mark(w.k, w.format, to.ones);
+  const auto multiply = tiled ? run.integers_by_tiles : run.integers;
+  for (int64_t token = 0; token < tokens; token += chunk) {
+    const int64_t some = std::min(chunk, tokens - token);
+    std::atomic<bool> fits{true};
+    shared(some / digits, [&](int64_t begin, int64_t end) {
+      const std::unique_ptr<float[]> values(new float[up(w.k, STEP)]());
+      for (int64_t at = begin; at < end; ++at) {
+        row(token / digits + at, values.get());
+        if (how != nullptr) {
+          run.round(values.get(), w.k, *how, w.format, at, to);
+        } else if (!run.split(values.get(), w.k, w.format, at * digits, to)) {
+          fits = false;
+        }
+      }
+    });
+    if (!fits) return false;
+    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+      multiply(w, to, some, bias, out + token / digits * w.n * size_of(row.type), row.type, begin, end);
+    });
+  }
+  return true;
+}
+
+// Whether a weight can meet integers: each of its sums is one.
+bool meets_integers(const Format& weight, int64_t k) {
+  return !weight.element.is_float && 8 % weight.element.bits == 0 && weight.columns % STEP == 0 &&
+         (weight.columns ? std::min(weight.columns, k) : k) <= 1 << 15;
+}
+
 void product(const Packed& w, const Row& row, int64_t tokens, const void* bias, char* out) {
   const lowbit::Kernels& run = lowbit::kernels();
+  if (tokens * lowbit::DIGITS <= run.most_digits && meets_integers(w.format, w.k) &&
+      integer_product(w, row, nullptr, tokens, bias, out)) {
+    return;
+  }
   if (row.type == Type::bfloat16 && run.takes_pairs != nullptr && run.takes_pairs(w.format, tokens) &&
       paired_product(w, row, tokens, bias, out)) {
     return;
@@ -179,39 +231,6 @@ void product(const Packed& w, const Row& row, int64_t tokens, const void* bias, 
   }
 }
 
-// The same of inputs that are rounded to integers.
-void integer_product(const Packed& w, const Row& row, const lowbit::Activation& how, int64_t tokens, const void* bias,
-                     char* out) {
-  const lowbit::Kernels& run = lowbit::kernels();
-  const int64_t stride = apart(up(w.k, STEP) * run.code_size(w.format.element.bits), 1);
-  const int64_t groups = w.format.groups(w.k), tiles = up(w.n, TILE) / TILE;
-  // Those of a chunk stay in a core's cache while tiles pass.
-  const int64_t chunk = std::min<int64_t>(tokens, 256), half = run.integer_tokens / 2;
-  const bool tiled = tokens >= run.tiled_bytes;
-  const int64_t together = tokens == 1 || tiled ? 1 : tokens <= half ? half : run.integer_tokens;
-  const int64_t rows = up(chunk, tiled ? TILE : together);
-  const std::unique_ptr<uint8_t[]> codes(new uint8_t[(rows + 1) * stride]());
-  const std::unique_ptr<float[]> scale(new float[rows]());
-  const std::unique_ptr<int32_t[]> numbers(new int32_t[rows * (groups + 1)]());
-  lowbit::Codes to{codes.get(), stride, scale.get(), numbers.get(), numbers.get() + rows, codes.get() + rows * stride,
-                   together, how.asymmetric, tiled ? run.tile_bytes(w.format, w.k) : 0};
-  run.mark(w.k, w.format, to.ones);
-  const auto multiply = tiled ? run.integers_by_tiles : run.integers;
-  for (int64_t token = 0; token < tokens; token += chunk) {
-    const int64_t some = std::min(chunk, tokens - token);
-    shared(some, [&](int64_t begin, int64_t end) {
-      const std::unique_ptr<float[]> values(new float[up(w.k, STEP)]());
-      for (int64_t at = begin; at < end; ++at) {
-        row(token + at, values.get());
-        run.round(values.get(), w.k, how, w.format, at, to);
-      }
-    });
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      multiply(w, to, some, bias, out + token * w.n * size_of(row.type), row.type, begin, end);
-    });
-  }
-}
-
 // What an activation's spec string and its stored scale say; a spec is scaling:format.
 lowbit::Activation activation_of(const std::string& spec, const std::optional<Tensor>& scale,
                                  const std::optional<Tensor>& zero, const Format& weight, int64_t k) {
@@ -224,7 +243,7 @@ lowbit::Activation activation_of(const std::string& spec, const std::optional<Te
                       (dynamic || scaling == "static"),
                   "inputs must be rounded to signed integers with float32 scales, dynamic ones a row or a static one; "
                   "this is ", spec);
-  STD_TORCH_CHECK(!weight.element.is_float && 8 % weight.element.bits == 0 && weight.columns % 32 == 0,
+  STD_TORCH_CHECK(!weight.element.is_float && 8 % weight.element.bits == 0 && weight.columns % STEP == 0,
                   "weights of rounded inputs must be integers of 1, 2, 4 or 8 bits with scales of multiples of 32 "
                   "columns, or all");
   STD_TORCH_CHECK((weight.columns ? std::min(weight.columns, k) : k) <= 1 << 15,
@@ -322,7 +341,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const s
       if (activation.empty()) {
         product(w, row, rows, pointer(bias), out_of);
       } else {
-        integer_product(w, row, how, rows, pointer(bias), out_of);
+        integer_product(w, row, &how, rows, pointer(bias), out_of);
       }
     }
     begin = ends[expert];
@@ -469,16 +488,15 @@ void quantize(const Tensor& x, const Tensor& data, const Tensor& scale, const st
     for (int64_t row = begin; row < end; ++row) {
       widened(row, values);
       scratch.next = from + std::min(row + 1, end - 1) * k * size_of(type);
-      table.row(row, [&](const uint8_t*, int64_t at, float factor) {
-        if (choose) {
-          if (!choose_tensor_scale) kernels.extents(values.data(), k, format, low.data(), high.data());
-          const float* tops = choose_tensor_scale ? highs.data() + row * room : high.data();
-          kernels.choose(low.data(), tops, groups, format, how, factor, scales, zeros, at);
-        }
-        if (seed) kernels.draw(*seed, row * k, k, noise.data());
-        kernels.encode(values.data(), k, format, scales, zeros, at, factor, seed ? noise.data() : nullptr, scratch,
-                       codes + row * table.bytes);
-      });
+      const auto [of, at, factor] = table.row(row);
+      if (choose) {
+        if (!choose_tensor_scale) kernels.extents(values.data(), k, format, low.data(), high.data());
+        const float* tops = choose_tensor_scale ? highs.data() + row * room : high.data();
+        kernels.choose(low.data(), tops, groups, format, how, factor, scales, zeros, at);
+      }
+      if (seed) kernels.draw(*seed, row * k, k, noise.data());
+      kernels.encode(values.data(), k, format, scales, zeros, at, factor, seed ? noise.data() : nullptr, scratch,
+                     codes + row * table.bytes);
     }
   });
 }

@@ -1,8 +1,17 @@
 // Rows of a table as plain values, and their sums by bags.
-// Included by kernels.cpp, once for each instruction set.
+// Included by kernels.cpp, once for each instruction set but those with vectors of 512 bits, which have blocks.h.
 
-// Rows that are on their way while one is read: as many as a core waits for at once.
-constexpr int64_t AHEAD = 16;
+// The value of one code, not scaled yet, in every lane; see values_at.
+template <class Code>
+F value_at(const uint8_t* row, int64_t column, uint32_t flip) {
+  constexpr int Bits = Code::bits;
+  const int64_t bit = column * Bits;
+  uint32_t code = row[bit / 8] >> (bit % 8);
+  if (bit % 8 + Bits > 8) code |= uint32_t{row[bit / 8 + 1]} << (8 - bit % 8);
+  U top = all(code << (32 - Bits));
+  if constexpr (Code::offset) top ^= flip;
+  return Code::value(top);
+}
 
 template <class Code, Type type>
 void decode_row(const Rows& t, const uint8_t* codes, int64_t at, float factor, uint32_t flip, void* out) {
@@ -36,17 +45,10 @@ void decode(const Rows& t, const int64_t* ids, int64_t first, int64_t last, void
     for (int64_t i = first; ids != nullptr && i < std::min(first + AHEAD, last); ++i) t.fetch(ids[i]);
     for (int64_t i = first; i < last; ++i) {
       if (ids != nullptr && i + AHEAD < last) t.fetch(ids[i + AHEAD]);
-      t.row(ids == nullptr ? i : ids[i], [&](const uint8_t* codes, int64_t at, float factor) {
-        run(t, codes, at, factor, flip, static_cast<char*>(out) + i * t.k * size_of(type));
-      });
+      const auto [codes, at, factor] = t.row(ids == nullptr ? i : ids[i]);
+      run(t, codes, at, factor, flip, static_cast<char*>(out) + i * t.k * size_of(type));
     }
   });
-}
-
-// A NaN is larger than anything.
-inline F larger(F a, F b) {
-  const U takes = (U)(b > a) | (U)(b != b);
-  return (F)((takes & (U)b) | (~takes & (U)a));
 }
 
 // Rows of one bag that are no padding: their codes, and their scales and zero points one after another. Room is for the
@@ -74,19 +76,18 @@ INLINE inline void take(const Rows& table, const Bags& bags, Members& members, c
   for (int64_t i = members.begin; i < members.end; ++i) {
     t.fetch(rows[std::min(i + AHEAD, last)]);
     if (rows[i] == padding) continue;
-    t.row(rows[i], [&](const uint8_t* from, int64_t at, float factor) INLINE {
-      if (weights != nullptr) factor *= weights[i];
-      int64_t group = 0;
-      for (; group + W <= t.groups; group += W) {
-        store(scale + group, load_scale(t.scale, t.format.scale, at + group) * factor);
-        if constexpr (Zeros) store(zero + group, zeros_at(t.zero, t.format, at + group, W));
-      }
-      for (; group < t.groups; ++group) {
-        scale[group] = scale_at(t.scale, t.format.scale, at + group) * factor;
-        if constexpr (Zeros) zero[group] = zero_at(t.zero, t.format, at + group);
-      }
-      codes[count] = from;
-    });
+    auto [from, at, factor] = t.row(rows[i]);
+    if (weights != nullptr) factor *= weights[i];
+    int64_t group = 0;
+    for (; group + W <= t.groups; group += W) {
+      store(scale + group, load_scale(t.scale, t.format.scale, at + group) * factor);
+      if constexpr (Zeros) store(zero + group, load_zero(t.zero, t.format, at + group));
+    }
+    for (; group < t.groups; ++group) {
+      scale[group] = scale_at(t.scale, t.format.scale, at + group) * factor;
+      if constexpr (Zeros) zero[group] = zero_at(t.zero, t.format, at + group);
+    }
+    codes[count] = from;
     add(codes[count], scale, zero);
     ++count, scale += t.groups, zero += t.groups;
   }

@@ -43,6 +43,42 @@ inline void store(void* to, V v) {
   std::memcpy(to, &v, sizeof v);
 }
 
+// Of what loops are made of, before the compiler decides what stays in registers.
+#define INLINE __attribute__((always_inline))
+
+// Without a call, which would take all vector registers.
+inline void copy_few(void* to, const void* from, int64_t count) {
+  asm volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(count) : : "memory");
+}
+
+// The first `bytes` of a vector, in whole powers of two; nothing is read from `end` on.
+template <class V, int Size = sizeof(V)>
+INLINE inline V load_first(const void* from, int64_t bytes, const void* end) {
+  if constexpr (Size > 1) {
+    if (bytes <= Size / 2) return load_first<V, Size / 2>(from, bytes, end);
+  }
+  if (static_cast<const char*>(end) - static_cast<const char*>(from) < Size) [[unlikely]] {
+    V v{};
+    copy_few(&v, from, bytes);
+    return v;
+  }
+  if constexpr (Size == sizeof(V)) {
+    return load<V>(from);
+  } else if constexpr (Size < 16) {
+    uint64_t low = 0;
+    std::memcpy(&low, from, Size);
+    typedef uint64_t Words __attribute__((vector_size(sizeof(V) < 8 ? 8 : sizeof(V))));
+    const Words words = {low};
+    return load<V>(&words);
+  } else if constexpr (sizeof(V) == 32) {
+    return (V)_mm256_zextsi128_si256(load<__m128i>(from));
+  } else if constexpr (Size == 16) {
+    return (V)_mm512_zextsi128_si512(load<__m128i>(from));
+  } else {
+    return (V)_mm512_zextsi256_si512(load<__m256i>(from));
+  }
+}
+
 // 0 + x is not x where that is -0, so that the compiler would add.
 inline F all(float x) { return x - F{}; }
 inline U all(uint32_t x) { return U{} + x; }
@@ -139,9 +175,6 @@ inline I signed_bytes(const void* from) {
   return (I)(widened(load<Bytes>(from)) << 24) >> 24;
 #endif
 }
-
-// Of what loops are made of, before the compiler decides what stays in registers.
-#define INLINE __attribute__((always_inline))
 
 template <int... P, class Body>
 INLINE inline void each(std::integer_sequence<int, P...>, const Body& body) {
@@ -301,9 +334,14 @@ inline Halves halved(U x) {
 // Rounded to nearest, ties to even; a NaN stays one.
 inline Halves to_bfloat16(F x) {
   const U bits = (U)x;
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const U rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+#if defined(__AVX512F__)
+  const __mmask16 number = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+  return halved((U)_mm512_mask_srli_epi32((__m512i)all(0x7fc0u), number, (__m512i)rounded, 16));
+#else
   const U nan = (U)(x != x);
-  return halved((nan & 0x7fc0u) | (~nan & rounded));
+  return halved((nan & 0x7fc0u) | (~nan & (rounded >> 16)));
+#endif
 }
 
 inline Halves to_float16(F x) {
@@ -356,25 +394,35 @@ inline F from_e8m0(U code) {
   return (F)((code << 23) | (nan & 0x00400000u) | (least & 0x00400000u));
 }
 
-// W scales from `at` on, as float32.
-inline F load_scale(const void* from, Scale scale, int64_t at) {
+// Scales as float32; `load(V{})` gives W of them as they are stored.
+template <class Load>
+INLINE inline F scales_by(Scale scale, const Load& load) {
   switch (scale) {
-    case Scale::float32: return load_as(from, Type::float32, at);
-    case Scale::bfloat16: return load_as(from, Type::bfloat16, at);
-    case Scale::float16: return load_as(from, Type::float16, at);
-    case Scale::e8m0: return from_e8m0(widened(load<Bytes>(static_cast<const uint8_t*>(from) + at)));
-    default:
-      return FloatCode<4, 3, 7>::value(
-          widened(load<Bytes>(static_cast<const uint8_t*>(from) + at)) << 24);
+    case Scale::float32: return load(F{});
+    case Scale::bfloat16: return from_bfloat16(load(Halves{}));
+    case Scale::float16: return from_float16(load(Halves{}));
+    case Scale::e8m0: return from_e8m0(widened(load(Bytes{})));
+    default: return FloatCode<4, 3, 7>::value(widened(load(Bytes{})) << 24);
   }
 }
 
-// W zero points from `at` on, counted from the lowest code.
-inline F load_zero(const void* from, const Format& format, int64_t at) {
-  const char* bytes = static_cast<const char*>(from) + at;
-  const I code = (I)widened(load<Bytes>(bytes));
+// W scales from `at` on.
+inline F load_scale(const void* from, Scale scale, int64_t at) {
+  return scales_by(scale, [&](auto v) INLINE {
+    return load<decltype(v)>(static_cast<const char*>(from) + at * static_cast<int64_t>(sizeof v / W));
+  });
+}
+
+// Zero points, counted from the lowest code.
+inline F zeros_of(Bytes stored, const Format& format) {
+  const I code = (I)widened(stored);
   const F zero = __builtin_convertvector(format.zero_signed ? code << 24 >> 24 : code, F);
   return format.element.is_signed ? zero + static_cast<float>(1 << (format.element.bits - 1)) : zero;
+}
+
+// W of them from `at` on.
+inline F load_zero(const void* from, const Format& format, int64_t at) {
+  return zeros_of(load<Bytes>(static_cast<const char*>(from) + at), format);
 }
 
 }  // namespace LOWBIT_ISA

@@ -158,6 +158,46 @@ def test_products_of_integers_are_exact(isa):
     assert done.returncode == 0, done.stderr
 
 
+DIGITS = """
+    import torch, lowbit
+    from lowbit_kernels_x86.weights import pack
+
+    x = torch.randn(6, 4096, generator=torch.Generator().manual_seed(0))
+    x[1, 7], x[2] = 1e4, 0
+    x[3, 100], x[4] = -3e4, 1e-35
+    for spec in ("int8:1x*:float32", "int8:1x*:float32:zero=int8", "int4:1x128:bfloat16", "uint4:1x32:float32:zero=uint4",
+                 "int2:1x64:bfloat16", "uint1:1x*:float32:zero=uint1"):
+        w = torch.randn(37, 4096, generator=torch.Generator().manual_seed(1))
+        bias = torch.randn(37, generator=torch.Generator().manual_seed(2))
+        for k in (4096, 160 if "x*" in spec else 4096 - 128):
+            q = lowbit.quantize(w[:, :k].contiguous(), spec)
+            packed, scale, *zero = pack(q)
+            values = q.dequantize(torch.float32).double()
+            for first, last in ((0, 1), (1, 2), (0, 2), (1, 4), (0, 4), (4, 5), (3, 5)):
+                some = x[first:last, :k].contiguous()
+                rest = *(zero or [None]), None, None, bias, None, spec, 37, "", None, None
+                found = torch.ops.lowbit_x86.linear(some, packed, scale, *rest).double()
+                # What float32 loses of sums of so many, and what digits lose of the largest input.
+                size = some.double().abs()
+                bound = 2.0**-16 * (size @ values.abs().T + bias.double().abs())
+                bound += 2.0**-30 * size.amax(1, keepdim=True) * values.abs().sum(1)
+                error = (found - some.double() @ values.T - bias.double()).abs()
+                assert bool((error <= bound).all()), (spec, k, first, last, float((error / bound).max()))
+            some = x[:2, :k].clone()
+            some[1, 5] = float("nan")
+            found = torch.ops.lowbit_x86.linear(some, packed, scale, *rest)
+            assert bool(found[1].isnan().all()), spec
+            assert bool(found[0].isfinite().all()), spec
+"""
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_few_tokens_meet_integers_without_being_rounded(isa):
+    """Inputs far apart, all 0, too small for digits, and not finite."""
+    done = in_process(DIGITS, isa)
+    assert done.returncode == 0, done.stderr
+
+
 SPECS = [
     *("int8:1x*:float32", "int4:1x40:bfloat16", "uint3:1x8:float16:zero=uint3", "int5:1x24:float32:zero=int8"),
     *("uint1:1x5:float32", "int1:1x16:e8m0", "e2m1:1x16:e4m3fn:tensor", "e2m3:1x32:e8m0", "e5m2:1x*:float32"),
