@@ -402,6 +402,7 @@ def test_kernels_are_assembled_for_every_architecture():
     assert done.returncode == 0, done.stderr[-2000:]
     wanted = ["90 INT4_G128", "90 MXFP4", *(f"90 {name} as bytes" for name in ("INT4_G128", "int4:1x*:float32"))]
     wanted += [f"90 blocks of {size}" for size in ("64 by 64", "128 by 128", "128 by 256")]
+    wanted += ["90 rows of INT8_ROW", "90 rows of FP8_ROW"]
     wanted += ["90 three INT4_G128", "90 three UINT4_G128"]
     wanted += ["80 INT4_G128", "80 INT8_ROW", "90 NVFP4", "100 NVFP4"]
     wanted += [f"{each} by bytes" for each in ("80 INT8_ROW", "90 FP8_ROW", "90 FP8_1x128")]
