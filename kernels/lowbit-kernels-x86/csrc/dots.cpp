@@ -341,20 +341,20 @@ void by_pairs(const Packed& w, const Paired& x, int64_t tokens, const void* bias
 
 }  // namespace
 
-Kernels with_dots(Kernels kernels);
-Kernels with_dots(Kernels kernels) {
-  kernels.isa = LOWBIT_TEXT(LOWBIT_ISA);
-  kernels.takes_pairs = takes_pairs;
-  kernels.pair = pair;
-  kernels.by_pairs = by_pairs;
-  kernels.few_pairs = FEW;
+// Data: a function of this file may run only where its instructions are.
+extern const Kernels dots;
+constinit const Kernels dots{
+    .isa = LOWBIT_TEXT(LOWBIT_ISA),
+    .takes_pairs = takes_pairs,
+    .pair = pair,
+    .by_pairs = by_pairs,
+    .few_pairs = FEW,
 #if defined(__AMX_INT8__)
-  kernels.tiled_bytes = TILED_BYTES;
-  kernels.tile_bytes = tile_bytes;
-  kernels.integers_by_tiles = integers_by_tiles;
+    .tiled_bytes = TILED_BYTES,
+    .tile_bytes = tile_bytes,
+    .integers_by_tiles = integers_by_tiles,
 #endif
-  return kernels;
-}
+};
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit

@@ -22,12 +22,26 @@ namespace avx512_vnni {
 extern const Kernels kernels;
 }
 namespace avx512_bf16 {
-Kernels with_dots(Kernels kernels);
+extern const Kernels dots;
 }
 namespace amx {
-Kernels with_dots(Kernels kernels);
+extern const Kernels dots;
 }
 namespace {
+
+// A set's products of pairs, and of tiles, and the rest of the set before.
+Kernels with(const Kernels& dots) {
+  Kernels all = avx512_vnni::kernels;
+  all.isa = dots.isa;
+  all.takes_pairs = dots.takes_pairs;
+  all.pair = dots.pair;
+  all.by_pairs = dots.by_pairs;
+  all.few_pairs = dots.few_pairs;
+  all.tiled_bytes = dots.tiled_bytes;
+  all.tile_bytes = dots.tile_bytes;
+  all.integers_by_tiles = dots.integers_by_tiles;
+  return all;
+}
 
 struct Set {
   const Kernels* kernels;
@@ -51,8 +65,7 @@ const Kernels& choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
   const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
-  static const Kernels with_bf16 = avx512_bf16::with_dots(avx512_vnni::kernels);
-  static const Kernels with_tiles = amx::with_dots(avx512_vnni::kernels);
+  static const Kernels with_bf16 = with(avx512_bf16::dots), with_tiles = with(amx::dots);
   // Pairs of bfloat16s take Intel's processors longer than two products of float32.
   const Set sets[] = {{&with_tiles, has_bf16 && has_tiles(), true},
                       {&with_bf16, has_bf16, !__builtin_cpu_is("intel")},

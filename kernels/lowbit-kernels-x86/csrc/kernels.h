@@ -155,48 +155,49 @@ struct Bags {
 };
 
 struct Kernels {
-  const char* isa;
+  const char* isa = nullptr;
   // Tokens of which `few` takes as many at once, and `integers`, in whose rounded codes as many lie together.
-  int few_tokens, integer_tokens;
+  int few_tokens = 0, integer_tokens = 0;
   // Up to so many digits of tokens that are as they were meet integers, which takes less than making floats of those.
-  int most_digits;
+  int most_digits = 0;
   // Bytes that `round` makes of a code, by the bits of the weight's.
-  int (*code_size)(int bits);
+  int (*code_size)(int bits) = nullptr;
   // Values of `count` numbers as float32, times `by` (rounded to their type) where there is one.
-  void (*widen)(const void* x, Type type, const void* by, int64_t count, float* to);
+  void (*widen)(const void* x, Type type, const void* by, int64_t count, float* to) = nullptr;
   // out[m][n] = bias[n] + sum over k of x[m][k] w[n][k] for the rows of tiles [first, last), rounded to `type`.
   // x: `tokens` rows of `stride` floats, zero from k on. `few`: decodes each weight for all tokens at once.
   void (*few)(const Packed& w, const float* x, int64_t stride, int tokens, const void* bias, void* out, Type type,
-              int64_t first, int64_t last);
+              int64_t first, int64_t last) = nullptr;
   // ... `many`: decodes weights into a panel first.
   void (*many)(const Packed& w, const float* x, int64_t stride, int64_t tokens, const void* bias, void* out, Type type,
-               int64_t first, int64_t last);
+               int64_t first, int64_t last) = nullptr;
   // Values (.., K), rounded to `type`, of rows [first, last), or of those that `ids` so number.
-  void (*decode)(const Rows& table, const int64_t* ids, int64_t first, int64_t last, void* out, Type type);
+  void (*decode)(const Rows& table, const int64_t* ids, int64_t first, int64_t last, void* out, Type type) = nullptr;
   // The sum, mean or largest of the same values of bags [first, last), rounded to `type`.
-  void (*pool)(const Rows& table, const Bags& bags, int64_t first, int64_t last, void* out, Type type);
+  void (*pool)(const Rows& table, const Bags& bags, int64_t first, int64_t last, void* out, Type type) = nullptr;
   // x (k,), with zeros up to STEP, as token `token` of `to`; and the columns that there are.
-  void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token, Codes& to);
-  void (*mark)(int64_t k, const Format& weight, uint8_t* ones);
+  void (*round)(const float* x, int64_t k, const Activation& how, const Format& weight, int64_t token,
+                Codes& to) = nullptr;
+  void (*mark)(int64_t k, const Format& weight, uint8_t* ones) = nullptr;
   // x as DIGITS tokens from `token` on; false where a number is not finite, or all are so small that scales are not.
-  bool (*split)(const float* x, int64_t k, const Format& weight, int64_t token, Codes& to);
+  bool (*split)(const float* x, int64_t k, const Format& weight, int64_t token, Codes& to) = nullptr;
   // As `few`, of rounded tokens, of which whole numbers of those `together` may be read: one, or `integer_tokens`, or
   // half of that. Weights are integers of 1, 2, 4 or 8 bits
   // with scales of multiples of 32 columns, or of all.
   void (*integers)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
-                   int64_t first, int64_t last);
+                   int64_t first, int64_t last) = nullptr;
   // Of blocks of one row x, `k` numbers and a STEP of zeros at least: the largest magnitude, or what is not finite, in
   // `high`; with zero points the lowest number and the highest, neither beyond 0, or NaN in both. Both have room for
   // whole STEPs.
-  void (*extents)(const float* x, int64_t k, const Format& format, float* low, float* high);
+  void (*extents)(const float* x, int64_t k, const Format& format, float* low, float* high) = nullptr;
   // Scales and zero points from the one numbered `at` on, for those of `groups` blocks.
   void (*choose)(const float* low, const float* high, int64_t groups, const Format& format, const Rounding& how,
-                 float tensor_scale, void* scale, void* zero, int64_t at);
+                 float tensor_scale, void* scale, void* zero, int64_t at) = nullptr;
   // What rounds stochastically `count` numbers from the one numbered `first` on.
-  void (*draw)(uint64_t seed, uint64_t first, int64_t count, float* noise);
+  void (*draw)(uint64_t seed, uint64_t first, int64_t count, float* noise) = nullptr;
   // The codes of such a row, by `noise`, which is as long, where it is not null.
   void (*encode)(const float* x, int64_t k, const Format& format, const void* scale, const void* zero, int64_t at,
-                 float tensor_scale, const float* noise, const Scratch& scratch, uint8_t* codes);
+                 float tensor_scale, const float* noise, const Scratch& scratch, uint8_t* codes) = nullptr;
   // Where pairs of bfloat16s are multiplied, else null. Whether so many tokens and a weight of a format are.
   bool (*takes_pairs)(const Format& format, int64_t tokens) = nullptr;
   // x (k,) as pairs, `step` from one STEP to the next, and sums of groups; false where products would lose a number that

@@ -60,7 +60,6 @@ OLD = """
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-x86_64, of Debian's package qemu-user")
 def test_a_processor_of_2008_runs_what_it_has(tmp_path):
     """One without AVX, emulated: codes, values, rows and products of integers come out to the bit."""
