@@ -4,6 +4,15 @@
 // Vectors of a block: its sums stay in registers while rows pass.
 constexpr int VECTORS = 8;
 
+// VECTORS codes of a row in each lane, with other bits above: of at least `count` columns, the rest 0.
+template <int Bits>
+INLINE inline U codes_in_lanes(const uint8_t* row, int64_t count) {
+  const int64_t bytes = up(count * Bits, 8) / 8;
+  if constexpr (Bits == 4) return load_first<U>(row, bytes, row + sizeof(U));
+  if constexpr (Bits == 2) return widened(load_first<Halves>(row, bytes, row + sizeof(Halves)));
+  return widened(load_first<Bytes>(row, bytes, row + sizeof(Bytes)));
+}
+
 // What has a scale of its own: a row, or a vector of a block (where a lane has VECTORS columns, a lane), or any column.
 enum class Scaled { rows, vectors, columns };
 
@@ -179,7 +188,7 @@ void with_blocks(const Rows& t, const Body& body) {
       for (int64_t column = 0; column < t.k; column += VECTORS * W) blocks.emplace_back(t, column);
       body(blocks);
     };
-    // Of bits that few tables have, one way serves all, and compiling takes a third less.
+    // Of bits that few tables have, one way serves all, and there is less to compile.
     if constexpr (8 % Code::bits == 0) {
       if (t.groups == 1) return run(std::integral_constant<Scaled, Scaled::rows>{});
       constexpr int alike = Block<Code, Scaled::vectors, Turned>::alike;

@@ -274,15 +274,6 @@ INLINE inline U low_codes_at(const uint8_t* row, int64_t at) {
 }
 #endif
 
-// VECTORS codes of a row in each lane, with other bits above: of at least `count` columns, the rest 0.
-template <int Bits>
-INLINE inline U codes_in_lanes(const uint8_t* row, int64_t count) {
-  const int64_t bytes = up(count * Bits, 8) / 8;
-  if constexpr (Bits == 4) return load_first<U>(row, bytes, row + sizeof(U));
-  if constexpr (Bits == 2) return widened(load_first<Halves>(row, bytes, row + sizeof(Halves)));
-  return widened(load_first<Bytes>(row, bytes, row + sizeof(Bytes)));
-}
-
 // Values, not scaled yet, of W codes of a row from `at` on, a multiple of W; `flip`: of codes that count from the
 // lowest, but are stored as they are.
 template <class Code>

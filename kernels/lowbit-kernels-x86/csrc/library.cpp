@@ -167,7 +167,7 @@ bool integer_product(const Packed& w, const Row& row, const lowbit::Activation* 
   const std::unique_ptr<int32_t[]> numbers(new int32_t[rows * (groups + 1)]());
   lowbit::Codes to{codes.get(), stride, scale.get(), numbers.get(), numbers.get() + rows, codes.get() + rows * stride,
                    together, how != nullptr && how->asymmetric, tiled ? run.tile_bytes(w.format, w.k) : 0, digits};
-  run.mark(w.k, w.format, to.ones);
+  if (to.asymmetric) run.mark(w.k, w.format, to.ones);
   const auto multiply = tiled ? run.integers_by_tiles : run.integers;
   for (int64_t token = 0; token < tokens; token += chunk) {
     const int64_t some = std::min(chunk, tokens - token);
