@@ -44,7 +44,7 @@ SETS = {
 }
 SETS["avx512_vnni"] = (*SETS["avx512"], "-mavx512vnni")
 # These multiply bfloat16s, and tiles, and have the rest of the last set's kernels.
-DOTS = {"avx512_bf16": (*SETS["avx512_vnni"], "-mavx512bf16")}
+DOTS = {"avx512_bf16": (*SETS["avx512_vnni"], "-mavx512bf16", "-mavx512vbmi")}
 DOTS["amx"] = (*DOTS["avx512_bf16"], "-mamx-tile", "-mamx-int8", "-mamx-bf16")
 LIBRARY = "lowbit_x86.so"
 

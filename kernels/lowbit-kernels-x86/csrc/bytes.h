@@ -11,23 +11,50 @@ constexpr int code_size(int) { return 1; }
 constexpr int code_size(int bits) { return bits == 8 ? 2 : 1; }
 #endif
 
+// Numbers of a half each, of which a table makes bytes.
+template <class Code>
+constexpr bool of_halves = std::is_same_v<Code, FloatCode<2, 1, 1>>;
+
 // How codes of a weight become bytes: `planes` of them in a word, byte t of plane j having code planes * t + j, counted
-// from the lowest, less `zero`. Where those of 8 bits become 16-bit numbers, they are signed as they are.
+// from the lowest, less `zero`, in units of `unit`. Where those of 8 bits become 16-bit numbers, they are signed as they
+// are.
 template <class Code>
 struct Planes {
   static constexpr int bits = Code::bits, count = 8 / bits, size = code_size(bits);
-  static constexpr bool as_they_are = Code::offset || size == 2;
+  static constexpr bool as_they_are = Code::offset || size == 2, table = of_halves<Code>;
   static constexpr uint32_t each_byte = 0x01010101u;
   static constexpr uint32_t top = bits == 8 ? 0x80u : bits == 4 ? 0x88u : bits == 2 ? 0xaau : 0xffu;
-  static constexpr uint32_t flip = as_they_are ? 0 : top * each_byte;
-  static constexpr int32_t zero = as_they_are ? 0 : 1 << (bits - 1);
+  static constexpr uint32_t flip = as_they_are || table ? 0 : top * each_byte;
+  static constexpr int32_t zero = table ? 12 : as_they_are ? 0 : 1 << (bits - 1);
+  static constexpr float unit = table ? 0.5f : 1;
   // Vectors that a word becomes.
   static constexpr int parts = count * size;
 
   template <int J>
   INLINE static U plane(U word) {
     if constexpr (bits == 8) return word;
-    return (word >> (bits * J)) & (((1u << bits) - 1) * each_byte);
+    const U plane = (word >> (bits * J)) & (((1u << bits) - 1) * each_byte);
+    if constexpr (table) return looked_up(plane);
+    return plane;
+  }
+
+  // Bytes of codes of one each.
+  INLINE static U looked_up(U codes) {
+    alignas(16) static constexpr auto bytes = [] {
+      std::array<uint8_t, 16> bytes{};
+      for (int i = 0; i < 16; ++i) bytes[i] = static_cast<uint8_t>(2 * Code::number(i) + 12);
+      return bytes;
+    }();
+#if defined(__AVX512BW__)
+    const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes.data()));
+    return (U)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), (__m512i)codes);
+#elif defined(__AVX2__)
+    const __m128i sixteen = _mm_load_si128(reinterpret_cast<const __m128i*>(bytes.data()));
+    return (U)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(sixteen), (__m256i)codes);
+#else
+    static_assert(!table);
+    return codes;
+#endif
   }
 
   // Vector P of those of a word, flipped before.
@@ -53,12 +80,12 @@ inline I pairs(U a, U b) {
 #endif
 }
 
-// sum + the products of four bytes of `w`, which are unsigned, and of `x`, exactly; without VNNI, w has 4 bits or fewer.
+// sum + the products of four bytes of `w`, which are unsigned, and of `x`, exactly; without VNNI, w is 24 at most.
 inline I dot(I sum, U w, U x) {
 #if defined(__AVX512VNNI__)
   return (I)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)w, (__m512i)x);
 #else
-  // Two products of 15 and 128 or less are no more than 16 bits hold.
+  // Two products of 24 and 128 or less are no more than 16 bits hold.
 #if defined(__AVX512BW__)
   return sum + pairs((U)_mm512_maddubs_epi16((__m512i)w, (__m512i)x), all(0x00010001u));
 #elif defined(__AVX2__)

@@ -39,32 +39,35 @@ struct alignas(64) Line {
 // Two numbers that are bfloat16s.
 inline U paired(F first, F second) { return (U)first >> 16 | ((U)second & HIGH); }
 
-// The bfloat16s of 8-bit floats that are the lower bytes of 16 bits, with zeros above.
+// The bfloat16s of 8-bit floats, four in a lane: of bytes 0 and 2, and of bytes 1 and 3.
 template <class Code>
-INLINE inline U from_float8(U code) {
-  constexpr int exponents = (127 - Code::bias) << 7, up_to = 1 << Code::mantissa;
-  const __m512i magnitude = _mm512_and_si512((__m512i)code, _mm512_set1_epi16(0x7f));
-  __m512i found = _mm512_add_epi16(_mm512_slli_epi16(magnitude, 7 - Code::mantissa), _mm512_set1_epi16(exponents));
-  // Subnormal numbers have no exponent of their own.
-  alignas(64) static constexpr auto small = [] {
-    std::array<uint16_t, 32> numbers{};
-    for (int i = 0; i < up_to; ++i) {
-      const float number = i * (Code::mantissa == 3 ? 0x1p-9f : 0x1p-16f);
-      numbers[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(number) >> 16);
+INLINE inline void from_float8(U codes, U (&pairs)[2]) {
+  // Of magnitudes the upper bytes and the lower ones.
+  alignas(64) static constexpr auto bytes = [] {
+    constexpr int first = 1 << Code::mantissa, special = Code::largest + 1;
+    std::array<uint8_t, 256> bytes{};
+    for (int i = 0; i < 128; ++i) {
+      int number = i << (7 - Code::mantissa);
+      if (i < first) {
+        const float subnormal = i * (Code::mantissa == 3 ? 0x1p-9f : 0x1p-16f);
+        number = static_cast<int>(std::bit_cast<uint32_t>(subnormal) >> 16);
+      } else if (i < special) {
+        number += (127 - Code::bias) << 7;
+      } else {
+        // Infinity and NaN keep their mantissa, but for e4m3's one NaN.
+        number = Code::mantissa == 3 ? 0x7fc0 : 0x7f80 | number;
+      }
+      bytes[i] = static_cast<uint8_t>(number >> 8), bytes[128 + i] = static_cast<uint8_t>(number);
     }
-    return numbers;
+    return bytes;
   }();
-  const __mmask32 subnormal = _mm512_cmplt_epu16_mask(magnitude, _mm512_set1_epi16(up_to));
-  found = _mm512_mask_permutexvar_epi16(found, subnormal, magnitude, _mm512_load_si512(small.data()));
-  if constexpr (Code::mantissa == 3) {
-    const __mmask32 nan = _mm512_cmpeq_epi16_mask(magnitude, _mm512_set1_epi16(0x7f));
-    found = _mm512_mask_mov_epi16(found, nan, _mm512_set1_epi16(0x7fc0));
-  } else {
-    // Infinity and NaN keep their mantissa under the largest exponent.
-    const __mmask32 special = _mm512_cmpge_epu16_mask(magnitude, _mm512_set1_epi16(0x7c));
-    found = _mm512_or_si512(found, _mm512_maskz_set1_epi16(special, 0x7f80));
-  }
-  return (U)found | ((code & 0x00800080u) << 8);
+  // Of an index the seven lowest bits count.
+  const auto found = [&](const uint8_t* table) INLINE {
+    return (U)_mm512_permutex2var_epi8(load<__m512i>(table), (__m512i)codes, load<__m512i>(table + 64));
+  };
+  const U upper = found(bytes.data()) | (codes & 0x80808080u), lower = found(bytes.data() + 128);
+  pairs[0] = (U)_mm512_slli_epi16((__m512i)upper, 8) | (lower & 0x00ff00ffu);
+  pairs[1] = (upper & 0xff00ff00u) | (U)_mm512_srli_epi16((__m512i)lower, 8);
 }
 
 // How a step's codes become pairs: a row's numbers of two columns in a lane, exactly. Where a word has whole pairs,
@@ -78,30 +81,33 @@ struct Pairs {
   static constexpr int first(int j) { return apart ? j / of_word * 2 * of_word + j % of_word : 2 * j; }
   static constexpr int second(int j) { return first(j) + (apart ? of_word : 1); }
 
-  // Pair J of 16; `words` of the step.
-  template <int J>
-  INLINE static U at(const uint32_t* words, F zero) {
-    if constexpr (apart) {
-      const U word = load<U>(words + J / of_word * TILE);
-      const U low = (U)_mm512_srli_epi16((__m512i)word, J % of_word * bits);
-      if constexpr (in_table) {
-        // Of an index the five lowest bits count.
-        alignas(64) static constexpr auto numbers = [] {
-          std::array<uint16_t, 32> numbers{};
-          for (int i = 0; i < 32; ++i) {
-            const float number = Code::number(i & ((1 << bits) - 1));
-            numbers[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(number) >> 16);
-          }
-          return numbers;
-        }();
-        return (U)_mm512_permutexvar_epi16((__m512i)low, _mm512_load_si512(numbers.data()));
-      } else {
-        return from_float8<Code>(low & 0x00ff00ffu);
-      }
+  // Those that are found together.
+  static constexpr int each = apart ? of_word : 1;
+
+  // Pairs `each` * I and on of 16; `words` of the step.
+  template <int I>
+  INLINE static void some(const uint32_t* words, F zero, U (&pairs)[each]) {
+    if constexpr (in_table) {
+      const U word = load<U>(words + I * TILE);
+      // Of an index the five lowest bits count.
+      alignas(64) static constexpr auto numbers = [] {
+        std::array<uint16_t, 32> numbers{};
+        for (int i = 0; i < 32; ++i) {
+          const float number = Code::number(i & ((1 << bits) - 1));
+          numbers[i] = static_cast<uint16_t>(std::bit_cast<uint32_t>(number) >> 16);
+        }
+        return numbers;
+      }();
+      unroll<each>([&](auto j) INLINE {
+        const __m512i low = _mm512_srli_epi16((__m512i)word, j * bits);
+        pairs[j] = (U)_mm512_permutexvar_epi16(low, _mm512_load_si512(numbers.data()));
+      });
+    } else if constexpr (apart) {
+      from_float8<Code>(load<U>(words + I * TILE), pairs);
     } else {
-      F a = code_at<Code, first(J)>(words, 0), b = code_at<Code, second(J)>(words, 0);
+      F a = code_at<Code, first(I)>(words, 0), b = code_at<Code, second(I)>(words, 0);
       if constexpr (Code::offset) a -= zero, b -= zero;
-      return paired(a, b);
+      pairs[0] = paired(a, b);
     }
   }
 };
@@ -118,7 +124,7 @@ inline F complete(F sum, F zero, float inputs, F scale, F total) {
 // Products of at most M tokens with one tile.
 template <class Code, int M>
 void few_tile(const Packed& w, const Paired& x, int tokens, const void* bias, void* out, Type type, int64_t index) {
-  constexpr int SUMS = 4 / M;
+  constexpr int SUMS = 4 / M, each = Pairs<Code>::each;
   const Tile tile(w, index);
   const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), groups = w.format.groups(w.k);
   alignas(64) float totals[M * TILE] = {};
@@ -131,10 +137,16 @@ void few_tile(const Packed& w, const Paired& x, int tokens, const void* bias, vo
       const uint32_t* const words = tile.codes(column / STEP);
       const uint32_t* const pairs = x.pairs + column / STEP * PAIRS;
       unroll<Code::bits>([&](auto i) INLINE { fetch(words + AHEAD + i * TILE); });
-      unroll<count>([&](auto j) INLINE {
-        constexpr int at = first + j;
-        const U pair = Pairs<Code>::template at<at>(words, F{});
-        unroll<M>([&](auto m) INLINE { sums[m][j % SUMS] = dots(sums[m][j % SUMS], pair, all(pairs[m * x.stride + at])); });
+      unroll<count / each>([&](auto i) INLINE {
+        constexpr int at = first + i * each;
+        U found[each];
+        Pairs<Code>::template some<at / each>(words, F{}, found);
+        unroll<each>([&](auto j) INLINE {
+          unroll<M>([&](auto m) INLINE {
+            F& sum = sums[m][(i * each + j) % SUMS];
+            sum = dots(sum, found[j], all(pairs[m * x.stride + at + j]));
+          });
+        });
       });
     };
     using Half = std::integral_constant<int, PAIRS / 2>;
@@ -170,22 +182,26 @@ bool folds(const Format& format) {
 // Pairs of one tile's columns [begin, end), times their scales where those fold; below 2^-126 products take them for 0.
 template <class Code>
 void fill_pairs(const Packed& w, const Tile& tile, int64_t begin, int64_t end, bool folded, uint32_t* panel) {
+  constexpr int each = Pairs<Code>::each;
   const int64_t columns = w.format.columns ? w.format.columns : up(w.k, STEP), last = w.format.groups(w.k) - 1;
   for (int64_t step = begin; step < end; step += STEP, panel += PAIRS * TILE) {
     const uint32_t* const words = tile.codes(step / STEP);
     const int64_t group = step / columns, other = std::min((step + STEP / 2) / columns, last);
     F zero{}, scale[2];
     if constexpr (Code::offset) zero = tile.zero(group, 0);
-    if (!folded) {
-      unroll<PAIRS>([&](auto j) INLINE { store(panel + j * TILE, Pairs<Code>::template at<j>(words, zero)); });
-      continue;
+    if (folded) {
+      scale[0] = tile.block_scale(group, 0);
+      scale[1] = other == group ? scale[0] : tile.block_scale(other, 0);
     }
-    scale[0] = tile.block_scale(group, 0);
-    scale[1] = other == group ? scale[0] : tile.block_scale(other, 0);
-    unroll<PAIRS>([&](auto j) INLINE {
-      const U pair = Pairs<Code>::template at<j>(words, zero);
-      const F by = scale[Code::bits > 1 && j >= PAIRS / 2];
-      store(panel + j * TILE, paired((F)(pair << 16) * by, (F)(pair & HIGH) * by));
+    unroll<PAIRS / each>([&](auto i) INLINE {
+      U pairs[each];
+      Pairs<Code>::template some<i>(words, zero, pairs);
+      unroll<each>([&](auto j) INLINE {
+        constexpr int at = i * each + j;
+        const F by = scale[Code::bits > 1 && at >= PAIRS / 2];
+        const U pair = pairs[j];
+        store(panel + at * TILE, folded ? paired((F)(pair << 16) * by, (F)(pair & HIGH) * by) : pair);
+      });
     });
   }
 }

@@ -5,9 +5,9 @@
 constexpr int TOKENS = W == 16 ? 8 : W == 8 ? 4 : 2;
 constexpr int TILES = H == 1 ? 2 : 1;
 #if defined(__AVX512VNNI__)
-constexpr int MOST_DIGITS = 2 * TOKENS;
+constexpr int MOST_DIGITS = 2 * TOKENS, MOST_BY_TABLE = TOKENS;
 #else
-constexpr int MOST_DIGITS = W == 4 ? 0 : TOKENS;
+constexpr int MOST_DIGITS = W == 4 ? 0 : TOKENS, MOST_BY_TABLE = W == 8 ? TOKENS : 0;
 #endif
 // Numbers of 32 bits that are fetched ahead.
 constexpr int AHEAD_OF_WORDS = 512;
@@ -113,32 +113,32 @@ void integers(const Packed& w, const Codes& x, int64_t tokens, const void* bias,
               int64_t last) {
   with_code(w.format, [&](auto code) {
     using Code = decltype(code);
-    if constexpr (std::is_same_v<Code, IntCode<Code::bits>> || std::is_same_v<Code, OffsetCode<Code::bits>>) {
-      if constexpr (8 % Code::bits == 0) {
-        const int64_t numbers = w.format.groups(w.k) * TILE * TILES;
-        Factors factors{std::vector<float>(numbers), std::vector<int32_t>(Code::offset ? numbers : 0),
-                        std::vector<int32_t>(x.asymmetric ? numbers : 0)};
-        std::vector<uint32_t> panel;
-        std::vector<float> totals(up(tokens, x.together) * TILE * TILES);
-        const bool one = x.together == 1;
-        const auto run = one                    ? integer_tiles<Code, 1, 1>
-                         : x.together == TOKENS ? integer_tiles<Code, TOKENS, TILES>
-                                                : integer_tiles<Code, TOKENS / 2, TILES>;
-        const int tiles = one ? 1 : TILES;
-        for (int64_t tile = first; tile < last; tile += tiles) {
-          // The last may be without another, and is then computed twice.
-          const int64_t apart = tile + 1 < last ? tiles - 1 : 0;
-          run(w, x, tokens, tile, apart, factors, panel, totals);
-          for (int64_t m = 0; m < tokens; m += x.digits) {
-            for (int v = 0; v < tiles * H; ++v) {
-              const float* const total = totals.data() + (m * tiles * H + v) * W;
-              F sum = load<F>(total) * x.scale[m];
-              // The last digit counts most.
-              for (int64_t d = 1; d < x.digits; ++d) {
-                sum = fma(load<F>(total + d * tiles * TILE), all(x.scale[m + d]), sum);
-              }
-              finish(w, tile + v / H * apart, v % H, sum, bias, out, type, m / x.digits);
+    constexpr bool whole = std::is_same_v<Code, IntCode<Code::bits>> || std::is_same_v<Code, OffsetCode<Code::bits>>;
+    if constexpr (of_halves<Code> ? MOST_BY_TABLE > 0 : whole && 8 % Code::bits == 0) {
+      const int64_t numbers = w.format.groups(w.k) * TILE * TILES;
+      Factors factors{std::vector<float>(numbers), std::vector<int32_t>(Code::offset ? numbers : 0),
+                      std::vector<int32_t>(x.asymmetric ? numbers : 0)};
+      std::vector<uint32_t> panel;
+      std::vector<float> totals(up(tokens, x.together) * TILE * TILES);
+      const bool one = x.together == 1;
+      const auto run = one                    ? integer_tiles<Code, 1, 1>
+                       : x.together == TOKENS ? integer_tiles<Code, TOKENS, TILES>
+                                              : integer_tiles<Code, TOKENS / 2, TILES>;
+      const int tiles = one ? 1 : TILES;
+      for (int64_t tile = first; tile < last; tile += tiles) {
+        // The last may be without another, and is then computed twice.
+        const int64_t apart = tile + 1 < last ? tiles - 1 : 0;
+        run(w, x, tokens, tile, apart, factors, panel, totals);
+        for (int64_t m = 0; m < tokens; m += x.digits) {
+          for (int v = 0; v < tiles * H; ++v) {
+            const float* const total = totals.data() + (m * tiles * H + v) * W;
+            constexpr float unit = Planes<Code>::unit;
+            F sum = load<F>(total) * (x.scale[m] * unit);
+            // The last digit counts most.
+            for (int64_t d = 1; d < x.digits; ++d) {
+              sum = fma(load<F>(total + d * tiles * TILE), all(x.scale[m + d] * unit), sum);
             }
+            finish(w, tile + v / H * apart, v % H, sum, bias, out, type, m / x.digits);
           }
         }
       }

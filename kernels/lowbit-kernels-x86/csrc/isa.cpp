@@ -64,7 +64,7 @@ const Kernels& choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_vnni = has_avx512 && __builtin_cpu_supports("avx512vnni");
-  const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16");
+  const bool has_bf16 = has_vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
   static const Kernels with_bf16 = with(avx512_bf16::dots), with_tiles = with(amx::dots);
   // Pairs of bfloat16s take Intel's processors longer than two products of float32.
   const Set sets[] = {{&with_tiles, has_bf16 && has_tiles(), true},

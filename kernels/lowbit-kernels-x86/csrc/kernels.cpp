@@ -1,5 +1,6 @@
 // Compiled once for each instruction set, LOWBIT_ISA, with that set's flags.
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <limits>
@@ -357,7 +358,7 @@ inline F larger(F a, F b) {
 
 extern const Kernels kernels;
 const Kernels kernels{
-    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, MOST_DIGITS, code_size, widen, few, many, decode, pool, round_token,
+    LOWBIT_TEXT(LOWBIT_ISA), FEW, TOKENS, MOST_DIGITS, MOST_BY_TABLE, code_size, widen, few, many, decode, pool, round_token,
     mark_columns, split_token, integers, extents, choose, draw, encode,
 };
 

@@ -158,8 +158,9 @@ struct Kernels {
   const char* isa = nullptr;
   // Tokens of which `few` takes as many at once, and `integers`, in whose rounded codes as many lie together.
   int few_tokens = 0, integer_tokens = 0;
-  // Up to so many digits of tokens that are as they were meet integers, which takes less than making floats of those.
-  int most_digits = 0;
+  // Up to so many digits of tokens that are as they were meet integers, which takes less than making floats of those; and
+  // up to so many meet numbers of which a table makes integers.
+  int most_digits = 0, most_by_table = 0;
   // Bytes that `round` makes of a code, by the bits of the weight's.
   int (*code_size)(int bits) = nullptr;
   // Values of `count` numbers as float32, times `by` (rounded to their type) where there is one.
@@ -182,8 +183,8 @@ struct Kernels {
   // x as DIGITS tokens from `token` on; false where a number is not finite, or all are so small that scales are not.
   bool (*split)(const float* x, int64_t k, const Format& weight, int64_t token, Codes& to) = nullptr;
   // As `few`, of rounded tokens, of which whole numbers of those `together` may be read: one, or `integer_tokens`, or
-  // half of that. Weights are integers of 1, 2, 4 or 8 bits
-  // with scales of multiples of 32 columns, or of all.
+  // half of that. Weights are integers of 1, 2, 4 or 8 bits, or floats of 4 where digits meet those, with scales
+  // of whole words, or of all columns.
   void (*integers)(const Packed& w, const Codes& x, int64_t tokens, const void* bias, void* out, Type type,
                    int64_t first, int64_t last) = nullptr;
   // Of blocks of one row x, `k` numbers and a STEP of zeros at least: the largest magnitude, or what is not finite, in

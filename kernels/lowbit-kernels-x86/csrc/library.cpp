@@ -191,15 +191,17 @@ bool integer_product(const Packed& w, const Row& row, const lowbit::Activation* 
   return true;
 }
 
-// Whether a weight can meet integers: each of its sums is one.
+// Whether a weight that is not rounded for it can meet integers: each of its sums is one, of whole words.
 bool meets_integers(const Format& weight, int64_t k) {
-  return !weight.element.is_float && 8 % weight.element.bits == 0 && weight.columns % STEP == 0 &&
+  const int bits = weight.element.bits;
+  return (weight.element.is_float ? bits == 4 : 8 % bits == 0) && weight.columns * bits % 32 == 0 &&
          (weight.columns ? std::min(weight.columns, k) : k) <= 1 << 15;
 }
 
 void product(const Packed& w, const Row& row, int64_t tokens, const void* bias, char* out) {
   const lowbit::Kernels& run = lowbit::kernels();
-  if (tokens * lowbit::DIGITS <= run.most_digits && meets_integers(w.format, w.k) &&
+  const int most = w.format.element.is_float ? run.most_by_table : run.most_digits;
+  if (tokens * lowbit::DIGITS <= most && meets_integers(w.format, w.k) &&
       integer_product(w, row, nullptr, tokens, bias, out)) {
     return;
   }

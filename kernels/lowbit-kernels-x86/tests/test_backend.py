@@ -26,7 +26,7 @@ SETS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "fma", "f16c"},
 }
 SETS["avx512_vnni"] = SETS["avx512"] | {"avx512_vnni"}
-SETS["avx512_bf16"] = SETS["avx512_vnni"] | {"avx512_bf16"}
+SETS["avx512_bf16"] = SETS["avx512_vnni"] | {"avx512_bf16", "avx512vbmi"}
 SETS["amx"] = SETS["avx512_bf16"] | {"amx_tile", "amx_int8", "amx_bf16"}
 HERE = [name for name, needed in SETS.items() if needed <= set(FLAGS)]
 # Of Intel's processors, those without AMX multiply pairs of bfloat16s more slowly than float32s.

@@ -34,6 +34,7 @@ def quantize(
     mode: str,
     rounding: str,
     seed: int,
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     """Data, scale[, zero][, tensor_scale] of `x`, as `lowbit::quantize`."""
     check_choice("rounding", rounding, Rounding)
@@ -52,6 +53,8 @@ def quantize(
     elif tensor_scale is not None:
         tensor_scale = _copy(tensor_scale)
     check_scales(Scales(scale, zero, tensor_scale), parsed, shape)
+    if seed_offset is not None:
+        seed += int(seed_offset)
     data = x.new_empty(data_shape(shape, parsed), dtype=parsed.element.storage)
     torch.ops.lowbit_x86.quantize.default(
         *(x.contiguous(), data, scale, zero, _of_each_matrix(tensor_scale, data), fmt, mode),
