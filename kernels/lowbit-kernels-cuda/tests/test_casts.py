@@ -29,6 +29,7 @@ FORMATS = (
     *("FP8_ROW", "FP8_1x128", "FP8_128x128", "FP8_TENSOR"),
     *("INT8_ROW", "INT8_ROW_ASYM", "INT8_TENSOR_ASYM", "INT4_G32", "UINT4_G128", "UINT2_G32"),
     *("int4:1x*:float32:zero=int4", "int5:1x*:float16", "int3:1x256:float16", "e3m2:1x16:e4m3fn"),
+    *("e4m3fn:1x*:e8m0", "e5m2:*x*:e8m0", "e4m3fn:128x128:e8m0"),
 )
 PLAIN = (None, None, None)
 # The interpreter is slow: formats of every kind of scale, and on a GPU all.
@@ -95,6 +96,15 @@ def test_every_format_has_the_references_bits_in_every_order_of_memory(spec, dev
         parts = (*wanted[:2], wanted[2] if fmt.zero else None, wanted[2] if fmt.tensor_scale else None)
         arguments = (*parts, spec, k, x.dtype)
         same([dequantize(*on(device, arguments))], [RUN["dequantize"](*arguments)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_seed_may_stay_on_its_device(device):
+    x, seed = hard((33, 96), torch.float32), 2**61 + 12345
+    arguments = (x, *PLAIN, "NVFP4", "even", "stochastic")
+    wanted = RUN["quantize"](*arguments, seed + 3)
+    same(quantize(*on(device, (*arguments, 3, torch.tensor(seed)))), wanted)
+    same(RUN["quantize"](*arguments, 3, torch.tensor(seed)), wanted)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -256,7 +266,7 @@ def test_the_backend_passes(spec):
         backend, formats=(Format.parse(spec),), activations=(), dtypes=(torch.bfloat16,), shapes=(), devices=("cuda",)
     )
     # Products have tests of their own.
-    products = {"linear", "grouped_mm", "scaled_mm"}
+    products = {"linear", "grouped_mm", "scaled_mm", "scaled_grouped_mm", "scaled_grouped_mm_k"}
     casts = {kernel.name for kernel in backend.kernels() if "." not in kernel.op and kernel.op not in products}
     assert all(row.runs > row.calls > 0 for row in report.rows if row.kernel in casts)
 

@@ -29,7 +29,10 @@ from lowbit_kernels_cuda.inputs import rounded
 from lowbit_kernels_cuda.weights import pack_tiles, side_by_side
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-PRODUCTS = {"cuda.linear", "cuda.linear_bytes", "cuda.grouped_mm", "cuda.grouped_mm_bytes", "cuda.scaled_mm"}
+PRODUCTS = {
+    *("cuda.linear", "cuda.linear_bytes", "cuda.grouped_mm", "cuda.grouped_mm_bytes", "cuda.scaled_mm"),
+    *("cuda.scaled_grouped_mm", "cuda.scaled_grouped_mm_k"),
+}
 MORE = ("dynamic:FP8_TENSOR", "dynamic:int8:1x64:float32:zero=int8", "dynamic:MXINT8", "dynamic:MXFP8_E5M2")
 
 
@@ -110,6 +113,8 @@ def checked(formats, activations, kernels, device, dtypes=(torch.bfloat16,), sha
         ("FP8_TENSOR", "static:FP8_TENSOR", {"cuda.linear", "cuda.linear_bytes"}),
         ("FP8_128x128", "dynamic:FP8_1x128", {"cuda.linear", "cuda.linear_bytes", "cuda.scaled_mm"}),
         ("FP8_128x128", "dynamic:FP8_1x128", {"cuda.grouped_mm_bytes"}),
+        ("FP8_ROW", "dynamic:FP8_ROW", {"cuda.scaled_grouped_mm"}),
+        ("e4m3fn:1x*:e8m0", "dynamic:e4m3fn:1x*:e8m0", {"cuda.scaled_mm"}),
     ],
 )
 def test_the_interpreted_kernels_pass(weight, activation, kernels):

@@ -64,6 +64,7 @@ def calls(fmt, dtype=torch.bfloat16):
     rows = sample((5, k), dtype=dtype), torch.tensor([4, 0, 0, 2, 1]), OFFSETS, max(fmt.block[0], 8)
     yield "quantize_groups", (*rows, None, spec, None, DEFAULT_MODE, "nearest", 0, True)
     yield "quantize_groups", (*rows, None, spec, "INT8_ROW_ASYM", "even", "stochastic", 7)
+    yield "quantize_groups", (*rows, None, None, "INT8_ROW", "even", "stochastic", 7, False, torch.tensor(3))
     yield "dequantize", (*parts(weight), spec, k, dtype)
     yield "pad_groups", (sample((5, k), dtype=dtype), torch.tensor([4, 0, 0, 2, 1]), OFFSETS, 8)
     yield "unpad_groups", (sample((40, k), dtype=dtype), OFFSETS, 8, 5)
@@ -78,6 +79,8 @@ def calls(fmt, dtype=torch.bfloat16):
         yield "grouped_mm", (x, OFFSETS, *parts(stack), *use(activation), spec, activation)
     tokens = quantize(x, fmt) if fmt.block[0] <= 1 else quantize(x, fmt.with_block(1, 0))
     yield "scaled_mm", (*parts(tokens), *parts(weight), bias, str(tokens.format), spec, k, dtype)
+    yield "scaled_grouped_mm", (*parts(tokens), *parts(stack), OFFSETS, str(tokens.format), spec, k, dtype)
+    yield "scaled_grouped_mm_k", (*parts(tokens), *parts(weight), OFFSETS, str(tokens.format), spec, k, dtype)
 
 
 def test_every_operator_is_called():

@@ -70,8 +70,16 @@ class Cuda:
                 *(plain_bytes.pack, plain_bytes.unpack),
             ),
             Kernel(
-                *("cuda.scaled_mm", "scaled_mm", "cuda", 10, plain_bytes.run_scaled_mm, plain_bytes.refuses),
+                *("cuda.scaled_mm", "scaled_mm", "cuda", 10, plain_bytes.run_scaled_mm, plain_bytes.refuses_scaled_mm),
                 how=plain_bytes.how,
+            ),
+            Kernel(
+                *("cuda.scaled_grouped_mm", "scaled_grouped_mm", "cuda", 10),
+                *(plain_bytes.run_scaled_grouped_mm, plain_bytes.refuses_grouped),
+            ),
+            Kernel(
+                *("cuda.scaled_grouped_mm_k", "scaled_grouped_mm_k", "cuda", 10),
+                *(plain_bytes.run_scaled_grouped_mm_k, plain_bytes.refuses_grouped_k),
             ),
             Kernel(
                 *("cuda.linear_block_scaled", "linear", "cuda", 20, block_scaled.run, block_scaled.refuses),

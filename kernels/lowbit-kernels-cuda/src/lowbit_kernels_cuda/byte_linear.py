@@ -19,7 +19,7 @@ from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.inputs import Producer, overlaps, quantized
-from lowbit_kernels_cuda.library import FEW, Side, by_library, in_library
+from lowbit_kernels_cuda.library import FEW, Side, by_library, in_library, of_matrices
 from lowbit_kernels_cuda.linear import counters
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
@@ -189,9 +189,36 @@ def scaled_mm(
     if not len(a_qdata):
         return a_qdata.new_empty(0, len(b_qdata), dtype=dtype)
     left = Side(a_qdata.contiguous(), a_scale.float().contiguous(), a_zero)
+    if of_a.element != of_b.element:
+        return of_matrices(left, Side(b_qdata.contiguous(), b_scale.float()), bias, dtype)
     right = _side(b_qdata, b_scale, b_zero, of_b)
     right = replace(right, sums=None if a_zero is None else _sums(right.codes))
     return _multiply(left, right, of_a, of_b, bias, dtype, None)
+
+
+def scaled_grouped_mm(
+    a_qdata: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_qdata: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    offs: Tensor,
+    a_format: str,
+    b_format: str,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The operator `scaled_grouped_mm`."""
+    del a_tensor_scale, b_tensor_scale, k
+    if not len(a_qdata):
+        return a_qdata.new_empty(0, b_qdata.shape[1], dtype=dtype)
+    left = Side(a_qdata.contiguous(), a_scale.float().contiguous(), a_zero)
+    right = _side(b_qdata, b_scale, b_zero, Format.parse(b_format))
+    right = replace(right, sums=None if a_zero is None else _sums(right.codes))
+    return _multiply(left, right, Format.parse(a_format), Format.parse(b_format), None, dtype, offs.contiguous())
 
 
 def _multiply(
@@ -216,6 +243,8 @@ def _multiply(
             blocks = import_module("lowbit_kernels_cuda.hopper_blocks")
             return (blocks.of_blocks if group else blocks.of_rows)(left, right, bias, dtype)
         if library:
+            if shared and rows == WHOLE:
+                return of_matrices(left, right, bias, dtype)
             return by_library(left, right, bias, dtype, group, rows)
     sums = None
     if right.zero is not None:

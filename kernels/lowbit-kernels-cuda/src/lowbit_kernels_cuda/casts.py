@@ -21,6 +21,7 @@ from lowbit.format import WHOLE, Format
 from lowbit.groups import check_groups
 from lowbit.hadamard import Rotation
 from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_scales, data_shape
+from lowbit.philox import offset_seed
 from lowbit_kernels_cuda.groups import pad_groups, padded_sources
 from lowbit_kernels_cuda.scaling import Spec, raw, spec
 from lowbit_kernels_cuda.tiles import cast_tiles, measure_tiles
@@ -176,6 +177,7 @@ def quantize(
     mode: ScaleMode,
     rounding: Rounding,
     seed: int,
+    seed_offset: Tensor | None = None,
     *,
     soon: bool = True,
 ) -> list[Tensor]:
@@ -186,11 +188,17 @@ def quantize(
     """
     given = None if scale is None else (scale, zero)
     out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, given=given)
-    return _run(x, out, None, rounding, seed, soon=soon)
+    return _run(x, out, None, rounding, offset_seed(seed, seed_offset), soon=soon)
 
 
 def quantize_blocked(
-    x: Tensor, tensor_scale: Tensor | None, fmt: str, mode: ScaleMode, rounding: Rounding, seed: int
+    x: Tensor,
+    tensor_scale: Tensor | None,
+    fmt: str,
+    mode: ScaleMode,
+    rounding: Rounding,
+    seed: int,
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     """The operator `quantize_blocked`.
 
@@ -198,7 +206,7 @@ def quantize_blocked(
         FormatError: as the operator.
     """
     out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, blocked=True)
-    return _run(x, out, None, rounding, seed)
+    return _run(x, out, None, rounding, offset_seed(seed, seed_offset))
 
 
 def quantize_rotated(
@@ -211,6 +219,7 @@ def quantize_rotated(
     rounding: Rounding,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     """The operator `quantize_rotated`; in one read if a thread holds whole pieces, otherwise after they are rotated.
 
@@ -221,7 +230,8 @@ def quantize_rotated(
     if size not in {16, 32} or x.shape[-1] % size or not in_one_row(parsed) or parsed.block[-1] < size:
         x, size = rotation.in_order(x), 1
     out = _Out(x, parsed, tensor_scale, mode, rounding, blocked=blocked)
-    return _run(x, out, None, rounding, seed, turned=None if size == 1 else rotation)
+    turned = None if size == 1 else rotation
+    return _run(x, out, None, rounding, offset_seed(seed, seed_offset), turned=turned)
 
 
 def quantize_both(
@@ -233,6 +243,7 @@ def quantize_both(
     rounding: Rounding,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     """The operator `quantize_both`; in one read where that is faster, see `_read_once`; otherwise one by one.
 
@@ -247,13 +258,13 @@ def quantize_both(
     if _read_once(formats):
         views = zip((x, x.mT), formats, given, strict=True)
         out, other = (_Out(*each, mode, rounding, blocked=blocked) for each in views)
-        return _run(x, out, other, rounding, seed)
+        return _run(x, out, other, rounding, offset_seed(seed, seed_offset))
     parts: list[Tensor] = []
     for view, each, whole in zip((x, x.mT), formats, given, strict=True):
         if blocked:
-            parts += torch.ops.lowbit.quantize_blocked(view, whole, str(each), mode, rounding, seed)
+            parts += torch.ops.lowbit.quantize_blocked(view, whole, str(each), mode, rounding, seed, seed_offset)
         else:
-            parts += torch.ops.lowbit.quantize(view, None, None, whole, str(each), mode, rounding, seed)
+            parts += torch.ops.lowbit.quantize(view, None, None, whole, str(each), mode, rounding, seed, seed_offset)
     return parts
 
 
@@ -263,12 +274,13 @@ def quantize_groups(
     offs: Tensor,
     align: int,
     tensor_scale: Tensor | None,
-    fmt: str,
+    fmt: str | None,
     other_format: str | None,
     mode: ScaleMode,
     rounding: Rounding,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     """The operator `quantize_groups`: rows are read from where they are; moved first where `quantize_both` reads twice.
 
@@ -280,17 +292,16 @@ def quantize_groups(
     if len(formats) == 2 and not _read_once(formats):
         padded, ends = pad_groups(x, index, offs, align)
         first, second = map(str, formats)
-        return [*quantize_both(padded, tensor_scale, first, second, mode, rounding, seed, blocked), ends]
+        return [*quantize_both(padded, tensor_scale, first, second, mode, rounding, seed, blocked, seed_offset), ends]
     source, ends = padded_sources(x, index, offs, align)
     x = (x if x.stride(1) == 1 else x.contiguous()) if x.shape[0] else x.new_zeros(1, x.shape[1])
     # As if all were one row, until it is read.
     view = x.as_strided((source.shape[0], x.shape[1]), (0, 1))
+    views = [each for each, named in ((view, fmt), (view.mT, other_format)) if named is not None]
     given = [tensor_scale if each.tensor_scale else None for each in formats]
-    outs = [
-        _Out(*each, mode, rounding, blocked=blocked)
-        for each in zip((view, view.mT)[: len(formats)], formats, given, strict=True)
-    ]
-    return [*_run(view, outs[0], outs[1] if len(outs) == 2 else None, rounding, seed, (x, source)), ends]
+    outs = [_Out(*each, mode, rounding, blocked=blocked) for each in zip(views, formats, given, strict=True)]
+    first, second = outs[0], outs[1] if len(outs) == 2 else None
+    return [*_run(views[0], first, second, rounding, offset_seed(seed, seed_offset), (x, source)), ends]
 
 
 def in_one_row(fmt: Format) -> bool:
@@ -395,7 +406,7 @@ def _run(
     out: _Out,
     other: _Out | None,
     rounding: Rounding,
-    seed: int,
+    seed: int | Tensor,
     moved: tuple[Tensor, Tensor] | None = None,
     turned: Rotation | None = None,
     *,
@@ -403,8 +414,8 @@ def _run(
 ) -> list[Tensor]:
     """Fill what `out` holds from x, and what `other` holds from `x.mT`; their parts.
 
-    `moved`: a matrix and which of its rows each of x is; a negative one: a row of zeros. `turned`: rotates x first.
-    `soon`: whether the next kernel may start while all programs run.
+    `moved`: a matrix and which of its rows each of x, or of x.mT, is; a negative one: a row of zeros. `turned`: rotates
+    x first. `soon`: whether the next kernel may start while all programs run.
     """
     outs = [each for each in (out, other) if each is not None]
     parts = [part for each in outs for part in each.parts()]
@@ -445,10 +456,12 @@ def _run(
     tall = triton.cdiv(rows, 128) * (128 // tile.rows) if spread else triton.cdiv(rows, tile.rows)
     grid = (batch * tall * triton.cdiv(columns, tile.columns * tile.chunks),)
     geometry: tuple[Any, ...] = (rows, columns, *x.stride())
-    source = None
+    sources: tuple[Tensor | None, Tensor | None] = None, None
     if moved is not None:
         x, source = moved
-        geometry = (rows, columns, 0, *x.stride())
+        # Of x.mT columns are moved.
+        strides, sources = (reversed(x.stride()), (None, source)) if across else (x.stride(), (source, None))
+        geometry = (rows, columns, 0, *strides)
     aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
     size, signs = (1, 0) if turned is None else (turned.size, _mask(turned))
     planes = _planes(way, across=across, both=other is not None, aligned=aligned)
@@ -470,7 +483,7 @@ def _run(
         "enable_fp_fusion": False,
         **({"launch_pdl": True} if overlaps else {}),
     }
-    given = raw(x), source, pointers, second, *geometry
+    given = raw(x), sources, pointers, second, *geometry
     measured = any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs)
     if measured:
         measure: Any = measure_tiles[grid]

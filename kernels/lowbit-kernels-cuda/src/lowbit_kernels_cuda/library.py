@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def in_library(
     plain = device.type == "cuda" and not experts and dtype == torch.bfloat16 and n % 16 == 0
     if m <= FEW or not plain or (bias is not None and bias.dtype != dtype):
         return False
-    blocks = rows == 128 and n % 128 == 0 and k % 128 == 0
+    blocks = (rows == 1 or (rows == 128 and n % 128 == 0)) and k % 128 == 0
     return not group or (blocks and torch.cuda.get_device_capability(device) == (9, 0))
 
 
@@ -51,9 +52,12 @@ def by_library(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype,
         if m % 4:
             codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype)
         of_tokens = torch.nn.functional.pad(left.scale, (0, 0, 0, -m % 4)).T.contiguous().T
-        of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
-        if of_rows.shape[1] % 4:
-            of_rows = torch.nn.functional.pad(of_rows, (0, -of_rows.shape[1] % 4))
+        if rows == 1:
+            of_rows, recipes = right.scale.T.contiguous(), (kinds.BlockWise1x128, kinds.BlockWise1x128)
+        else:
+            of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
+            if of_rows.shape[1] % 4:
+                of_rows = torch.nn.functional.pad(of_rows, (0, -of_rows.shape[1] % 4))
     else:
         of_tokens, recipes = left.scale.expand(m, 1).contiguous(), (kinds.RowWise, kinds.RowWise)
         of_rows = right.scale if rows == 1 else right.scale.expand(n, 1).contiguous()
@@ -64,3 +68,54 @@ def by_library(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype,
         use_fast_accum=not group,
     )
     return found if len(found) == m else found[:m].clone()
+
+
+def of_matrices(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product of two matrices with one scale each by torch's `scaled_mm`: e4m3 by e4m3, or e5m2 by e4m3."""
+    kind, n = torch.nn.functional.ScalingType.TensorWise, len(right.codes)
+    codes = right.codes
+    if n % 16:
+        codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -n % 16)).view(codes.dtype)
+    scales = (side.scale.reshape(-1)[:1] for side in (left, right))
+    of_left, of_right = scales
+    later = bias is not None and (n % 16 != 0 or bias.dtype != dtype)
+    found = torch.nn.functional.scaled_mm(
+        *(left.codes, codes.T, of_left, kind, of_right, kind),
+        bias=None if later else bias,
+        output_dtype=dtype,
+        use_fast_accum=left.codes.dtype == right.codes.dtype,
+    )
+    found = found if n % 16 == 0 else found[:, :n].contiguous()
+    return found + bias if bias is not None and later else found
+
+
+def scaled_grouped_mm_k(
+    a_qdata: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_qdata: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    offs: Tensor,
+    a_format: str,
+    b_format: str,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The operator `scaled_grouped_mm_k`."""
+    del a_zero, a_tensor_scale, b_zero, b_tensor_scale, a_format, b_format, k
+    kind, experts = torch.nn.functional.ScalingType.RowWise, len(offs)
+    # The library has a scale for each row of every group.
+    of_a, of_b = (
+        scale.float().expand(len(codes), 1).reshape(1, -1).expand(experts, -1).reshape(-1)
+        for codes, scale in ((a_qdata, a_scale), (b_qdata, b_scale))
+    )
+    multiply: Any = torch.nn.functional.scaled_grouped_mm  # pyright: ignore[reportAttributeAccessIssue] - not in stubs
+    return multiply(
+        *(a_qdata.contiguous(), b_qdata.contiguous().T, of_a, kind, of_b, kind),
+        offs=offs,
+        output_dtype=dtype,
+        use_fast_accum=True,
+    )

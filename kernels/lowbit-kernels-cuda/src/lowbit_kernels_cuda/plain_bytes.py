@@ -35,14 +35,56 @@ def refuses(call: Call) -> str | None:
     return reason
 
 
+def refuses_scaled_mm(call: Call) -> str | None:
+    """Why a product of two rounded operands is not for this kernel, or None; as matrices e5m2 meets e4m3fn, too."""
+    assert call.format is not None
+    assert call.activation is not None
+    sides = call.activation.format, call.format
+    if {fmt.element.name for fmt in sides} != {"e4m3fn", "e5m2"}:
+        return refuses(call)
+    if any(fmt.block_for(2) != (WHOLE, WHOLE) or fmt.tensor_scale for fmt in sides):
+        return f"needs one scale of each matrix where e5m2 meets e4m3fn; these are {sides[0]} and {sides[1]}"
+    return _refuses_gpu() if call.device == "cuda" else "needs torch's scaled_mm on a GPU where e5m2 meets e4m3fn"
+
+
+def refuses_grouped(call: Call) -> str | None:
+    """Why groups of rounded rows are not multiplied by their experts' matrices by this kernel, or None."""
+    assert call.format is not None
+    assert call.activation is not None
+    assert call.k is not None
+    sides = call.activation.format, call.format
+    reason = _refuses_formats(*sides, call.k)
+    if reason is None and call.k % 16:
+        reason = f"needs columns by the 16; these are {call.k}"
+    if reason is None and any(fmt.block_for(2) not in _ROWS for fmt in sides):
+        # Products of values are faster than ours of blocks' codes.
+        reason = f"needs scales of rows or matrices on both sides; these are those of {sides[0]} and {sides[1]}"
+    return _refuses_gpu() if reason is None and call.device == "cuda" else reason
+
+
+def refuses_grouped_k(call: Call) -> str | None:
+    """Why groups of columns are not summed over by torch's `scaled_grouped_mm`, or None."""
+    assert call.format is not None
+    assert call.activation is not None
+    sides = call.activation.format, call.format
+    if any(fmt.element.name != "e4m3fn" or fmt.tensor_scale or fmt.block_for(2) not in _ROWS for fmt in sides):
+        return f"needs e4m3fn with scales of rows or matrices on both sides; these are {sides[0]} and {sides[1]}"
+    if call.x_dtype != torch.bfloat16:
+        return f"needs results in bfloat16; these are {call.x_dtype}"
+    found = torch.cuda.get_device_capability() if call.device == "cuda" else (0, 0)
+    if found == (9, 0):
+        return None
+    return f"needs a GPU of compute capability 9.0, for which torch has it; this has {found[0]}.{found[1]}"
+
+
 def _refuses_formats(inputs: Format, weight: Format, k: int) -> str | None:
     names = {fmt.element.name for fmt in (inputs, weight)}
     if names not in ({"int8"}, {"e4m3fn"}) or inputs.tensor_scale or weight.tensor_scale:
         return f"needs int8 by int8, or e4m3fn by e4m3fn, without tensor scales; this is {inputs} by {weight}"
     integers = names == {"int8"}
-    if any(fmt.scale.bits == 8 for fmt in (inputs, weight)) or not _meet(inputs, weight, integers=integers):
+    if any(fmt.scale.name == "e4m3fn" for fmt in (inputs, weight)) or not _meet(inputs, weight, integers=integers):
         return (
-            "needs scales of rows or matrices, or float ones of 128 columns on both sides; these are those of "
+            "needs scales of rows or matrices, or of 128 columns on both sides; these are those of "
             f"{inputs} and {weight}"
         )
     if integers and k * largest(inputs) * largest(weight) >= _MOST:
@@ -93,3 +135,15 @@ def run_scaled_mm(*arguments: Any) -> Tensor:
     """The operator `scaled_mm`."""
     with torch.cuda.device_of(arguments[0]):
         return import_module("lowbit_kernels_cuda.byte_linear").scaled_mm(*arguments)
+
+
+def run_scaled_grouped_mm(*arguments: Any) -> Tensor:
+    """The operator `scaled_grouped_mm`."""
+    with torch.cuda.device_of(arguments[0]):
+        return import_module("lowbit_kernels_cuda.byte_linear").scaled_grouped_mm(*arguments)
+
+
+def run_scaled_grouped_mm_k(*arguments: Any) -> Tensor:
+    """The operator `scaled_grouped_mm_k`."""
+    with torch.cuda.device_of(arguments[0]):
+        return import_module("lowbit_kernels_cuda.library").scaled_grouped_mm_k(*arguments)

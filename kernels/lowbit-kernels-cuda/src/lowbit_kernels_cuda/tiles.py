@@ -32,7 +32,7 @@ from lowbit_kernels_cuda.scaling import (
 @triton.jit(do_not_specialize=["seed", "signs"])
 def cast_tiles(
     x,
-    source,
+    sources,
     out,
     other,
     rows,
@@ -62,6 +62,8 @@ def cast_tiles(
 ):
     """Write what `out` holds of `_Out.pointers` from x, and `other` from its transpose; see `casts._run`."""
     begin(OVERLAPS, SOON)
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
     if FLAT:
         # As the compiler does not know.
         columns, x_row = COLUMNS, COLUMNS
@@ -71,14 +73,14 @@ def cast_tiles(
         tile = tl.num_programs(0) - 1 - tile
     batch, row, column = _place(tile, rows, columns, ROWS, COLUMNS * CHUNKS, ACROSS, OTHER is not None, SPREAD)
     x += batch * x_batch
-    matrix = (rows, columns, x_row, x_column), (source, None), (per, signs, seed)
+    matrix = (rows, columns, x_row, x_column), sources, (per, signs, seed)
     _cast_tile(
         *(x, out, batch, row, column, matrix),
         *(WAY, FLAT, ACROSS, STOCHASTIC, ALIGNED, ROWS, COLUMNS, CHUNKS, PLANES, TURN, SPREAD),
     )
     if OTHER is not None:
         # The tile is near now: read again, each direction has it in the order it needs.
-        matrix = (columns, rows, x_column, x_row), (None, source), (per, signs, seed)
+        matrix = (columns, rows, x_column, x_row), (sources[1], sources[0]), (per, signs, seed)
         _cast_tile(
             *(x, other, batch, column, row, matrix),
             *(OTHER, FLAT, not ACROSS, STOCHASTIC, ALIGNED, COLUMNS, ROWS, 1, OTHER_PLANES, TURN, False),
@@ -88,7 +90,7 @@ def cast_tiles(
 @triton.jit(do_not_specialize=["signs"])
 def measure_tiles(
     x,
-    source,
+    sources,
     out,
     other,
     rows,
@@ -115,13 +117,13 @@ def measure_tiles(
     x += batch * x_batch
     extents = rows, columns, x_row, x_column
     r = _rows(row, ROWS, SPREAD)
-    planes = _read_planes(x, r, column, extents, (source, None), ACROSS, ROWS, COLUMNS, PLANES)
+    planes = _read_planes(x, r, column, extents, sources, ACROSS, ROWS, COLUMNS, PLANES)
     planes = _turn(planes, signs, PLANES, TURN)
     _extend(planes, out, batch, r, rows, WAY, ROWS, COLUMNS // PLANES, PLANES)
     if OTHER is not None:
         extents = columns, rows, x_column, x_row
         r = _rows(column, COLUMNS, False)
-        planes = _read_planes(x, r, row, extents, (None, source), not ACROSS, COLUMNS, ROWS, OTHER_PLANES)
+        planes = _read_planes(x, r, row, extents, (sources[1], sources[0]), not ACROSS, COLUMNS, ROWS, OTHER_PLANES)
         _extend(planes, other, batch, r, columns, OTHER, COLUMNS, ROWS // OTHER_PLANES, OTHER_PLANES)
 
 

@@ -247,7 +247,7 @@ def under_autocast(x: Tensor) -> Tensor:
 
 @cache
 def kernel_for(
-    op: str, fmt: str, activation: str, device: torch.device, dtype: torch.dtype, n: int | None, k: int
+    op: str, fmt: str, activation: str, device: torch.device, dtype: torch.dtype, n: int | None, k: int | None
 ) -> Kernel:
     """The kernel that runs an op on canonical weights; formats and activations by their spec strings ("": none).
 

@@ -133,13 +133,16 @@ def _products(weight: _Weight, activations: Sequence[Activation], device: str) -
     for activation in (None, *activations):
         if activation is not None and not _fits(activation.format, (1, k)):
             continue
-        use = _Use(weight, activation)
+        use, both = _Use(weight, activation), activation is not None and activation.scaling == "dynamic"
         if stack:
             yield Call("grouped_mm", fmt, activation, device, dtype, n, k), use.grouped_mm
+            if both:
+                yield Call("scaled_grouped_mm", fmt, activation, device, dtype, n, k), use.scaled_grouped_mm
             continue
         yield Call("linear", fmt, activation, device, dtype, n, k), use.linear
-        if activation is not None and activation.scaling == "dynamic":
+        if both:
             yield Call("scaled_mm", fmt, activation, device, dtype, n, k), use.scaled_mm
+            yield Call("scaled_grouped_mm_k", fmt, activation, device, dtype, n), use.scaled_grouped_mm_k
 
 
 class _Weight:
@@ -371,6 +374,46 @@ class _Use:
         arguments = (*first, *_parts(weight), added, str(a.format), str(weight.format), k, self.dtype)
         return Case(words, arguments, (Wanted(value, self.dtype, bound),))
 
+    def scaled_grouped_mm(self) -> Iterator[Case]:
+        """Every other expert has rows, and some rows follow the last one's."""
+        weight = self.weight.canonical
+        experts, n, _ = weight.shape
+        for rows, beyond in ((0, 3), (5, 2), (40, 0)):
+            ends = [(e + 1) // 2 * rows for e in range(experts)]
+            a, start = self._input(ends[-1] + beyond), 0
+            value = torch.zeros(ends[-1] + beyond, n, dtype=torch.float64)
+            bound = value.clone()
+            for e, end in enumerate(ends):
+                b = _expert(weight, e)
+                product = _of_values(a.values()[start:end], b.values(), as_bytes=_meet_as_bytes(a, b))
+                value[start:end], bound[start:end] = _rounded(*product, None, self.dtype)
+                start = end
+            yield self._grouped(a, weight, ends, Wanted(value, self.dtype, bound))
+
+    def scaled_grouped_mm_k(self) -> Iterator[Case]:
+        """Groups begin at multiples of blocks and of 16."""
+        weight, each = self.weight.canonical, max(self.weight.format.block[-1], 16)
+        columns = weight.shape[1]
+        for ends in ([columns // each * each], [0, each, each, min(3 * each, columns // each * each)]):
+            a, b = self._input(24), _matrix(weight)
+            values, found = (a.values(), b.values()), list[tuple[Tensor, Tensor]]()
+            for start, end in zip([0, *ends], ends, strict=False):
+                cut = (side[:, start:end] for side in values)
+                found.append(_rounded(*_of_values(*cut, as_bytes=_meet_as_bytes(a, b)), None, self.dtype))
+            value, bound = (torch.stack(parts) for parts in zip(*found, strict=True))
+            yield self._grouped(a, weight, ends, Wanted(value, self.dtype, bound))
+
+    def _grouped(self, a: Matrix, weight: QuantizedTensor, ends: list[int], wanted: Wanted) -> Case:
+        first = (a.qdata, a.scales.scale, a.scales.zero, a.scales.tensor_scale)
+        words = f"a {tuple(a.qdata.shape)}, b {_shown(weight)}, offs {ends}"
+        offs = torch.tensor(ends, dtype=torch.int32)
+        arguments = (*first, *_parts(weight), offs, str(a.format), str(weight.format), a.k, self.dtype)
+        return Case(words, arguments, (wanted,))
+
+    def _input(self, rows: int) -> Matrix:
+        assert self.activation is not None
+        return quantize_input(self._tokens(rows), self.activation, None, None)
+
     def _tokens(self, *lead: int) -> Tensor:
         return sample((*lead, self.weight.shape[-1]), seed=1, dtype=self.dtype)
 
@@ -410,12 +453,16 @@ class _Use:
 def _product(a: Matrix, b: Matrix) -> tuple[Tensor, Tensor]:
     """Float64 `a @ b.T`, and what a kernel may err by before the bias."""
     if not (a.integer and b.integer):
-        values = a.values(), b.values()
-        product, error = _float_product(*values)
-        return product, error + _tensor_core_error(*values) if _meet_as_bytes(a, b) else error
+        return _of_values(a.values(), b.values(), as_bytes=_meet_as_bytes(a, b))
     codes = _integers(a) @ _integers(b).T
     product = codes * total_scale(a.scales).to(torch.float64) * total_scale(b.scales).to(torch.float64).T
     return product, _FEW * _UNIT * product.abs()
+
+
+def _of_values(a: Tensor, b: Tensor, *, as_bytes: bool) -> tuple[Tensor, Tensor]:
+    """The same of values, of which tensor cores for 8-bit floats may multiply the codes."""
+    product, error = _float_product(a, b)
+    return product, error + _tensor_core_error(a, b) if as_bytes and a.shape[-1] else error
 
 
 def _float_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,17 @@ def check_groups(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> N
         raise FormatError(f"align={align} is not from 1 to {LARGEST}")
 
 
+def one_format(other_format: str | None) -> str:
+    """The format of columns where rows have none.
+
+    Raises:
+        FormatError: columns have none either.
+    """
+    if other_format is None:
+        raise FormatError("quantize_groups needs a format of rows, of columns, or both; there is none")
+    return other_format
+
+
 def _starts(ends: Tensor) -> Tensor:
     return torch.nn.functional.pad(ends[:-1], (1, 0))
 

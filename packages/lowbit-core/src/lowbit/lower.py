@@ -332,7 +332,7 @@ def _arguments(node: Node) -> dict[str, Any]:
     return {name: given[name] for name in names}
 
 
-def _call_of(node: Node, op: str) -> tuple[str, str, torch.device, torch.dtype, int | None, int]:
+def _call_of(node: Node, op: str) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None]:
     return call_of(op, [_value(argument) for argument in _arguments(node).values()])
 
 

@@ -142,7 +142,7 @@ def tensor_scale_for_amax(amax: Tensor, fmt: Format) -> Tensor:
 
 
 def encode(
-    x: Tensor, fmt: Format, scales: Scales, *, rounding: Rounding = "nearest", seed: int = 0, offset: int = 0
+    x: Tensor, fmt: Format, scales: Scales, *, rounding: Rounding = "nearest", seed: int | Tensor = 0, offset: int = 0
 ) -> Tensor:
     """Packed codes of canonical `x` under given scales; saturating.
 
@@ -310,7 +310,7 @@ def _check_float(x: Tensor) -> None:
         raise FormatError(msg)
 
 
-def _draw(x: Tensor, rounding: Rounding, seed: int, offset: int) -> Tensor | None:
+def _draw(x: Tensor, rounding: Rounding, seed: int | Tensor, offset: int) -> Tensor | None:
     check_choice("rounding", rounding, Rounding)
     if rounding == "nearest":
         return None

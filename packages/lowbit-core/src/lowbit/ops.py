@@ -24,7 +24,7 @@ from lowbit.decompose import argument_names, decompose
 from lowbit.element import E8M0
 from lowbit.experts import by_expert
 from lowbit.format import Format
-from lowbit.groups import check_groups, padded_rows
+from lowbit.groups import check_groups, one_format, padded_rows
 from lowbit.numerics import data_shape
 
 SCALES = {"scale": "format", "a_scale": "a_format", "b_scale": "b_format"}
@@ -33,38 +33,48 @@ SCALES = {"scale": "format", "a_scale": "a_format", "b_scale": "b_format"}
 _LIBRARY = torch.library.Library("lowbit", "DEF")
 _WEIGHT = "Tensor qdata, Tensor scale, Tensor? zero, Tensor? tensor_scale"
 _USE = "Tensor? act_scale, Tensor? act_zero, Tensor? pre_scale"
+_OPERANDS = (
+    "Tensor a_qdata, Tensor a_scale, Tensor? a_zero, Tensor? a_tensor_scale, Tensor b_qdata, Tensor b_scale, "
+    "Tensor? b_zero, Tensor? b_tensor_scale"
+)
+_OF_OPERANDS = "str a_format, str b_format, SymInt k, ScalarType dtype"
+# A seed that stays on its device, int64 (), is added to the other.
+_OFFSET = "Tensor? seed_offset=None"
 _SCHEMAS = {
     # -> data, scale[, zero][, tensor_scale]; given parts come back as copies.
     "quantize": (
         "(Tensor x, Tensor? scale, Tensor? zero, Tensor? tensor_scale, "
-        "str format, str mode, str rounding, int seed) -> Tensor[]"
+        f"str format, str mode, str rounding, int seed, {_OFFSET}) -> Tensor[]"
     ),
     # -> data, scale in tiles[, zero][, tensor_scale]
-    "quantize_blocked": "(Tensor x, Tensor? tensor_scale, str format, str mode, str rounding, int seed) -> Tensor[]",
+    "quantize_blocked": (
+        f"(Tensor x, Tensor? tensor_scale, str format, str mode, str rounding, int seed, {_OFFSET}) -> Tensor[]"
+    ),
     # -> the parts of x once pieces of `size` of its channels are rotated
     "quantize_rotated": (
         "(Tensor x, Tensor? tensor_scale, int size, int sign_seed, str format, str mode, str rounding, int seed, "
-        "bool blocked=False) -> Tensor[]"
+        f"bool blocked=False, {_OFFSET}) -> Tensor[]"
     ),
     # -> the parts of x, then those of x.mT
     "quantize_both": (
         "(Tensor x, Tensor? tensor_scale, str format, str other_format, str mode, str rounding, int seed, "
-        "bool blocked=False) -> Tensor[]"
+        f"bool blocked=False, {_OFFSET}) -> Tensor[]"
     ),
-    # x (M, K), index (M',), offs (G,) int32 -> the parts of `pad_groups`, with other_format also those of its .mT, ends
+    # x (M, K), index (M',), offs (G,) int32 -> by format the parts of what `pad_groups` gives, and those of its .mT by
+    # other_format, where there is one; ends
     "quantize_groups": (
-        "(Tensor x, Tensor? index, Tensor offs, int align, Tensor? tensor_scale, str format, str? other_format, "
-        "str mode, str rounding, int seed, bool blocked=False) -> Tensor[]"
+        "(Tensor x, Tensor? index, Tensor offs, int align, Tensor? tensor_scale, str? format, str? other_format, "
+        f"str mode, str rounding, int seed, bool blocked=False, {_OFFSET}) -> Tensor[]"
     ),
     "dequantize": f"({_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
     # x (.., K), weight (N, K) -> (.., N)
     "linear": f"(Tensor x, {_WEIGHT}, {_USE}, Tensor? bias, str format, str activation) -> Tensor",
     # a (M, K), b (N, K), both quantized -> a @ b.T (M, N)
-    "scaled_mm": (
-        "(Tensor a_qdata, Tensor a_scale, Tensor? a_zero, Tensor? a_tensor_scale, Tensor b_qdata, Tensor b_scale, "
-        "Tensor? b_zero, Tensor? b_tensor_scale, Tensor? bias, str a_format, str b_format, SymInt k, "
-        "ScalarType dtype) -> Tensor"
-    ),
+    "scaled_mm": f"({_OPERANDS}, Tensor? bias, {_OF_OPERANDS}) -> Tensor",
+    # a (M, K), b (E, N, K), both quantized, offs (E,) int32 ends of each group of a's rows -> (M, N)
+    "scaled_grouped_mm": f"({_OPERANDS}, Tensor offs, {_OF_OPERANDS}) -> Tensor",
+    # a (N, M), b (K, M), both quantized, offs (E,) int32 ends of each group of columns -> a_e @ b_e.T (E, N, K)
+    "scaled_grouped_mm_k": f"({_OPERANDS}, Tensor offs, {_OF_OPERANDS}) -> Tensor",
     # x (M, K), offs (E,) int32 ends of each expert's rows, weight (E, N, K) -> (M, N)
     "grouped_mm": f"(Tensor x, Tensor offs, {_WEIGHT}, {_USE}, str format, str activation) -> Tensor",
     # x (M, K), index (M',), offs (G,) int32 -> rows x[index] in groups that begin at multiples of align, ends of those
@@ -109,20 +119,24 @@ _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch.
 _FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0}
 
 
-def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch.dtype, int | None, int]:
+def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None]:
     """What decides on the kernel for these arguments of an op, as `kernel_for` takes it after the op's name."""
     first = args[0]
     if (at := _FORMAT_AT.get(op)) is not None:
-        return args[at] if at else "", "", first.device, first.dtype, None, first.shape[-1]
+        # Of groups rows may have none, and columns one.
+        fmt = (args[at] if args[at] is not None else one_format(args[at + 1])) if at else ""
+        return fmt, "", first.device, first.dtype, None, first.shape[-1]
     if op == "dequantize":
         return args[4], "", first.device, args[-1], None, args[-2]
     if op == "embedding":
         return args[5], "", args[1].device, args[-1], args[1].shape[0], args[-2]
     if op == "embedding_bag":
         return args[10], "", args[3].device, args[-1], args[3].shape[0], args[-2]
-    if op == "scaled_mm":
+    if op.startswith("scaled_"):
         a_format, b_format, k, dtype = args[-4:]
-        return b_format, str(Activation(Format.parse(a_format))), first.device, dtype, args[4].shape[0], k
+        # Tokens are no part of a call: groups of them are what is summed over.
+        summed = None if op == "scaled_grouped_mm_k" else k
+        return b_format, str(Activation(Format.parse(a_format))), first.device, dtype, args[4].shape[-2], summed
     weight = args[2] if op == "grouped_mm" else args[1]
     return args[-2], args[-1], first.device, first.dtype, weight.shape[-2], first.shape[-1]
 
@@ -145,10 +159,8 @@ def _implementation(op: str) -> Callable[..., Any]:
     return implementation
 
 
-def _quantize_fake(
-    x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int
-) -> list[Tensor]:
-    del scale, zero, mode, rounding, seed
+def _quantize_fake(x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str, *rest: Any) -> list[Tensor]:
+    del scale, zero, rest
     parsed = Format.parse(fmt)
     shape, natural = tuple(x.shape), parsed.scale_shape(tuple(x.shape))
     parts = [
@@ -163,8 +175,8 @@ def _quantize_fake(
     return parts
 
 
-def _quantize_blocked_fake(x: Tensor, tensor_scale: Any, fmt: str, mode: str, rounding: str, seed: int) -> list[Tensor]:
-    data, scale, *rest = _quantize_fake(x, None, None, tensor_scale, fmt, mode, rounding, seed)
+def _quantize_blocked_fake(x: Tensor, tensor_scale: Any, fmt: str, *given: Any) -> list[Tensor]:
+    data, scale, *rest = _quantize_fake(x, None, None, tensor_scale, fmt, *given)
     return [data, scale.new_empty(blocked_shape(tuple(scale.shape))), *rest]
 
 
@@ -178,8 +190,9 @@ def _quantize_rotated_fake(
     rounding: str,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Any = None,
 ) -> list[Tensor]:
-    del size, sign_seed
+    del size, sign_seed, seed_offset
     if blocked:
         return _quantize_blocked_fake(x, tensor_scale, fmt, mode, rounding, seed)
     return _quantize_fake(x, None, None, tensor_scale, fmt, mode, rounding, seed)
@@ -194,7 +207,9 @@ def _quantize_both_fake(
     rounding: str,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Any = None,
 ) -> list[Tensor]:
+    del seed_offset
     parts: list[Tensor] = []
     for view, spec in ((x, fmt), (x.mT, other_format)):
         data, scale, *rest = _quantize_fake(view, None, None, tensor_scale, spec, mode, rounding, seed)
@@ -208,14 +223,18 @@ def _quantize_groups_fake(
     offs: Tensor,
     align: int,
     tensor_scale: Any,
-    fmt: str,
+    fmt: str | None,
     other_format: str | None,
     mode: str,
     rounding: str,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Any = None,
 ) -> list[Tensor]:
+    del seed_offset
     padded, ends = _pad_groups_fake(x, index, offs, align)
+    if fmt is None:
+        padded, fmt, other_format = padded.mT, one_format(other_format), None
     if other_format is not None:
         parts = _quantize_both_fake(padded, tensor_scale, fmt, other_format, mode, rounding, seed, blocked)
     elif blocked:
@@ -244,6 +263,14 @@ def _grouped_mm_fake(x: Tensor, offs: Tensor, qdata: Tensor, *rest: Any) -> Tens
 
 def _scaled_mm_fake(a_qdata: Tensor, *rest: Any) -> Tensor:
     return a_qdata.new_empty((a_qdata.shape[0], rest[3].shape[0]), dtype=rest[-1])
+
+
+def _scaled_grouped_mm_fake(a_qdata: Tensor, *rest: Any) -> Tensor:
+    return a_qdata.new_empty((a_qdata.shape[0], rest[3].shape[1]), dtype=rest[-1])
+
+
+def _scaled_grouped_mm_k_fake(a_qdata: Tensor, *rest: Any) -> Tensor:
+    return a_qdata.new_empty((rest[7].shape[0], a_qdata.shape[0], rest[3].shape[0]), dtype=rest[-1])
 
 
 def _pad_groups_fake(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> tuple[Tensor, Tensor]:
@@ -340,6 +367,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "dequantize": _dequantize_fake,
     "linear": _linear_fake,
     "scaled_mm": _scaled_mm_fake,
+    "scaled_grouped_mm": _scaled_grouped_mm_fake,
+    "scaled_grouped_mm_k": _scaled_grouped_mm_k_fake,
     "grouped_mm": _grouped_mm_fake,
     "embedding": _embedding_fake,
     "embedding_bag": _embedding_bag_fake,

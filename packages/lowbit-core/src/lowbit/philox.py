@@ -16,7 +16,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def uniform(count: int, seed: int, *, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
+def offset_seed(seed: int | Tensor, offset: Tensor | None) -> int | Tensor:
+    """The seed `seed + offset`; that of an int64 () tensor stays where it is."""
+    return seed if offset is None else offset + seed
+
+
+def uniform(count: int, seed: int | Tensor, *, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:
     """Float32 (count,) in [0, 1), multiples of 2^-24: the draws of elements `offset ..< offset + count`."""
     index = torch.arange(offset, offset + count, dtype=torch.int64, device=device)
     words = philox(index >> 2, seed)
@@ -24,7 +29,7 @@ def uniform(count: int, seed: int, *, offset: int = 0, device: torch.device | st
     return (words.gather(0, lane).squeeze(0) >> 8).to(torch.float32) * 2.0**-24
 
 
-def philox(counter: Tensor, seed: int) -> Tensor:
+def philox(counter: Tensor, seed: int | Tensor) -> Tensor:
     """Int64 (4, count) holding the four 32-bit words of each 64-bit int64 `counter` under the 64-bit `seed`."""
     zero = torch.zeros_like(counter)
     words = [counter & _MASK, (counter >> 32) & _MASK, zero, zero]

@@ -17,12 +17,13 @@ from lowbit.bags import check_bags, check_rows, pool
 from lowbit.blocked import to_blocked
 from lowbit.element import Element
 from lowbit.errors import FormatError
-from lowbit.experts import by_expert
+from lowbit.experts import by_expert, grouped_product
 from lowbit.format import WHOLE, Format
-from lowbit.groups import check_groups, padded_ends, padded_from, padded_rows, padded_to, pick_rows
+from lowbit.groups import check_groups, one_format, padded_ends, padded_from, padded_rows, padded_to, pick_rows
 from lowbit.hadamard import Rotation
 from lowbit.numerics import Scales, choose_scale, data_shape, decode, encode, total_scale
 from lowbit.packing import unpack
+from lowbit.philox import offset_seed
 
 if TYPE_CHECKING:
     from lowbit.tensor import QuantizedTensor
@@ -120,14 +121,22 @@ def _largest(element: Element) -> int:
 
 
 def _quantize(
-    x: Tensor, scale: Any, zero: Any, tensor_scale: Any, fmt: str | Format, mode: Any, rounding: Any, seed: int
+    x: Tensor,
+    scale: Any,
+    zero: Any,
+    tensor_scale: Any,
+    fmt: str | Format,
+    mode: Any,
+    rounding: Any,
+    seed: int,
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     parsed = _format(fmt)
     if scale is None:
         scales = choose_scale(x, parsed, mode=mode, tensor_scale=tensor_scale)
     else:
         scales = Scales(scale, zero, tensor_scale)
-    parts = [encode(x, parsed, scales, rounding=rounding, seed=seed)]
+    parts = [encode(x, parsed, scales, rounding=rounding, seed=offset_seed(seed, seed_offset))]
     for given, part in ((scale, scales.scale), (zero, scales.zero), (tensor_scale, scales.tensor_scale)):
         if part is not None:
             # An op must not return its own input.
@@ -136,10 +145,8 @@ def _quantize(
     return [part.contiguous() for part in parts]
 
 
-def _quantize_blocked(
-    x: Tensor, tensor_scale: Any, fmt: str | Format, mode: Any, rounding: Any, seed: int
-) -> list[Tensor]:
-    data, scale, *rest = _quantize(x, None, None, tensor_scale, fmt, mode, rounding, seed)
+def _quantize_blocked(x: Tensor, tensor_scale: Any, fmt: str | Format, *given: Any) -> list[Tensor]:
+    data, scale, *rest = _quantize(x, None, None, tensor_scale, fmt, *given)
     return [data, to_blocked(scale), *rest]
 
 
@@ -153,11 +160,12 @@ def _quantize_rotated(
     rounding: Any,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     turned = Rotation(size, sign_seed).in_order(x)
     if blocked:
-        return _quantize_blocked(turned, tensor_scale, fmt, mode, rounding, seed)
-    return _quantize(turned, None, None, tensor_scale, fmt, mode, rounding, seed)
+        return _quantize_blocked(turned, tensor_scale, fmt, mode, rounding, seed, seed_offset)
+    return _quantize(turned, None, None, tensor_scale, fmt, mode, rounding, seed, seed_offset)
 
 
 def _quantize_both(
@@ -169,6 +177,7 @@ def _quantize_both(
     rounding: Any,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     if x.dim() < 2:
         msg = f"x of shape {tuple(x.shape)} has one direction; quantize_both needs two or more dimensions"
@@ -177,9 +186,9 @@ def _quantize_both(
     for view, spec in ((x, fmt), (x.mT, other_format)):
         given = tensor_scale if _format(spec).tensor_scale else None
         if blocked:
-            parts += _quantize_blocked(view, given, spec, mode, rounding, seed)
+            parts += _quantize_blocked(view, given, spec, mode, rounding, seed, seed_offset)
         else:
-            parts += _quantize(view, None, None, given, spec, mode, rounding, seed)
+            parts += _quantize(view, None, None, given, spec, mode, rounding, seed, seed_offset)
     return parts
 
 
@@ -248,6 +257,26 @@ def _scaled_mm(
     a = Matrix(a_qdata, Scales(a_scale, a_zero, a_tensor_scale), _format(a_format), k)
     b = Matrix(b_qdata, Scales(b_scale, b_zero, b_tensor_scale), _format(b_format), k)
     return multiply(a, b, bias, dtype)
+
+
+def _scaled_grouped_mm(
+    a_qdata: Tensor,
+    a_scale: Tensor,
+    a_zero: Tensor | None,
+    a_tensor_scale: Tensor | None,
+    b_qdata: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    b_tensor_scale: Tensor | None,
+    offs: Tensor,
+    a_format: str | Format,
+    b_format: str | Format,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    a = decode(a_qdata, _format(a_format), Scales(a_scale, a_zero, a_tensor_scale), k)
+    b = decode(b_qdata, _format(b_format), Scales(b_scale, b_zero, b_tensor_scale), k)
+    return grouped_product(a, b, offs).to(dtype)
 
 
 def _grouped_mm(
@@ -347,20 +376,23 @@ def _quantize_groups(
     offs: Tensor,
     align: int,
     tensor_scale: Any,
-    fmt: str | Format,
+    fmt: str | Format | None,
     other_format: str | Format | None,
     mode: Any,
     rounding: Any,
     seed: int,
     blocked: bool = False,  # noqa: FBT001, FBT002 - an operator's arguments
+    seed_offset: Tensor | None = None,
 ) -> list[Tensor]:
     padded, ends = _pad_groups(x, index, offs, align)
+    if fmt is None:
+        padded, fmt, other_format = padded.mT, one_format(other_format), None  # pyright: ignore[reportArgumentType] - or a Format
     if other_format is not None:
-        parts = _quantize_both(padded, tensor_scale, fmt, other_format, mode, rounding, seed, blocked)
+        parts = _quantize_both(padded, tensor_scale, fmt, other_format, mode, rounding, seed, blocked, seed_offset)
     elif blocked:
-        parts = _quantize_blocked(padded, tensor_scale, fmt, mode, rounding, seed)
+        parts = _quantize_blocked(padded, tensor_scale, fmt, mode, rounding, seed, seed_offset)
     else:
-        parts = _quantize(padded, None, None, tensor_scale, fmt, mode, rounding, seed)
+        parts = _quantize(padded, None, None, tensor_scale, fmt, mode, rounding, seed, seed_offset)
     return [*parts, ends]
 
 
@@ -419,6 +451,8 @@ class Reference:
             "dequantize": _dequantize,
             "linear": _linear,
             "scaled_mm": _scaled_mm,
+            "scaled_grouped_mm": _scaled_grouped_mm,
+            "scaled_grouped_mm_k": _scaled_grouped_mm,
             "grouped_mm": _grouped_mm,
             "embedding": _embedding,
             "embedding_bag": _embedding_bag,

@@ -1,0 +1,233 @@
+"""Modules whose products round their operands: classes are exchanged, parameters, names and hooks stay as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowbit import QuantizedTensor, RecipeError
+from lowbit.recipe import Rule
+from lowbit.table import align
+from lowbit_moe.experts import swiglu_experts
+from lowbit_moe.functional import grouped_mm, linear
+from lowbit_moe.recipe import TrainRecipe
+
+ROUTERS = ("gate", "router", "shared_expert_gate")
+"""Last names of modules that choose experts, which only a rule with their own name converts."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainRule:
+    """How the products of parameters that `match` names are computed; not rounded where `recipe` is None.
+
+    `match` and `modules` are as in `lowbit.Rule`: a name, a glob, or `re:` and a regular expression; class names.
+
+    Raises:
+        RecipeError: as `lowbit.Rule`, or there is no recipe of that name.
+    """
+
+    match: str
+    recipe: TrainRecipe | str | None
+    modules: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before a model is seen."""
+        _ = self.rule
+        if self.recipe is not None:
+            object.__setattr__(self, "recipe", TrainRecipe.parse(self.recipe))
+
+    @property
+    def rule(self) -> Rule:
+        """What it matches."""
+        return Rule.of(self.match, None, modules=self.modules)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What became of one module."""
+
+    name: str
+    recipe: TrainRecipe | None
+    # Why it is left as it is; None: it is not.
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What became of every linear layer and every module of experts."""
+
+    rows: tuple[Converted, ...]
+
+    def __str__(self) -> str:
+        """A line for each."""
+        return "\n".join(
+            align(
+                [
+                    {
+                        "module": row.name,
+                        "products": row.recipe.name if row.recipe else "plain",
+                        "why": row.reason or "",
+                    }
+                    for row in self.rows
+                ]
+            )
+        )
+
+
+def convert_(model: nn.Module, rules: Iterable[TrainRule] | TrainRecipe | str) -> Conversion:
+    """Let linear layers and experts compute as the first rule says that matches their weight; one recipe: all of them.
+
+    Taken are `nn.Linear`, modules of experts as transformers has them (`gate_up_proj` (E, 2 I, K), `down_proj`
+    (E, K, I)) and as torchtitan has them (`w1`, `w3` (E, I, K), `w2` (E, K, I)). Norms, biases and embeddings have no
+    products; routers' are rounded only where a rule names them, without a pattern. A recipe that keeps first and last
+    modules keeps so many of those that its rules match.
+
+    Raises:
+        RecipeError: a rule matches no parameter of a module that can be converted, or such a module has weights that
+            are quantized already; nothing is changed then.
+    """
+    given = [TrainRule("*", rules)] if isinstance(rules, (TrainRecipe, str)) else list(rules)
+    found = [(name, module, _weights(module)) for name, module in model.named_modules()]
+    found = [(name, module, weights) for name, module, weights in found if weights]
+    chosen: list[tuple[str, nn.Module, TrainRule | None]] = []
+    used: set[int] = set()
+    for name, module, weights in found:
+        winner, classes = None, [cls.__name__ for cls in type(module).__mro__]
+        for i, rule in enumerate(given):
+            names = [f"{name}.{weight}" if name else weight for weight in weights]
+            if any(rule.rule.matches(each, classes) for each in names):
+                if winner is None and (rule.rule.exact or not _routes(name)):
+                    winner = rule
+                used.add(i)
+        chosen.append((name, module, winner))
+    unmatched = [rule.match for i, rule in enumerate(given) if i not in used]
+    if unmatched:
+        raise RecipeError(
+            f"rules {', '.join(map(repr, unmatched))} match no weight of a linear layer or of experts; there are "
+            f"{', '.join(f'{name}.{weights[0]}' for name, _, weights in found) or 'none'}"
+        )
+    quantized = [name for name, module, rule in chosen if rule is not None and _holds_codes(module)]
+    if quantized:
+        raise RecipeError(f"{', '.join(quantized)} hold quantized weights; training needs plain ones: dequantize them")
+    rows = _rows(chosen)
+    for (_, module, _), row in zip(chosen, rows, strict=True):
+        if row.recipe is not None:
+            _exchange(module, row.recipe)
+    return Conversion(tuple(rows))
+
+
+def _rows(chosen: list[tuple[str, nn.Module, TrainRule | None]]) -> list[Converted]:
+    places: dict[TrainRecipe, list[int]] = {}
+    for i, (_, _, rule) in enumerate(chosen):
+        if rule is not None and isinstance(rule.recipe, TrainRecipe):
+            places.setdefault(rule.recipe, []).append(i)
+    kept = {
+        i
+        for recipe, at in places.items()
+        for i in (*at[: recipe.keep_first], *at[len(at) - recipe.keep_last :])
+        if recipe.keep_first or recipe.keep_last
+    }
+    rows: list[Converted] = []
+    for i, (name, _, rule) in enumerate(chosen):
+        reason = None
+        if rule is None:
+            reason = "a router, which no rule names" if _routes(name) else "no rule matches it"
+        elif rule.recipe is None:
+            reason = f"rule {rule.match!r} keeps it"
+        elif i in kept:
+            reason = "the recipe keeps the first and the last"
+        recipe = rule.recipe if rule is not None and reason is None and isinstance(rule.recipe, TrainRecipe) else None
+        rows.append(Converted(name, recipe, reason))
+    return rows
+
+
+def _routes(name: str) -> bool:
+    return any(part in ROUTERS for part in name.split(".")[-2:])
+
+
+def _weights(module: nn.Module) -> tuple[str, ...]:
+    """Names of the weights of a module whose products can be rounded; () of others."""
+    if isinstance(module, nn.Linear):
+        return ("weight",)
+    for names in (("gate_up_proj", "down_proj"), ("w1", "w2", "w3")):
+        parts = [getattr(module, name, None) for name in names]
+        if all(isinstance(part, Tensor) and part.dim() == 3 for part in parts):
+            return names
+    return ()
+
+
+def _holds_codes(module: nn.Module) -> bool:
+    return any(isinstance(getattr(module, name).data, QuantizedTensor) for name in _weights(module))
+
+
+def _exchange(module: nn.Module, recipe: TrainRecipe) -> None:
+    layer: Any = module
+    layer.train_recipe = recipe
+    if isinstance(module, TrainedModule):
+        return
+    if isinstance(module, nn.Linear):
+        how: type[TrainedModule] = TrainedLinear
+    else:
+        how = TrainedExperts if hasattr(module, "gate_up_proj") else TrainedGroupedExperts
+    cls = type(module)
+    layer.__class__ = (
+        how if cls is nn.Linear else type(f"Trained{cls.__name__}", (how, cls), {"__module__": cls.__module__})
+    )
+
+
+class TrainedModule(nn.Module):
+    """A module whose products `train_recipe` rounds the operands of."""
+
+    train_recipe: TrainRecipe
+
+    def extra_repr(self) -> str:
+        """The module's own, and the recipe."""
+        own = super().extra_repr()
+        return f"{own}, recipe={self.train_recipe.name}" if own else f"recipe={self.train_recipe.name}"
+
+
+class TrainedLinear(TrainedModule, nn.Linear):
+    """`nn.Linear` by a recipe."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as nn.Linear has it
+        """See `lowbit_moe.linear`."""
+        return linear(input, self.weight, self.bias, self.train_recipe)
+
+
+class TrainedExperts(TrainedModule):
+    """Experts as transformers has them, by a recipe."""
+
+    gate_up_proj: Tensor
+    down_proj: Tensor
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """See `lowbit_moe.swiglu_experts`."""
+        own: Any = self
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if getattr(own, "is_transposed", False):
+            gate_up, down = gate_up.mT, down.mT
+        return swiglu_experts(
+            *(hidden_states, top_k_index, top_k_weights, gate_up, down),
+            recipe=self.train_recipe,
+            gate_up_bias=getattr(own, "gate_up_proj_bias", None),
+            down_bias=getattr(own, "down_proj_bias", None),
+            apply_gate=own._apply_gate if hasattr(own, "_apply_gate") else None,  # noqa: SLF001 - how its classes differ
+            act=own.act_fn,
+        )
+
+
+class TrainedGroupedExperts(TrainedModule):
+    """Experts as torchtitan has them, by a recipe: rows that are in the order of experts already."""
+
+    w1: Tensor
+    w2: Tensor
+    w3: Tensor
+
+    def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        """`w2 @ (silu(w1 @ x) * (w3 @ x))` of each row's expert; rows beyond the last become zeros."""
+        offs, how = num_tokens_per_expert.cumsum(0).to(num_tokens_per_expert.dtype).int(), self.train_recipe
+        gate, up = (grouped_mm(x, weight, offs, recipe=how) for weight in (self.w1, self.w3))
+        return grouped_mm(nn.functional.silu(gate) * up, self.w2, offs, recipe=how)

@@ -1,0 +1,104 @@
+"""Tokens to their experts and back: top-k routing, gated feed-forward experts, and weighted sums of what they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowbit import FormatError
+from lowbit_moe.functional import grouped_mm
+from lowbit_moe.recipe import TrainRecipe
+
+
+class Routing(NamedTuple):
+    """Rows of tokens in the order of their experts, of T tokens and M = T * top-k rows."""
+
+    # (M,) int64: which token each row is.
+    tokens: Tensor
+    # (T, k) int64: where the rows of each token are.
+    places: Tensor
+    # (E,) int32: the ends of experts' rows.
+    offs: Tensor
+
+    @staticmethod
+    def of(chosen: Tensor, experts: int) -> Routing:
+        """The order of rows that go to `chosen` (T, k) experts; of those from `experts` on, rows follow the last end.
+
+        Nothing waits for the device.
+
+        Raises:
+            FormatError: `chosen` is no matrix of integers.
+        """
+        if chosen.dim() != 2 or chosen.dtype.is_floating_point:
+            raise FormatError(f"chosen experts are (T, k) integers; these are {chosen.dtype} {tuple(chosen.shape)}")
+        flat = chosen.reshape(-1)
+        ordered, order = flat.sort(stable=True)
+        each = torch.arange(experts, device=flat.device, dtype=flat.dtype)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        offs = torch.searchsorted(ordered, each, right=True).to(torch.int32)
+        return Routing(order // max(chosen.shape[1], 1), places.view(chosen.shape), offs)
+
+
+def swiglu_experts(
+    x: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    *,
+    recipe: TrainRecipe | str = "MXFP8",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    act: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+    apply_gate: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Gated experts of tokens x (T, K): sums (T, K) over the `chosen` (T, k) ones, times `weights` (T, k).
+
+    Expert e gives `down[e] @ (act(gate) * up) + down_bias[e]`, gate and up being halves of `gate_up[e] @ x +
+    gate_up_bias[e]`, or what `apply_gate` makes of both. `gate_up` (E, 2 I, K), `down` (E, K, I). Tokens are gathered
+    while they are rounded, sums are in one order, and nothing waits for the device.
+
+    Raises:
+        FormatError: shapes do not fit.
+    """
+    if weights.shape != chosen.shape or chosen.shape[:1] != x.shape[:1]:
+        raise FormatError(
+            f"x (T, K), chosen and weights (T, k) have T in common; these are {tuple(x.shape)}, {tuple(chosen.shape)} "
+            f"and {tuple(weights.shape)}"
+        )
+    routing = Routing.of(chosen, gate_up.shape[0])
+    hidden = grouped_mm(x, gate_up, routing.offs, recipe=recipe, bias=gate_up_bias, routing=routing)
+    if apply_gate is None:
+        gate, up = hidden.chunk(2, dim=-1)
+        hidden = act(gate) * up
+    else:
+        hidden = apply_gate(hidden)
+    out = grouped_mm(hidden, down, routing.offs, recipe=recipe, bias=down_bias)
+    return combine(out, weights, routing)
+
+
+def combine(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """Sums (T, K) over each token's rows (M, K), times their `weights` (T, k), in float32, rounded to rows' dtype."""
+    return _Combine.apply(rows, weights, routing.tokens, routing.places)
+
+
+class _Combine(torch.autograd.Function):
+    """Each row is of one token, so that gradients are gathered, too, and in one order."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, weights, tokens, places)
+        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, -1).to(torch.float32)
+        return (picked * weights.to(torch.float32).unsqueeze(-1)).sum(1).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (grad,), (rows, weights, tokens, places) = grads, ctx.saved_tensors
+        by_row = torch.empty_like(weights.reshape(-1)).scatter_(0, places.reshape(-1), weights.reshape(-1))
+        to_rows = (grad.index_select(0, tokens) * by_row.unsqueeze(-1).to(grad.dtype)).to(rows.dtype)
+        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, -1).to(torch.float32)
+        to_weights = (picked * grad.to(torch.float32).unsqueeze(1)).sum(-1).to(weights.dtype)
+        return to_rows, to_weights, None, None

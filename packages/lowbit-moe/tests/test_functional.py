@@ -1,0 +1,133 @@
+"""Products of rounded operands, forward and backward, against float64 products of the operands that formats say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lowbit
+from lowbit.hadamard import Rotation
+from lowbit_moe import RECIPES, Operands, TrainRecipe, grouped_mm, linear
+
+# Gradients rounded to nearest, as a second draw of a seed would have others.
+NEAREST = TrainRecipe(
+    name="NEAREST", forward=Operands.of("NVFP4"), dgrad=Operands.of("NVFP4"), wgrad=Operands.of("NVFP4"), rotation=16
+)
+ALL = [*RECIPES.values(), NEAREST]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+names = pytest.mark.parametrize("recipe", ALL, ids=lambda recipe: recipe.name)
+
+
+def normal(*shape, seed=0, outliers=False, dtype=torch.bfloat16):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    if outliers:
+        x[..., ::50] *= 100
+    return x.to(dtype)
+
+
+def decoded(x, fmt, align, recipe, *, seed=None, rotation=0):
+    """What x (.., R, K) is once it is rounded along K, in float64, of K that zeros fill up."""
+    x = torch.nn.functional.pad(x, (0, -x.shape[-1] % align))
+    if rotation:
+        x = Rotation(rotation).in_order(x)
+    chance = {} if seed is None else {"rounding": "stochastic", "seed": seed}
+    return lowbit.quantize(x, fmt, mode=recipe.mode, **chance).dequantize(torch.float32).double()
+
+
+def products(x, w, grad, recipe, seed=None, ends=None):
+    """Results of x (M, K) by w (N, K) and both gradients, and what sums of each may be off by; of `ends` for experts."""
+    spans = moved = [(0, x.shape[0])]
+    tokens = (grad.mT, x.mT)
+    if ends is not None:
+        spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        # Each group's rows, and zeros up to where another may begin, and as many rows as any ends could need.
+        rows = (x.shape[0] + len(ends) * (recipe.align - 1)) // recipe.align * recipe.align
+        tokens, moved = ([grad.new_zeros(side.shape[1], rows) for side in (grad, x)], [])
+        for start, stop in spans:
+            begin = -(-moved[-1][1] // recipe.align) * recipe.align if moved else 0
+            moved.append((begin, begin + stop - start))
+            for to, side in zip(tokens, (grad, x), strict=True):
+                to[:, begin : begin + stop - start] = side[start:stop].mT
+    found = []
+    for operands, left, draws, right, is_wgrad in (
+        (recipe.forward, x, None, w, False),
+        (recipe.dgrad, grad, seed, w.mT, False),
+        (recipe.wgrad, tokens[0], seed, tokens[1], True),
+    ):
+        a, b = left.double(), right.double()
+        if operands is not None:
+            turn = recipe.rotation if is_wgrad else 0
+            a = decoded(left, operands.left, operands.align, recipe, seed=draws, rotation=turn)
+            b = decoded(right, operands.right, operands.align, recipe, rotation=turn)
+        each = []
+        for e, span in enumerate(moved if is_wgrad else spans):
+            # Of rotated columns a tail of zeros is none.
+            cut = slice(span[0], -(-span[1] // recipe.align) * recipe.align) if is_wgrad else slice(*span)
+            one, other = (a[:, cut], b[:, cut]) if is_wgrad else (a[cut], b if ends is None else b[e])
+            each.append((one @ other.mT, (one.shape[-1] + 8) * 2.0**-24 * (one.abs() @ other.abs().mT)))
+        found.append(each)
+    return found
+
+
+def drawn(recipe, device):
+    """The seed that a layer drew once torch was seeded with 7."""
+    torch.manual_seed(7)
+    return int(torch.randint(1 << 62, (), device=device)) if recipe.gradient == "stochastic" else None
+
+
+def assert_near(found, wanted, lost, dtype):
+    if found.is_cuda:
+        # Tensor cores keep 13 bits or so of sums of 8-bit floats.
+        lost = lost * 2**11
+    found = found.cpu()
+    wanted, lost = wanted[: found.shape[0], : found.shape[1]], lost[: found.shape[0], : found.shape[1]]
+    bound = lost + torch.finfo(dtype).eps / 2 * (wanted.abs() + lost) + torch.finfo(dtype).smallest_normal
+    assert found.dtype == dtype
+    assert ((found.double() - wanted).abs() <= bound).all()
+
+
+@names
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 48, 128), (37, 40, 72), (1, 16, 16)])
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_linear_layer_and_its_gradients_are_products_of_rounded_operands(recipe, dtype, m, n, k, outliers, device):
+    x, w = (
+        normal(*shape, seed=i, outliers=outliers, dtype=dtype).to(device).requires_grad_()
+        for i, shape in enumerate(((m, k), (n, k)))
+    )
+    grad = normal(m, n, seed=2, outliers=outliers, dtype=dtype)
+    torch.manual_seed(7)
+    out = linear(x, w, recipe=recipe)
+    out.backward(grad.to(device))
+    wanted = products(x.detach().cpu(), w.detach().cpu(), grad, recipe, drawn(recipe, device))
+    for found, ((value, lost),) in zip((out, x.grad, w.grad), wanted, strict=True):
+        assert_near(found, value, lost, dtype)
+
+
+ENDS = {"some": [40, 40, 73, 100], "all": [10, 20, 30, 110], "none": [0, 0, 0, 0], "one": [0, 0, 0, 110]}
+
+
+@names
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_experts_and_their_gradients_are_products_of_each_group(recipe, ends, device):
+    m, n, k = 110, 48, 72
+    x, w = (normal(*shape, seed=i).to(device).requires_grad_() for i, shape in enumerate(((m, k), (4, n, k))))
+    grad = normal(m, n, seed=2)
+    torch.manual_seed(7)
+    out = grouped_mm(x, w, torch.tensor(ends, dtype=torch.int32, device=device), recipe=recipe)
+    out.backward(grad.to(device))
+    seed = drawn(recipe, device)
+    forward, dgrad, wgrad = products(x.detach().cpu(), w.detach().cpu(), grad, recipe, seed, ends)
+    start = 0
+    for e, end in enumerate(ends):
+        for found, (value, lost) in (
+            (out[start:end], forward[e]),
+            (x.grad[start:end], dgrad[e]),
+            (w.grad[e], wgrad[e]),
+        ):
+            assert_near(found, value, lost, torch.bfloat16)
+        start = end
+    assert out[start:].count_nonzero() == 0
+    assert x.grad[start:].count_nonzero() == 0
