@@ -257,6 +257,7 @@ class _Graphs:
             assert op is not None
             assert kernel.pack is not None
             fmt, activation, _, dtype, _, k = _call_of(node, op)
+            assert k is not None
             weight = QuantizedTensor.from_parts(
                 inner["qdata"],
                 Scales(typed(inner["scale"], fmt), inner["zero"], inner["tensor_scale"]),
@@ -326,10 +327,12 @@ def _op(node: Node) -> str | None:
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    """All arguments by name, in the order of the schema."""
-    names = argument_names(node.target)
+    """All arguments by name, in the order of the schema; of what was left out, what it is then."""
+    target: Any = node.target
+    names = argument_names(target)
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return {name: given[name] for name in names}
+    left_out = {argument.name: argument.default_value for argument in target._schema.arguments}  # noqa: SLF001 - as there
+    return {name: given.get(name, left_out[name]) for name in names}
 
 
 def _call_of(node: Node, op: str) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None]:
