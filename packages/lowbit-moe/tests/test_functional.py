@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
 from lowbit.hadamard import Rotation
@@ -131,3 +132,21 @@ def test_experts_and_their_gradients_are_products_of_each_group(recipe, ends, de
         start = end
     assert out[start:].count_nonzero() == 0
     assert x.grad[start:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_without_gradients_nothing_is_made_for_them(experts):
+    x, w = normal(32, 64), normal(*((4,) if experts else ()), 16, 64, seed=1).requires_grad_()
+    made = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Watching():
+        if experts:
+            grouped_mm(x, w, torch.tensor([3, 9, 20, 32], dtype=torch.int32), recipe="MXFP8")
+        else:
+            linear(x, w, recipe="MXFP8")
+    assert [name for name in made if "quantize" in name] == ["lowbit::quantize"] * 2 + ["lowbit::dequantize"] * 2

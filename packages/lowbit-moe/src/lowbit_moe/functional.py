@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainR
     if bias is not None and bias.shape != weight.shape[:1]:
         raise FormatError(f"bias is (N,) = ({weight.shape[0]},); this is {tuple(bias.shape)}")
     rows = x.reshape(-1, x.shape[-1])
-    out = _Layer.apply(rows, weight, bias, None, recipe, 1, _seed(x, recipe), None, None)
+    out = _Layer.apply(rows, weight, bias, None, recipe, 1, _seed(x, recipe), None, None, torch.is_grad_enabled())
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -86,7 +86,8 @@ def grouped_mm(
         raise FormatError(f"align={align!r} is neither 'auto' nor None")
     apart = recipe.align if align == "auto" else 1
     tokens, places = (None, None) if routing is None else (routing.tokens, routing.places)
-    return _Layer.apply(x, weight, bias, offs, recipe, apart, _seed(x, recipe), tokens, places)
+    seed, watched = _seed(x, recipe), torch.is_grad_enabled()
+    return _Layer.apply(x, weight, bias, offs, recipe, apart, seed, tokens, places, watched)
 
 
 def _rows_of(values: Tensor, offs: Tensor, rows: int) -> Tensor:
@@ -132,10 +133,12 @@ class _Layer(torch.autograd.Function):
         seed: Tensor | None,
         tokens: Tensor | None,
         places: Tensor | None,
+        watched: bool,  # noqa: FBT001 - autograd takes arguments by their places
     ) -> Tensor:
-        """Multiply, and keep what backward takes."""
+        """Multiply, and keep what backward takes, if there is one."""
         of_x, of_weight = (None, None) if recipe.forward is None else (recipe.forward.left, recipe.forward.right)
-        kept = None if recipe.wgrad is None or not ctx.needs_input_grad[1] else recipe.wgrad.right
+        learns = watched and ctx.needs_input_grad[1]
+        kept = None if recipe.wgrad is None or not learns else recipe.wgrad.right
         with torch.autocast(x.device.type, enabled=False):
             ways = _Ways(recipe, offs, apart, recipe.forward)
             by_row, by_column = ways.of(x, of_x, kept, Rounded(recipe.mode), tokens)
@@ -147,7 +150,7 @@ class _Layer(torch.autograd.Function):
                 out = ways.by_row(by_row, ways.along(weight, of_weight), bias, x.dtype, x.shape[0])
             if bias is not None and offs is not None:
                 out = out + as_dtype(_rows_of(bias, offs, out.shape[0]), out.dtype)
-        plain = x if by_column is None and ctx.needs_input_grad[1] else None
+        plain = x if by_column is None and learns else None
         ctx.recipe, ctx.apart, ctx.dtype, ctx.kept = recipe, apart, x.dtype, None
         saved: tuple[Tensor | None, ...] = (plain,)
         if by_column is not None:
@@ -185,7 +188,7 @@ class _Layer(torch.autograd.Function):
                 to_weight = _plain(grad.mT, _gathered(x, tokens).mT, offs).to(weight.dtype)
             if ctx.biased and wants_bias:
                 to_bias = grad.sum(0) if offs is None else _sums_of(grad, offs)
-        return to_x, to_weight, to_bias, *(None,) * 6
+        return to_x, to_weight, to_bias, *(None,) * 7
 
 
 class _Ways:
