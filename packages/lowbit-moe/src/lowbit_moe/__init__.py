@@ -4,19 +4,26 @@ from lowbit_moe.convert import Conversion, TrainRule, convert_
 from lowbit_moe.experts import Routing, combine, swiglu_experts
 from lowbit_moe.functional import grouped_mm, linear
 from lowbit_moe.operands import count_products
+from lowbit_moe.parallel import parallel_swiglu_experts
 from lowbit_moe.recipe import RECIPES, Operands, TrainRecipe
+from lowbit_moe.watching import Lost, NonFiniteError, Watch, watch
 
 __all__ = [
     "RECIPES",
     "Conversion",
+    "Lost",
+    "NonFiniteError",
     "Operands",
     "Routing",
     "TrainRecipe",
     "TrainRule",
+    "Watch",
     "combine",
     "convert_",
     "count_products",
     "grouped_mm",
     "linear",
+    "parallel_swiglu_experts",
     "swiglu_experts",
+    "watch",
 ]
