@@ -258,8 +258,8 @@ def test_sums_of_integers_are_exact(asymmetric):
     [
         ("INT8_ROW", None, 64, "needs inputs that are rounded, too"),
         ("INT4_G128", "dynamic:FP8_ROW", 128, "needs int8 by int8, or e4m3fn by e4m3fn"),
-        ("FP8_ROW", "dynamic:FP8_1x128", 128, "needs scales of rows or matrices, or float ones of 128 columns"),
-        ("MXFP8", "dynamic:MXFP8", 128, "needs scales of rows or matrices, or float ones of 128 columns"),
+        ("FP8_ROW", "dynamic:FP8_1x128", 128, "needs scales of rows or matrices, or of 128 columns"),
+        ("MXFP8", "dynamic:MXFP8", 128, "needs scales of rows or matrices, or of 128 columns"),
         ("FP8_ROW", "dynamic:FP8_ROW", 72, "needs columns by the 16"),
         ("INT8_ROW_ASYM", "dynamic:INT8_ROW_ASYM", 33040, "needs integers whose sums 32 bits hold"),
     ],
