@@ -150,3 +150,30 @@ def test_without_gradients_nothing_is_made_for_them(experts):
         else:
             linear(x, w, recipe="MXFP8")
     assert [name for name in made if "quantize" in name] == ["lowbit::quantize"] * 2 + ["lowbit::dequantize"] * 2
+
+
+@names
+def test_groups_that_are_apart_already_are_not_moved(recipe):
+    """Rows that follow the last need not fill a block."""
+    nearest = recipe if recipe.gradient == "nearest" else NEAREST
+    ends, m = [128, 128, 256], 303
+    x, w, grad = normal(m, 72), normal(3, 48, 72, seed=1), normal(m, 48, seed=2)
+    found = []
+    for align in ("auto", None):
+        parts = [part.clone().requires_grad_() for part in (x, w)]
+        out = grouped_mm(parts[0], parts[1], torch.tensor(ends, dtype=torch.int32), recipe=nearest, align=align)
+        found.append([out.detach(), *torch.autograd.grad(out, parts, grad)])
+    for one, other in zip(*found, strict=True):
+        assert one.shape == other.shape
+        # Rows of no group are in scales of whole columns, and in sums that are put together otherwise.
+        assert (one - other).float().norm() <= 0.02 * one.float().norm()
+
+
+@names
+def test_no_tokens_are_fine(recipe):
+    x, w, stack = normal(0, 64).requires_grad_(), normal(16, 64).requires_grad_(), normal(3, 16, 64).requires_grad_()
+    offs = torch.zeros(3, dtype=torch.int32)
+    for out, weight in ((linear(x, w, recipe=recipe), w), (grouped_mm(x, stack, offs, recipe=recipe), stack)):
+        assert out.shape == (0, 16)
+        out.sum().backward()
+        assert weight.grad.count_nonzero() == 0

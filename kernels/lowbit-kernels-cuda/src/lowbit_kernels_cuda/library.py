@@ -76,8 +76,7 @@ def of_matrices(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype
     codes = right.codes
     if n % 16:
         codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -n % 16)).view(codes.dtype)
-    scales = (side.scale.reshape(-1)[:1] for side in (left, right))
-    of_left, of_right = scales
+    of_left, of_right = (side.scale.reshape(-1)[:1] for side in (left, right))
     later = bias is not None and (n % 16 != 0 or bias.dtype != dtype)
     found = torch.nn.functional.scaled_mm(
         *(left.codes, codes.T, of_left, kind, of_right, kind),

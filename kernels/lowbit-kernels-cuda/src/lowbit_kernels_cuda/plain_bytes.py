@@ -51,15 +51,11 @@ def refuses_grouped(call: Call) -> str | None:
     """Why groups of rounded rows are not multiplied by their experts' matrices by this kernel, or None."""
     assert call.format is not None
     assert call.activation is not None
-    assert call.k is not None
     sides = call.activation.format, call.format
-    reason = _refuses_formats(*sides, call.k)
-    if reason is None and call.k % 16:
-        reason = f"needs columns by the 16; these are {call.k}"
-    if reason is None and any(fmt.block_for(2) not in _ROWS for fmt in sides):
+    if any(fmt.block_for(2) not in _ROWS for fmt in sides):
         # Products of values are faster than ours of blocks' codes.
-        reason = f"needs scales of rows or matrices on both sides; these are those of {sides[0]} and {sides[1]}"
-    return _refuses_gpu() if reason is None and call.device == "cuda" else reason
+        return f"needs scales of rows or matrices on both sides; these are those of {sides[0]} and {sides[1]}"
+    return refuses(call)
 
 
 def refuses_grouped_k(call: Call) -> str | None:

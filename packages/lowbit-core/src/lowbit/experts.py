@@ -52,6 +52,9 @@ def grouped_product(a: Tensor, b: Tensor, offs: Tensor, *, apart: bool = False) 
     of 16 bytes. Nothing waits for the device, and no loop runs over groups.
     """
     some, (n, k), product = 16 // a.dtype.itemsize, a.shape, torch.nn.functional.grouped_mm
+    if a.numel() == 0:
+        # Contiguous as it may be, what is empty has any strides.
+        return a.new_zeros((n, b.shape[1]) if b.dim() == 3 else (offs.shape[0], n, b.shape[0]))
     if b.dim() == 3:
         # torch multiplies rows, or columns of b, that lie at multiples of 16 bytes, and some.
         by_column = k % some == 0 and b.stride(-2) == 1 and b.shape[-2] % some == 0

@@ -1,11 +1,12 @@
 """Low-precision training: layers and experts whose matrix products round their operands, forward and backward."""
 
 from lowbit_moe.convert import Conversion, TrainRule, convert_
-from lowbit_moe.experts import Routing, combine, swiglu_experts
+from lowbit_moe.experts import combine, swiglu_experts
 from lowbit_moe.functional import grouped_mm, linear
 from lowbit_moe.operands import count_products
 from lowbit_moe.parallel import parallel_swiglu_experts
 from lowbit_moe.recipe import RECIPES, Operands, TrainRecipe
+from lowbit_moe.routing import Routing
 from lowbit_moe.watching import Lost, NonFiniteError, Watch, watch
 
 __all__ = [

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowbit import QuantizedTensor, RecipeError
@@ -124,12 +125,7 @@ def _rows(chosen: list[tuple[str, nn.Module, TrainRule | None]]) -> list[Convert
     for i, (_, _, rule) in enumerate(chosen):
         if rule is not None and isinstance(rule.recipe, TrainRecipe):
             places.setdefault(rule.recipe, []).append(i)
-    kept = {
-        i
-        for recipe, at in places.items()
-        for i in (*at[: recipe.keep_first], *at[len(at) - recipe.keep_last :])
-        if recipe.keep_first or recipe.keep_last
-    }
+    kept = {i for recipe, at in places.items() for i in (*at[: recipe.keep_first], *at[len(at) - recipe.keep_last :])}
     rows: list[Converted] = []
     for i, (name, _, rule) in enumerate(chosen):
         reason = None
@@ -228,6 +224,6 @@ class TrainedGroupedExperts(TrainedModule):
 
     def forward(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """`w2 @ (silu(w1 @ x) * (w3 @ x))` of each row's expert; rows beyond the last become zeros."""
-        offs, how = num_tokens_per_expert.cumsum(0).to(num_tokens_per_expert.dtype).int(), self.train_recipe
+        offs, how = num_tokens_per_expert.cumsum(0, dtype=torch.int32), self.train_recipe
         gate, up = (grouped_mm(x, weight, offs, recipe=how) for weight in (self.w1, self.w3))
         return grouped_mm(nn.functional.silu(gate) * up, self.w2, offs, recipe=how)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,17 +12,8 @@ from lowbit.backends import under_autocast
 from lowbit.experts import grouped_product
 from lowbit.format import Format
 from lowbit_moe.operands import Operand, Rounded, as_dtype, counted, filled, grouped, product
-from lowbit_moe.recipe import Operands, TrainRecipe
-
-
-class Rows(Protocol):
-    """Rows of tokens: which token each is, (M,) int64, and where those of each token are, (T, k) int64."""
-
-    @property
-    def tokens(self) -> Tensor: ...  # noqa: D102 - said above
-
-    @property
-    def places(self) -> Tensor: ...  # noqa: D102
+from lowbit_moe.recipe import BF16, Operands, TrainRecipe
+from lowbit_moe.routing import Routing
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainRecipe | str = "MXFP8") -> Tensor:
@@ -35,7 +26,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainR
         FormatError: shapes do not fit, or x or weight is no floating-point tensor.
         NoKernelError: the recipe's kernels are "native", and this machine lacks one.
     """
-    recipe = TrainRecipe.parse(recipe)
+    # Of no numbers there are no scales, and nothing is lost.
+    recipe = TrainRecipe.parse(recipe) if x.numel() else BF16
     x = under_autocast(x)
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise FormatError(
@@ -57,21 +49,22 @@ def grouped_mm(
     recipe: TrainRecipe | str = "MXFP8",
     bias: Tensor | None = None,
     align: str | None = "auto",
-    routing: Rows | None = None,
+    routing: Routing | None = None,
 ) -> Tensor:
     """Rows of x (M, K) each by the `weight[e].T` of their group, plus `bias[e]`, (M, N), as `recipe` says.
 
     `weight` (E, N, K); `bias` (E, N). Groups follow one another and end at `offs` (E,) int32; some may be empty, and
     rows from the last end on become zeros. Wgrad sums over blocks of a group's rows, which must not be another's:
-    `align="auto"` moves groups apart as the recipe needs, on their way to codes; None says that each begins at a
-    multiple of `recipe.align` already. With a `routing`, x (T, K) are tokens, and rows are gathered from them while
-    they are rounded. Nothing waits for the device.
+    `align="auto"` moves groups apart as the recipe needs, on their way to codes; None says that each begins and
+    ends at a multiple of `recipe.align` already. With a `routing`, x (T, K) are tokens, and rows are gathered from them
+    while they are rounded. Nothing waits for the device.
 
     Raises:
         FormatError: shapes do not fit, a tensor is not floating-point, offs are not int32, or align is another.
         NoKernelError: the recipe's kernels are "native", and this machine lacks one.
     """
-    recipe = TrainRecipe.parse(recipe)
+    # Of no numbers there are no scales, and nothing is lost.
+    recipe = TrainRecipe.parse(recipe) if x.numel() else BF16
     x = under_autocast(x)
     if x.dim() != 2 or weight.dim() != 3 or x.shape[1] != weight.shape[2]:
         raise FormatError(
@@ -147,7 +140,8 @@ class _Layer(torch.autograd.Function):
                 if bias is not None and offs is None:
                     out = out + as_dtype(bias, out.dtype)
             else:
-                out = ways.by_row(by_row, ways.along(weight, of_weight), bias, x.dtype, x.shape[0])
+                rows = x.shape[0] if tokens is None else tokens.shape[0]
+                out = ways.by_row(by_row, ways.along(weight, of_weight), bias, x.dtype, rows)
             if bias is not None and offs is not None:
                 out = out + as_dtype(_rows_of(bias, offs, out.shape[0]), out.dtype)
         plain = x if by_column is None and learns else None
@@ -235,9 +229,10 @@ class _Ways:
 
     def by_row(self, a: Operand, b: Operand, bias: Tensor | None, dtype: torch.dtype, count: int) -> Tensor:
         """The product of `count` tokens, which zeros may follow, and a weight, or their experts' weights."""
-        if self.offs is not None:
-            return grouped(a, b, self.offs, dtype, self.recipe.kernels)
-        out = product(a, b, bias, dtype, self.recipe.kernels)
+        if self.offs is None:
+            out = product(a, b, bias, dtype, self.recipe.kernels)
+        else:
+            out = grouped(a, b, self.offs, dtype, self.recipe.kernels)
         # No view: see `as_dtype`.
         return out if out.shape[0] == count else out[:count].clone()
 

@@ -14,10 +14,11 @@ from torch import Tensor, distributed
 from lowbit import FormatError
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import ScaleMode
-from lowbit_moe.experts import Routing, combine
+from lowbit_moe.experts import combine
 from lowbit_moe.functional import grouped_mm
 from lowbit_moe.operands import Operand, Rounded
 from lowbit_moe.recipe import TrainRecipe
+from lowbit_moe.routing import Routing
 
 
 def parallel_swiglu_experts(

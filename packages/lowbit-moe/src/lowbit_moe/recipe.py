@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from lowbit import RecipeError
 from lowbit.format import WHOLE, Format
@@ -43,8 +43,9 @@ class TrainRecipe:
     (input and weight; gradient and weight; gradient and input), or is in the operands' own dtype where it is None.
 
     Raises:
-        RecipeError: groups of an operand's blocks are not such that one count of columns fits both, something is to
-            be rotated that is not rounded in rows of blocks of at least that size, or an option is unknown.
+        RecipeError: groups of an operand's blocks are not such that one count of columns fits both, or something is
+            to be rotated that is not rounded in rows of blocks of at least that size.
+        FormatError: an option is unknown.
     """
 
     name: str
@@ -69,8 +70,7 @@ class TrainRecipe:
             ("rounding", self.gradient, Rounding),
             ("kernels", self.kernels, Kernels),
         ):
-            if given not in get_args(choices):
-                check_choice(what, given, choices)
+            check_choice(what, given, choices)
         for what, operands in self.products.items():
             if operands is not None and any(operands.align % _group(fmt) for fmt in (operands.left, operands.right)):
                 raise RecipeError(
