@@ -39,6 +39,7 @@ class Cuda:
         return (
             _row("round_columns", "algos.round_columns", 10, "columns:round_columns", _takes_all),
             _row("round_groups", "algos.round_groups", 10, "columns:round_groups", _shared_scales),
+            Kernel("cuda.adamw", "moe.adamw", "cuda", 10, _adamw, _takes_all),
             _row("quantize", "quantize", 10, "casts:quantize", _refuses_cast),
             _row("quantize_blocked", "quantize_blocked", 10, "casts:quantize_blocked", _refuses_cast),
             _row("quantize_both", "quantize_both", 10, "casts:quantize_both", _refuses_cast),
@@ -117,6 +118,11 @@ def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call
             return getattr(import_module(f"lowbit_kernels_cuda.{module}"), function)(*args)
 
     return Kernel(f"cuda.{name}", op, "cuda", priority, run, refuses)
+
+
+def _adamw(kept: Any, items: Any, **options: Any) -> None:
+    with torch.cuda.device_of(items[0].parameter):
+        import_module("lowbit_kernels_cuda.adamw").adamw(kept, items, **options)
 
 
 def _takes_all(call: Call) -> str | None:

@@ -17,7 +17,6 @@ from lowbit.activation import Activation
 from lowbit.backends import Call, Description
 from lowbit.blocked import from_blocked, to_blocked
 from lowbit.format import MXFP8, NVFP4, Format
-from lowbit.numerics import DEFAULT_MODE
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.packed import called
 
@@ -95,7 +94,7 @@ def product(
     tokens = x.reshape(-1, k)
     given = how.stored(named.get("act_scale")).float().view(1, 1) if how.scaling == "local" else None
     cast = import_module("lowbit_kernels_cuda.casts").quantize_blocked
-    codes, scale, *whole = cast(tokens, given, str(how.format), DEFAULT_MODE, "nearest", 0)
+    codes, scale, *whole = cast(tokens, given, str(how.format), how.mode, "nearest", 0)
     left = _Side(codes, scale, whole[0] if whole else None)
     right = _Side(named["qdata"], named["scale"], named.get("tensor_scale"))
     return _multiply(left, right, bias, x.dtype).view(*x.shape[:-1], n)

@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lowbit.activation import Activation
-from lowbit.numerics import DEFAULT_MODE
 from lowbit_kernels_cuda.casts import quantize
 from lowbit_kernels_cuda.codes import decode, encode_float, from_float32, to_float32
 from lowbit_kernels_cuda.library import FEW
@@ -101,9 +100,9 @@ def rounded(
         given, zero = activation.stored(act_scale).to(fmt.scale.storage), act_zero
     elif fmt.tensor_scale:
         # Known once all of the input is.
-        whole = quantize(x, None, None, None, str(fmt), DEFAULT_MODE, "nearest", 0)[-1].reshape(1)
+        whole = quantize(x, None, None, None, str(fmt), activation.mode, "nearest", 0)[-1].reshape(1)
     elif fmt.block[0] != 1:
-        _, given, *rest = quantize(x, None, None, None, str(fmt), DEFAULT_MODE, "nearest", 0)
+        _, given, *rest = quantize(x, None, None, None, str(fmt), activation.mode, "nearest", 0)
         zero = rest[0] if rest else None
     if out is None:
         out = x.new_empty(m, k, dtype=fmt.element.storage if codes else torch.bfloat16)
@@ -130,7 +129,7 @@ def rounded(
         *(whole, raw(out), scale, zeros, k),
         *(None if part is None else raw(part) for part in (made.more, made.weight, made.total)),
         made.eps,
-        SPEC=spec(fmt, device=x.device if x.is_cuda else None),
+        SPEC=spec(fmt, activation.mode, device=x.device if x.is_cuda else None),
         GROUP=group,
         GIVEN=given is not None,
         SPAN=span,
@@ -166,7 +165,7 @@ def quantized(
     if activation.scaling == "static":
         scale = activation.stored(act_scale).to(activation.format.scale.storage).reshape(1, 1)
         zero = None if act_zero is None else act_zero.reshape(1, 1)
-    given = x, scale, zero, None, str(activation.format), DEFAULT_MODE, "nearest", 0
+    given = x, scale, zero, None, str(activation.format), activation.mode, "nearest", 0
     codes, scale, *rest = quantize(*given, soon=len(x) > FEW)
     return codes, scale.float(), rest[0] if rest else None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from lowbit.errors import FormatError
 from lowbit.format import WHOLE, Format
+from lowbit.numerics import DEFAULT_MODE, ScaleMode, check_choice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,15 +21,17 @@ class Activation:
 
     `dynamic`: every scale is chosen from the input at run time. `static`: one scale (and zero point) for all inputs,
     stored with the weight as `act_scale` and `act_zero`. `local`: block scales at run time under a stored tensor scale,
-    kept as `act_scale` (NVFP4). The spec string is `scaling:format`, such as `dynamic:int8:1x*:float32`.
+    kept as `act_scale` (NVFP4). `mode` is how scales that are powers of two are chosen from the input. The spec string
+    is `scaling:format`, such as `dynamic:int8:1x*:float32`, with `@mode` after it unless that is the usual one.
 
     Raises:
-        FormatError: static scaling of a format with more than one scale a tensor, or local scaling without a tensor
-            scale.
+        FormatError: static scaling of a format with more than one scale a tensor, local scaling without a tensor scale,
+            a mode that is unknown, or one of scales that are stored or no powers of two.
     """
 
     format: Format
     scaling: Scaling = "dynamic"
+    mode: ScaleMode = DEFAULT_MODE
 
     def __post_init__(self) -> None:
         """Check that the scaling fits the format."""
@@ -38,10 +41,14 @@ class Activation:
         if self.scaling == "local" and not self.format.tensor_scale:
             msg = f"local scaling stores a tensor scale, which {self.format} does not have; use dynamic scaling"
             raise FormatError(msg)
+        check_choice("scale mode", self.mode, ScaleMode)
+        if self.mode != DEFAULT_MODE and (self.scaling == "static" or not self.format.scale.powers_of_two):
+            msg = f"scales of {self.scaling} {self.format} are not chosen among powers of two; leave the mode out"
+            raise FormatError(msg)
 
     def __str__(self) -> str:
         """The spec string."""
-        return f"{self.scaling}:{self.format}"
+        return f"{self.scaling}:{self.format}" + (f"@{self.mode}" if self.mode != DEFAULT_MODE else "")
 
     @property
     def _has_one_scale(self) -> bool:
@@ -75,9 +82,10 @@ class Activation:
         Raises:
             FormatError: the spec does not follow the grammar.
         """
-        scaling, _, fmt = spec.partition(":")
+        scaling, _, rest = spec.partition(":")
+        fmt, _, mode = rest.partition("@")
         for known in get_args(Scaling):
             if scaling == known:
-                return Activation(Format.parse(fmt), known)
+                return Activation(Format.parse(fmt), known, mode or DEFAULT_MODE)  # pyright: ignore[reportArgumentType] - it is checked
         msg = f"activation {spec!r} must be 'dynamic:', 'static:' or 'local:' and a format"
         raise FormatError(msg)

@@ -33,6 +33,7 @@ ACTIVATIONS: tuple[Activation, ...] = tuple(
             "dynamic:FP8_1x128",
             "static:FP8_TENSOR",
             "dynamic:MXFP8",
+            "dynamic:MXFP8@rceil",
             "dynamic:MXFP6_E2M3",
             "dynamic:MXFP4",
             "dynamic:NVFP4",

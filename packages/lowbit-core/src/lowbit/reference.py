@@ -97,9 +97,10 @@ def quantize_input(x: Tensor, activation: Activation, act_scale: Tensor | None, 
     """
     fmt = activation.format
     if activation.scaling == "dynamic":
-        scales = choose_scale(x, fmt)
+        scales = choose_scale(x, fmt, mode=activation.mode)
     elif activation.scaling == "local":
-        scales = choose_scale(x, fmt, tensor_scale=activation.stored(act_scale).to(torch.float32).reshape(1, 1))
+        whole = activation.stored(act_scale).to(torch.float32).reshape(1, 1)
+        scales = choose_scale(x, fmt, mode=activation.mode, tensor_scale=whole)
     else:
         zero = None if act_zero is None else act_zero.reshape(1, 1)
         scales = Scales(activation.stored(act_scale).to(fmt.scale.storage).reshape(1, 1), zero)

@@ -20,7 +20,6 @@ from lowbit.bags import bag_arguments
 from lowbit.element import FLOAT32
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import Format
-from lowbit.numerics import DEFAULT_MODE
 from lowbit.ops import unwatched
 from lowbit.rules import rule_of
 from lowbit.tensor import FUNCTIONS, QuantizedTensor, in_backward
@@ -215,7 +214,7 @@ def _rounded(x: Tensor, w: QuantizedTensor, activation: Activation) -> tuple[Ten
         scale = w.act_scale.to(fmt.scale.storage).reshape(1, 1)
         zero = None if w.act_zero is None else w.act_zero.reshape(1, 1)
     row = x.reshape(1, -1)
-    data, scale, *zeros = torch.ops.lowbit.quantize(row, scale, zero, None, str(fmt), DEFAULT_MODE, "nearest", 0)
+    data, scale, *zeros = torch.ops.lowbit.quantize(row, scale, zero, None, str(fmt), activation.mode, "nearest", 0)
     codes = _codes(data, zeros[0] if zeros else None, fmt, row.shape[-1])
     return codes.reshape(x.shape), scale.to(torch.float64).reshape(())
 

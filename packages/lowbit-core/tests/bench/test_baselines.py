@@ -1,4 +1,4 @@
-"""`lowbit bench attention` and `optimizer`, where lowbit has nothing yet: baselines and others compute what is exact."""
+"""`lowbit bench attention`, where lowbit has nothing yet: baselines and others compute what is exact."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowbit.backends import Refusal
-from lowbit.bench import Given, attention, optimizer, peers
+from lowbit.bench import Given, attention, peers
 from lowbit.bench.case import footprint
 from lowbit.bench.inputs import sqnr
 
@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("small")
 
 
-def cases(benchmark, length, *, peers=False):
-    return list(benchmark.cases(Given([(length,)], [], CPU, peers)))
+def cases(length, *, peers=False):
+    return list(attention.benchmark.cases(Given([(length,)], [], CPU, peers)))
 
 
 def result(contender, data):
@@ -70,7 +70,7 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
 
 
 def test_operations_and_bytes_of_attention_are_those_of_its_products_and_operands():
-    for case in cases(attention.benchmark, 48):
+    for case in cases(48):
         data, causal = case.data("normal"), case.told["step"] == "causal prefill"
         assert [len(x[0]) for x in data] == [32, *2 * [int(case.told["heads"].removeprefix("32/"))]]
         with FlopCounterMode(display=False) as counter:
@@ -81,7 +81,7 @@ def test_operations_and_bytes_of_attention_are_those_of_its_products_and_operand
 
 def test_exact_attention_is_that_of_one_query_after_the_other(monkeypatch):
     monkeypatch.setattr(attention, "_ROWS", 16)
-    for case in cases(attention.benchmark, 40):
+    for case in cases(40):
         data = case.data("outliers")
         wanted = attended(*(x.double() for x in data), causal=case.told["step"] == "causal prefill")
         torch.testing.assert_close(case.exact(*data), wanted, rtol=1e-12, atol=1e-12)
@@ -130,7 +130,7 @@ def test_others_attention_computes_what_is_exact(monkeypatch, as_on_gpu):
     attends = {name: partial(flash, name) for name in ("flash_attn_func", "flash_attn_with_kvcache")}
     module(monkeypatch, "flash_attn_interface", **attends)
     module(monkeypatch, "sageattention", sageattn=sage)
-    for case in cases(attention.benchmark, 24, peers=True):
+    for case in cases(24, peers=True):
         data = case.data("normal")
         before, exact = [x.clone() for x in data], case.exact(*data)
         found = {peer.name: sqnr(exact, result(peer, data)) for peer in case.peers}
@@ -149,7 +149,7 @@ def test_others_attention_computes_what_is_exact(monkeypatch, as_on_gpu):
 
 
 def test_codes_of_heads_are_scaled_by_the_greatest_value_of_those_that_share_keys():
-    q, k, _ = cases(attention.benchmark, 24)[3].data("outliers")
+    q, k, _ = cases(24)[3].data("outliers")
     for x, each in ((q.transpose(1, 2), 4), (k.transpose(1, 2), 1)):
         scale, codes = peers._fp8_heads(x, 8)
         for head in range(x.shape[2]):
@@ -161,95 +161,10 @@ def test_codes_of_heads_are_scaled_by_the_greatest_value_of_those_that_share_key
             assert ((values - x[0, :, head].float()).abs() <= bound * 1.001).all()
 
 
-def stepped(values, gradients):
-    """The change of parameters by torch's AdamW, plain and in float64."""
-    parameter = torch.nn.Parameter(values.double())
-    parameter.grad = gradients.double()
-    torch.optim.AdamW([parameter], lr=1e-3, eps=1e-8, weight_decay=1e-2, foreach=False).step()
-    return parameter.detach() - values
-
-
-@pytest.mark.parametrize("kind", ["normal", "outliers"])
-def test_the_exact_step_is_torchs_in_float64(kind):
-    (case,) = cases(optimizer.benchmark, 5000)
-    data = case.data(kind)
-    torch.testing.assert_close(case.exact(*data), stepped(*data), rtol=1e-9, atol=1e-16)
-
-
-def test_the_optimizers_bytes_are_those_of_its_tensors(bench):
-    code, results, printed = bench("optimizer", "--shapes", "100000")
-    assert code == 0
-    assert "not lowbit: lowbit has no optimizer with low-precision states yet" in printed.out
-    (row,) = results["rows"]
-    assert row["flops"] == 0
-    assert row["contenders"][1]["moved_bytes"] == 14 * 100_000
-    (case,) = cases(optimizer.benchmark, 100_000)
-    data = case.data("normal")
-    stepping, parameters, _ = case.baseline.prepare(*data)(1)
-    states = [state[name] for state in stepping.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    gradients = [parameter.grad for parameter in parameters]
-    assert case.baseline.touched == footprint((parameters, gradients, states))
-    assert case.baseline.moved == footprint((parameters, parameters, gradients, states, states))
-    # Parameters of 0.02, which a step changes by 0.001, are rounded by up to 2^-14.
-    wanted = stepped(*data)
-    rounded = (data[0] + wanted).bfloat16() - data[0].double()
-    assert row["contenders"][1]["sqnr"]["normal"]["exact"] == pytest.approx(sqnr(wanted, rounded), abs=0.5)
-
-
-@pytest.mark.parametrize("count", [1, 31, 1000, 100_000, 1 << 20, 123_456_789, 1 << 29])
-def test_parameters_are_so_many_in_tensors_of_many_shapes(count):
-    shapes = optimizer._tensors(count)
-    assert sum(math.prod(shape) for shape in shapes) == count
-    if count >= 1 << 20:
-        assert len(set(shapes)) >= 5
-        assert {len(shape) for shape in shapes} == {1, 2}
-        # None is most of it.
-        assert max(map(math.prod, shapes)) < count / 2
-
-
-def test_copies_of_an_optimizer_are_their_own_and_only_the_first_starts_from_zero():
-    (case,) = cases(optimizer.benchmark, 50_000)
-    data = case.data("normal")
-    before = [x.clone() for x in data]
-    make = case.baseline.prepare(*data)
-    operands = [make(i) for i in range(3)]
-    assert [len(stepping.state) > 0 for stepping, _, _ in operands] == [False, True, True]
-    for each in operands:
-        case.baseline.run(*each)
-    parts = [part for _, parameters, _ in operands for p in parameters for part in (p, p.grad)]
-    assert len({part.data_ptr() for part in parts}) == len(parts)
-    assert all(map(torch.equal, data, before))
-    first, second, _ = (torch.cat([p.flatten() for p in parameters]) for _, parameters, _ in operands)
-    assert not torch.equal(first, second)
-
-
-def test_others_optimizers_step_as_torchs_does(monkeypatch, as_on_gpu):
-    module(monkeypatch, "bitsandbytes")
-    module(monkeypatch, "bitsandbytes.optim", AdamW8bit=torch.optim.AdamW)
-    module(monkeypatch, "torchao")
-    module(monkeypatch, "torchao.optim", AdamW8bit=torch.optim.AdamW, AdamW4bit=torch.optim.AdamW)
-    (case,) = cases(optimizer.benchmark, 25_600, peers=True)
-    data = case.data("normal")
-    names = ["bitsandbytes AdamW8bit", "torchao AdamW8bit", "torchao AdamW4bit"]
-    assert [peer.name for peer in case.peers] == names
-    # Two states of a code each, and a float32 scale for each 256 codes of 8 bits, or 128 of 4.
-    for peer, states in zip(case.peers, (2 * 25_600 + 2 * 400, 2 * 25_600 + 2 * 400, 25_600 + 2 * 800), strict=True):
-        assert peer.moved == 6 * 25_600 + 2 * states
-        assert peer.touched == 4 * 25_600 + states
-        assert sqnr(case.exact(*data), result(peer, data)) > 30
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "names"),
-    [
-        (attention.benchmark, ["FA3", "FA3 fp8", "FA3 fp8 after rounding", "sageattention"]),
-        (optimizer.benchmark, ["bitsandbytes AdamW8bit", "torchao AdamW8bit", "torchao AdamW4bit"]),
-    ],
-)
-def test_others_are_named_with_the_reason_where_they_are_not(monkeypatch, as_on_gpu, benchmark, names):
-    for name in ("flash_attn_interface", "sageattention", "bitsandbytes", "torchao"):
+def test_others_are_named_with_the_reason_where_they_are_not(monkeypatch, as_on_gpu):
+    for name in ("flash_attn_interface", "sageattention"):
         monkeypatch.setitem(sys.modules, name, None)
-    found = cases(benchmark, 64, peers=True)[0].peers
-    assert [peer.kernel for peer in found] == names
+    found = cases(64, peers=True)[0].peers
+    assert [peer.kernel for peer in found] == ["FA3", "FA3 fp8", "FA3 fp8 after rounding", "sageattention"]
     assert all(isinstance(peer, Refusal) and peer.reason.startswith("ModuleNotFoundError: ") for peer in found)
-    assert cases(benchmark, 64)[0].peers == ()
+    assert cases(64)[0].peers == ()

@@ -12,7 +12,7 @@ import torch
 import lowbit
 from lowbit import FORMATS, Format
 from lowbit.backends import Refusal
-from lowbit.bench import Given, Use, attention, bags, cast, embedding, grouped, linear, optimizer, pad, peers, timing
+from lowbit.bench import Given, Use, attention, bags, cast, embedding, grouped, linear, pad, peers, timing
 from lowbit.bench.case import footprint
 from lowbit.bench.inputs import EXACT, normal
 from lowbit.testing import Loopback, installed_backends
@@ -25,7 +25,6 @@ BENCHMARKS = {
     "embedding": embedding.benchmark,
     "grouped": grouped.benchmark,
     "linear": linear.benchmark,
-    "optimizer": optimizer.benchmark,
     "pad": pad.benchmark,
 }
 
@@ -114,7 +113,7 @@ def test_pad_moves_rows_and_counts_their_bytes(bench):
         assert candidate["sqnr"]["normal"]["exact"] > 6 * 4
 
 
-@pytest.mark.parametrize("name", ["attention", "optimizer", "pad"])
+@pytest.mark.parametrize("name", ["attention", "pad"])
 def test_benchmarks_without_formats_refuse_some(bench, capsys, name):
     with pytest.raises(SystemExit):
         bench(name, "--formats", "MXFP8")

@@ -179,6 +179,6 @@ def test_help_names_every_benchmark(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     said = capsys.readouterr().out
-    for name in ("attention", "bags", "cast", "embedding", "grouped", "linear", "optimizer", "pad"):
+    for name in ("attention", "bags", "cast", "embedding", "grouped", "linear", "pad"):
         found = import_module(f"lowbit.bench.{name}").benchmark
         assert f"  {name:<10} {found.about}\n" in said

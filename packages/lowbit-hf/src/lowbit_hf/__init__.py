@@ -12,15 +12,15 @@ from lowbit_hf.registration import register
 
 if TYPE_CHECKING:
     from lowbit_hf.loading import load
-    from lowbit_hf.quantizer import LowbitConfig
+    from lowbit_hf.quantizer import LowbitConfig, attach
 
-__all__ = ["LowbitConfig", "load"]
+__all__ = ["LowbitConfig", "attach", "load"]
 
-_HOMES = {"load": "lowbit_hf.loading", "LowbitConfig": "lowbit_hf.quantizer"}
+_HOMES = {"load": "lowbit_hf.loading", "LowbitConfig": "lowbit_hf.quantizer", "attach": "lowbit_hf.quantizer"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load` or `LowbitConfig` when it is first asked for: they need transformers, which takes seconds."""
+    """Import what is asked for when it first is: all of it needs transformers, which takes seconds."""
     if name not in _HOMES:
         msg = f"module 'lowbit_hf' has no attribute {name!r}"
         raise AttributeError(msg)

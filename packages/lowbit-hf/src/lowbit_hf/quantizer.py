@@ -145,6 +145,10 @@ class LowbitQuantizer(HfQuantizer):
         self._incoming = self._rounded = None
         return model
 
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Take a model that was quantized in memory as one that was loaded so."""
+        self._process_model_after_weight_loading(model)
+
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> Any:
         """What is saved; the config is made to say what that is."""
         from lowbit_hf.outgoing import outgoing  # noqa: PLC0415
@@ -174,6 +178,27 @@ class LowbitQuantizer(HfQuantizer):
     def is_trainable(self) -> Any:
         """Whether weights can be trained."""
         return False
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Let `save_pretrained` write a model of transformers that was quantized in memory, and give it back.
+
+    Raises:
+        RecipeError: none of its parameters is quantized.
+    """
+    if not any(isinstance(p, QuantizedTensor) for p in model.parameters()):
+        raise RecipeError("no parameter of the model is quantized; quantize it first, as lowbit.quantize_ does")
+    holder: Any = model
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is not table.weight:
+        # Of one that was, either may have been quantized alone.
+        model.config.tie_word_embeddings = False
+    if getattr(model, "hf_quantizer", None) is None:
+        vars(model).setdefault("_weight_conversions", [])
+        holder.hf_quantizer = LowbitQuantizer(LowbitConfig())
+        holder.config.quantization_config = holder.hf_quantizer.quantization_config
+        holder.hf_quantizer.adopt(model)
+    return model
 
 
 register_quantization_config(_METHOD)(LowbitConfig)

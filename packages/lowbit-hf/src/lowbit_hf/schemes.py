@@ -38,6 +38,7 @@ from lowbit.format import (
     FP8_1x128,
     FP8_128x128,
 )
+from lowbit.numerics import DEFAULT_MODE
 
 # The release whose schema the config follows.
 _VERSION = "0.20.0"
@@ -140,6 +141,11 @@ def scheme_for(fmt: Format, activation: Activation | None) -> Scheme:
     Raises:
         FormatError: compressed-tensors has no place for it.
     """
+    if activation is not None and activation.mode != DEFAULT_MODE:
+        raise FormatError(
+            f"compressed-tensors cannot say that scales of inputs are chosen by {activation.mode!r}; lowbit's own "
+            f"layout can, and {DEFAULT_MODE!r} is what others do"
+        )
     scaled = fmt.scale in (FLOAT16, BFLOAT16, FLOAT32)
     weight = replace(fmt, scale=BFLOAT16) if scaled else fmt
     for found in SCHEMES.values():

@@ -4,13 +4,16 @@ from lowbit_moe.convert import Conversion, TrainRule, convert_
 from lowbit_moe.experts import combine, swiglu_experts
 from lowbit_moe.functional import grouped_mm, linear
 from lowbit_moe.operands import count_products
+from lowbit_moe.optimizer import AdamW
 from lowbit_moe.parallel import parallel_swiglu_experts
 from lowbit_moe.recipe import RECIPES, Operands, TrainRecipe
 from lowbit_moe.routing import Routing
+from lowbit_moe.serving import to_serving
 from lowbit_moe.watching import Lost, NonFiniteError, Watch, watch
 
 __all__ = [
     "RECIPES",
+    "AdamW",
     "Conversion",
     "Lost",
     "NonFiniteError",
@@ -26,5 +29,6 @@ __all__ = [
     "linear",
     "parallel_swiglu_experts",
     "swiglu_experts",
+    "to_serving",
     "watch",
 ]

@@ -91,7 +91,7 @@ def convert_(model: nn.Module, rules: Iterable[TrainRule] | TrainRecipe | str) -
             are quantized already; nothing is changed then.
     """
     given = [TrainRule("*", rules)] if isinstance(rules, (TrainRecipe, str)) else list(rules)
-    found = [(name, module, _weights(module)) for name, module in model.named_modules()]
+    found = [(name, module, weights_of(module)) for name, module in model.named_modules()]
     found = [(name, module, weights) for name, module, weights in found if weights]
     chosen: list[tuple[str, nn.Module, TrainRule | None]] = []
     used: set[int] = set()
@@ -144,7 +144,7 @@ def _routes(name: str) -> bool:
     return any(part in ROUTERS for part in name.split(".")[-2:])
 
 
-def _weights(module: nn.Module) -> tuple[str, ...]:
+def weights_of(module: nn.Module) -> tuple[str, ...]:
     """Names of the weights of a module whose products can be rounded; () of others."""
     if isinstance(module, nn.Linear):
         return ("weight",)
@@ -156,7 +156,7 @@ def _weights(module: nn.Module) -> tuple[str, ...]:
 
 
 def _holds_codes(module: nn.Module) -> bool:
-    return any(isinstance(getattr(module, name).data, QuantizedTensor) for name in _weights(module))
+    return any(isinstance(getattr(module, name).data, QuantizedTensor) for name in weights_of(module))
 
 
 def _exchange(module: nn.Module, recipe: TrainRecipe) -> None:

@@ -1,4 +1,4 @@
-"""`lowbit bench optimizer`: a step of AdamW over bfloat16 parameters, fused, which low-precision states have to beat.
+"""`lowbit bench optimizer`: a step of AdamW over bfloat16 parameters whose states have 8 and 4 bits, beside torch's.
 
 A step changes what it works on. What is timed are steps of the same optimizers again and again, which take as long from
 any state. Accuracy is that of the first step, from zero states, by the change of the parameters: it tells whether all
@@ -8,30 +8,33 @@ compute the same. What rounding the states costs shows in later steps, and what 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from math import isqrt, prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowbit.backends import Refusal
-from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, Make, Shape
-from lowbit.bench.inputs import Kind, normal
+from lowbit.bench import Benchmark, Case, Contender, Dim, Given, Kind, Make, Shape, normal
 from lowbit.bench.peers import optimizers
+from lowbit_moe.optimizer import AdamW, kernel_for_steps
+from lowbit_moe.states import BLOCKS, Bits
 
 _LR, _EPS, _DECAY = 1e-3, 1e-8, 1e-2
 # Of parameters and of gradients; what a value of theirs is, about.
 _SCALES = (0.02, 1e-3)
 _LAYERS = 16
+_BITS: tuple[Bits, ...] = (8, 4)
 
 
 def _cases(given: Given) -> Iterator[Case]:
-    for (count,) in given.shapes:
-        yield _case(given, count)
+    for (count,), bits in product(given.shapes, _BITS):
+        yield _case(given, count, bits)
 
 
-def _case(given: Given, count: int) -> Case:
+def _case(given: Given, count: int, bits: Bits) -> Case:
     device = given.device
 
     def data(kind: Kind) -> tuple[Tensor, ...]:
@@ -40,14 +43,22 @@ def _case(given: Given, count: int) -> Case:
     contender = partial(_stepping, count)
     # Of the fused one the same kernel, which may be part of a CUDA graph.
     fused = partial(torch.optim.AdamW, fused=True, capturable=device.type == "cuda")
+    # Two codes, and a scale for each block of them.
+    states = 2 * bits / 8 + 2 * 4 / BLOCKS[bits]
+    candidate = contender("lowbit", partial(AdamW, bits=bits), states)
+    kernel = kernel_for_steps(device.type)
+    if kernel is not None:
+        candidate = replace(candidate, kernel=kernel.name)
+    nearest = contender("lowbit, parameters to nearest", partial(AdamW, bits=bits, rounding="nearest"), states)
+    others = optimizers(contender, device) if given.peers else ()
     return Case(
-        {"parameters": count},
+        {"parameters": count, "bits": bits},
         0,
         data,
         _exact,
-        Refusal("lowbit", "lowbit has no optimizer with low-precision states yet"),
+        candidate,
         contender("torch AdamW, fused", fused, 4),
-        peers=optimizers(contender, device) if given.peers else (),
+        peers=(nearest, *others),
     )
 
 
@@ -102,7 +113,7 @@ def _tensors(count: int) -> list[Shape]:
 
 
 benchmark = Benchmark(
-    about="a step of AdamW over bfloat16 parameters, fused",
+    about="a step of AdamW with states of 8 and of 4 bits over bfloat16 parameters, beside torch's",
     dims=(Dim("P", 1 << 16, 1 << 29, 1 << 22),),
     formats=(),
     usual=lambda device: [(1 << n,) for n in ((24, 27, 29) if device == "cuda" else (20, 22))],

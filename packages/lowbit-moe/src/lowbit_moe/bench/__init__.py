@@ -1,0 +1,1 @@
+"""What `lowbit bench` measures of training: layers forward and backward, experts, and steps of the optimizer."""

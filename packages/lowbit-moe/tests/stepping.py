@@ -1,0 +1,41 @@
+"""Steps of AdamW on ranks that have a share of each parameter, for tests with several processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+
+from lowbit_moe import AdamW
+
+
+def model():
+    """Matrices whose rows two and three ranks share unevenly, vectors, and a convolution."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(300, 65), nn.Linear(65, 7), nn.Conv1d(7, 10, 16, padding=8), nn.LayerNorm(2))
+
+
+def stepped(several, bits, steps, loaded=None):
+    """All parameters, whole, after so many steps, with gradients that every rank agrees on; and saved states."""
+    found = model()
+    if several:
+        for part in found:
+            fully_shard(part)
+    optimizer = AdamW(found.parameters(), lr=0.01, bits=bits)
+    if loaded is not None:
+        optimizer.load_state_dict(loaded)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        for p in found.parameters():
+            grad = torch.randn(p.shape, generator=generator) * torch.randn(p.shape[-1:], generator=generator).exp()
+            if several:
+                grad = torch.distributed.tensor.distribute_tensor(grad, p.device_mesh, p.placements)
+            p.grad = grad
+        optimizer.step()
+    whole = [p.full_tensor() if several else p for p in found.parameters()]
+    states = [
+        {name: part.full_tensor() if hasattr(part, "full_tensor") else part for name, part in state.items()}
+        for state in optimizer.state.values()
+    ]
+    assert not several or distributed.get_world_size() > 1
+    return [p.detach() for p in whole], states
