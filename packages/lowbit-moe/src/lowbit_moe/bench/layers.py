@@ -46,7 +46,8 @@ def _ffn_case(given: Given, shape: Shape, recipe: str) -> Case:
     def layer(product: Layer, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
         return product(functional.silu(product(x, gate)) * product(x, up), down)
 
-    contender = partial(_contender, device, moved=2 * 2 * (3 * m * k + 3 * 2 * k * between))
+    # Forward reads x and weights and writes its result; backward reads these and a gradient, and writes as many.
+    contender = partial(_contender, device, moved=2 * (5 * m * k + 9 * k * between))
     others = () if recipe not in _TORCHAO or not given.peers else (_torchao_ffn(recipe, contender, device),)
     return Case(
         {"recipe": recipe, "m": m, "k": k, "between": between},
@@ -163,7 +164,7 @@ def _contender(
             if i == 0:
                 torch.compiler.reset()
             grad, x, *weights = make(i)
-            x, *weights = (part.detach().clone().requires_grad_() for part in (x, *weights))
+            x, *weights = (part.detach().requires_grad_() for part in (x, *weights))
             return run, grad, x, weights
 
         return made

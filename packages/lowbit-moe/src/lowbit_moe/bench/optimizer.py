@@ -43,7 +43,7 @@ def _case(given: Given, count: int, bits: Bits) -> Case:
     contender = partial(_stepping, count)
     # Of the fused one the same kernel, which may be part of a CUDA graph.
     fused = partial(torch.optim.AdamW, fused=True, capturable=device.type == "cuda")
-    # Two codes, and a scale for each block of them.
+    # Two codes, and a scale for each block of them; norms, of float32, are too few to count.
     states = 2 * bits / 8 + 2 * 4 / BLOCKS[bits]
     candidate = contender("lowbit", partial(AdamW, bits=bits), states)
     kernel = kernel_for_steps(device.type)
