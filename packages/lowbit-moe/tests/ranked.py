@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import distributed
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lowbit_moe import parallel_swiglu_experts, swiglu_experts
+from lowbit_moe import AdamW, convert_, parallel_swiglu_experts, shard_experts_, swiglu_experts
 
 WIDTH, COLUMNS, EXPERTS = 72, 48, 6
 
@@ -46,3 +48,58 @@ def alone(recipe, ranks):
     parts = [part.requires_grad_() for part in (x, weights, *experts())]
     out = swiglu_experts(parts[0], chosen, parts[1], *parts[2:], recipe=recipe)
     return [len(each[0]) for each in all_given], [out.detach(), *torch.autograd.grad(out.square().sum(), parts)]
+
+
+class Experts(nn.Module):
+    """Gated experts with the names that transformers has for them, and biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = map(nn.Parameter, experts())
+        self.gate_up_proj_bias = nn.Parameter(torch.linspace(-1, 1, EXPERTS * 2 * COLUMNS).view(EXPERTS, -1))
+        self.down_proj_bias = nn.Parameter(torch.linspace(-1, 1, EXPERTS * WIDTH).view(EXPERTS, -1))
+        self.act_fn = nn.functional.silu
+
+
+class Mixture(nn.Module):
+    """A dense layer, a router and its experts, and a dense layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 40)
+        self.router, self.experts = nn.Linear(WIDTH, EXPERTS, bias=False), Experts()
+
+    def forward(self, x):
+        x = self.first(x)
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        return self.last(x + self.experts(x, chosen, weights))
+
+
+def trained(recipe, payload, of_ranks=None):
+    """Gradients of the mean of ranks' losses, whole, and parameters after two steps: by each rank, or by one alone."""
+    model = Mixture()
+    convert_(model, recipe)
+    alone = of_ranks is not None
+    if not alone:
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("ranks",))
+        shard_experts_(model, mesh, payload=payload)
+        for part in (model.first, model.last):
+            fully_shard(part, mesh=mesh)
+        fully_shard(model, mesh=mesh, ignored_params=set(model.experts.parameters()))
+    optimizer = AdamW(model.parameters(), lr=0.01)
+    gradients = []
+    for _ in range(2):
+        for rank in range(of_ranks) if alone else (distributed.get_rank(),):
+            model(given(rank)[0]).square().mean().backward()
+        for p in model.parameters() if alone else ():
+            # After it was rounded, as ranks do.
+            p.grad /= of_ranks
+        gradients = gradients or [whole(p.grad) for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return gradients, [whole(p) for p in model.parameters()]
+
+
+def whole(x):
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()

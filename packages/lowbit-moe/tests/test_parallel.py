@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranked import alone, together
+from ranked import Mixture, alone, together, trained
 from ranks import ranks
 
-from lowbit import FormatError
-from lowbit_moe import parallel_swiglu_experts
+from lowbit import FormatError, RecipeError
+from lowbit_moe import convert_, parallel_swiglu_experts, shard_experts_
 
 
 @pytest.fixture(scope="module", params=[2, 3])
@@ -37,3 +37,45 @@ def test_what_cannot_travel_is_refused():
     for payload in ("FP8_128x128", "NVFP4", "FP8_TENSOR"):
         with pytest.raises(FormatError, match="rows travel in formats whose blocks are parts of one row"):
             parallel_swiglu_experts(x, chosen, chosen, x, x, group=None, payload=payload)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "payload", "most"), [("BF16", None, 1e-5), ("MXFP8", None, 1e-5), ("MXFP8", "MXFP8", 0.1)]
+)
+def test_dense_layers_of_fsdp_beside_experts_of_ranks_learn_what_one_rank_learns(started, recipe, payload, most):
+    """Gradients of the first step; and two steps of AdamW, which are as long where a gradient is next to nothing.
+
+    After the first, what differs by a sum's order may be rounded to another code.
+    """
+    count, several = started
+    wanted, right = trained(recipe, payload, count)
+    for gradients, parameters in several.run(trained, recipe, payload):
+        for one, other in zip(gradients, wanted, strict=True):
+            assert (one - other).norm() <= most * other.norm()
+        for one, other in zip(parameters, right, strict=True):
+            assert (one - other).abs().max() <= 0.04 * 1.01
+            assert (one - other).norm() <= (1e-3 if recipe == "BF16" else 0.1) * other.norm()
+
+
+class Mesh:
+    """As many ranks as are told."""
+
+    ndim = 1
+
+    def __init__(self, ranks):
+        self.shape = (ranks,)
+
+    def size(self):
+        return self.shape[0]
+
+
+def test_experts_that_cannot_be_divided_are_refused_and_stay():
+    model = Mixture()
+    with pytest.raises(RecipeError, match="no module of experts was converted"):
+        shard_experts_(model, Mesh(2))
+    convert_(model, "MXFP8")
+    with pytest.raises(RecipeError, match=r"experts has 6 experts for a mesh \(4,\)"):
+        shard_experts_(model, Mesh(4))
+    with pytest.raises(FormatError, match="rows travel in formats"):
+        shard_experts_(model, Mesh(2), payload="NVFP4")
+    assert all(type(p) is torch.nn.Parameter for p in model.parameters())

@@ -1,6 +1,6 @@
 """Low-precision training: layers and experts whose matrix products round their operands, forward and backward."""
 
-from lowbit_moe.convert import Conversion, TrainRule, convert_
+from lowbit_moe.convert import Conversion, TrainedExperts, TrainRule, convert_
 from lowbit_moe.experts import combine, swiglu_experts
 from lowbit_moe.functional import grouped_mm, linear
 from lowbit_moe.operands import count_products
@@ -9,6 +9,7 @@ from lowbit_moe.parallel import parallel_swiglu_experts
 from lowbit_moe.recipe import RECIPES, Operands, TrainRecipe
 from lowbit_moe.routing import Routing
 from lowbit_moe.serving import to_serving
+from lowbit_moe.sharding import shard_experts_
 from lowbit_moe.watching import Lost, NonFiniteError, Watch, watch
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Routing",
     "TrainRecipe",
     "TrainRule",
+    "TrainedExperts",
     "Watch",
     "combine",
     "convert_",
@@ -28,6 +30,7 @@ __all__ = [
     "grouped_mm",
     "linear",
     "parallel_swiglu_experts",
+    "shard_experts_",
     "swiglu_experts",
     "to_serving",
     "watch",

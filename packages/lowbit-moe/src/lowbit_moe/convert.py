@@ -14,6 +14,8 @@ from lowbit.recipe import Rule
 from lowbit.table import align
 from lowbit_moe.experts import swiglu_experts
 from lowbit_moe.functional import grouped_mm, linear
+from lowbit_moe.parallel import parallel_swiglu_experts
+from lowbit_moe.placement import Placement
 from lowbit_moe.recipe import TrainRecipe
 
 ROUTERS = ("gate", "router", "shared_expert_gate")
@@ -198,21 +200,26 @@ class TrainedExperts(TrainedModule):
 
     gate_up_proj: Tensor
     down_proj: Tensor
+    # Where `shard_experts_` put the experts, and how rows travel to them; None: all are here.
+    placement: Placement | None = None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """See `lowbit_moe.swiglu_experts`."""
         own: Any = self
-        gate_up, down = self.gate_up_proj, self.down_proj
+        names = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+        parts: list[Any] = [getattr(own, name, None) for name in names]
+        if self.placement is not None:
+            parts = [None if part is None else self.placement.local(part) for part in parts]
+        gate_up, down, gate_up_bias, down_bias = parts
         if getattr(own, "is_transposed", False):
             gate_up, down = gate_up.mT, down.mT
-        return swiglu_experts(
-            *(hidden_states, top_k_index, top_k_weights, gate_up, down),
-            recipe=self.train_recipe,
-            gate_up_bias=getattr(own, "gate_up_proj_bias", None),
-            down_bias=getattr(own, "down_proj_bias", None),
-            apply_gate=own._apply_gate if hasattr(own, "_apply_gate") else None,  # noqa: SLF001 - how its classes differ
-            act=own.act_fn,
-        )
+        how: dict[str, Any] = {"gate_up_bias": gate_up_bias, "down_bias": down_bias, "act": own.act_fn}
+        how["apply_gate"] = own._apply_gate if hasattr(own, "_apply_gate") else None  # noqa: SLF001 - how its classes differ
+        given = hidden_states, top_k_index, top_k_weights, gate_up, down
+        if self.placement is None:
+            return swiglu_experts(*given, recipe=self.train_recipe, **how)
+        group, payload = self.placement.group, self.placement.payload
+        return parallel_swiglu_experts(*given, group=group, payload=payload, recipe=self.train_recipe, **how)
 
 
 class TrainedGroupedExperts(TrainedModule):

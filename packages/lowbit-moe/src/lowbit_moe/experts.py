@@ -42,14 +42,29 @@ def swiglu_experts(
             f"and {tuple(weights.shape)}"
         )
     routing = Routing.of(chosen, gate_up.shape[0])
+    out = gated(x, routing, gate_up, down, recipe, gate_up_bias, down_bias, act, apply_gate)
+    return combine(out, weights, routing)
+
+
+def gated(
+    x: Tensor,
+    routing: Routing,
+    gate_up: Tensor,
+    down: Tensor,
+    recipe: TrainRecipe | str,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    apply_gate: Callable[[Tensor], Tensor] | None,
+) -> Tensor:
+    """What each expert gives for its rows (M, K), as `routing` orders them: see `swiglu_experts`."""
     hidden = grouped_mm(x, gate_up, routing.offs, recipe=recipe, bias=gate_up_bias, routing=routing)
     if apply_gate is None:
         gate, up = hidden.chunk(2, dim=-1)
         hidden = act(gate) * up
     else:
         hidden = apply_gate(hidden)
-    out = grouped_mm(hidden, down, routing.offs, recipe=recipe, bias=down_bias)
-    return combine(out, weights, routing)
+    return grouped_mm(hidden, down, routing.offs, recipe=recipe, bias=down_bias)
 
 
 def combine(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor, distributed
 from lowbit import FormatError
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import ScaleMode
-from lowbit_moe.experts import combine
-from lowbit_moe.functional import grouped_mm
+from lowbit_moe.experts import combine, gated
 from lowbit_moe.operands import Operand, Rounded
 from lowbit_moe.recipe import TrainRecipe
 from lowbit_moe.routing import Routing
@@ -31,7 +30,10 @@ def parallel_swiglu_experts(
     group: distributed.ProcessGroup,
     recipe: TrainRecipe | str = "MXFP8",
     payload: Format | str | None = "MXFP8",
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
     act: Callable[[Tensor], Tensor] = torch.nn.functional.silu,
+    apply_gate: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """`swiglu_experts` with this rank's share of the experts, (E / R, 2 I, K) and (E / R, K, I), for its tokens x.
 
@@ -42,10 +44,7 @@ def parallel_swiglu_experts(
     Raises:
         FormatError: shapes do not fit, or the payload has blocks of several rows or a tensor scale.
     """
-    recipe = TrainRecipe.parse(recipe)
-    fmt = Format.parse(payload) if isinstance(payload, str) else payload
-    if fmt is not None and (fmt.block_for(2)[0] != 1 or fmt.tensor_scale or fmt.zero is not None):
-        raise FormatError(f"rows travel in formats whose blocks are parts of one row, without tensor scales; not {fmt}")
+    recipe, fmt = TrainRecipe.parse(recipe), payload_of(payload)
     if weights.shape != chosen.shape or chosen.shape[:1] != x.shape[:1]:
         raise FormatError(
             f"x (T, K), chosen and weights (T, k) have T in common; these are {tuple(x.shape)}, {tuple(chosen.shape)} "
@@ -62,15 +61,25 @@ def parallel_swiglu_experts(
     # They come rank by rank, and from each expert by expert.
     each = torch.arange(mine, device=x.device).repeat(ranks)
     here = Routing.of(each.repeat_interleave(theirs.long(), output_size=sum(received)).unsqueeze(1), mine)
-    hidden = grouped_mm(arrived, gate_up, here.offs, recipe=recipe, routing=here)
-    gate, up = hidden.chunk(2, dim=-1)
-    out = grouped_mm(act(gate) * up, down, here.offs, recipe=recipe)
+    out = gated(arrived, here, gate_up, down, recipe, gate_up_bias, down_bias, act, apply_gate)
     back = _Exchange.apply(
         _Picked.apply(out, here.places.view(-1), here.tokens.view(-1, 1)), received, sent, group, fmt, recipe.mode
     )
     # Rows that no expert has are the last.
     back = torch.nn.functional.pad(back, (0, 0, 0, chosen.numel() - back.shape[0]))
     return combine(back, weights, routing)
+
+
+def payload_of(payload: Format | str | None) -> Format | None:
+    """The format that rows travel in.
+
+    Raises:
+        FormatError: it has blocks of several rows, a tensor scale, or zero points.
+    """
+    fmt = Format.parse(payload) if isinstance(payload, str) else payload
+    if fmt is not None and (fmt.block_for(2)[0] != 1 or fmt.tensor_scale or fmt.zero is not None):
+        raise FormatError(f"rows travel in formats whose blocks are parts of one row, without tensor scales; not {fmt}")
+    return fmt
 
 
 class _Picked(torch.autograd.Function):
