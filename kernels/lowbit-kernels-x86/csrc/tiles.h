@@ -56,7 +56,6 @@ struct Tile {
   }
 
   F zero(int64_t group, int h) const {
-    if (w.zero == nullptr) return F{};
     return load_zero(w.zero, w.format, (tile * groups + group) * TILE + h * W);
   }
 };

@@ -420,8 +420,9 @@ inline F zeros_of(Bytes stored, const Format& format) {
   return format.element.is_signed ? zero + static_cast<float>(1 << (format.element.bits - 1)) : zero;
 }
 
-// W of them from `at` on.
+// W of them from `at` on; without any they are 0, as in kernels.cpp's zero_at.
 inline F load_zero(const void* from, const Format& format, int64_t at) {
+  if (from == nullptr) return F{};
   return zeros_of(load<Bytes>(static_cast<const char*>(from) + at), format);
 }
 

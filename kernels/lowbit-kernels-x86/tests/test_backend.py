@@ -198,6 +198,36 @@ def test_few_tokens_meet_integers_without_being_rounded(isa):
     assert done.returncode == 0, done.stderr
 
 
+BAGS = """
+    import torch, lowbit
+    from lowbit_kernels_x86 import library
+
+    library.isa()
+    ids, offsets = torch.arange(40).repeat(3)[:111], torch.tensor([0, 1, 1, 30])
+    for bits in range(1, 9):
+        for end in ("", ":zero=uint8", *[":zero=int8"] * (bits < 8)):
+            for group in (8, 24):
+                spec = f"uint{bits}:1x{group}:float32{end}"
+                q = lowbit.quantize(torch.randn(40, group * 35, generator=torch.Generator().manual_seed(0)), spec)
+                rows = q.dequantize(torch.float32)
+                rest = -1, False, spec, rows.shape[1], torch.float32
+                for mode in ("sum", "max"):
+                    found = torch.ops.lowbit_x86.embedding_bag(ids, offsets, None, *q.stored, mode, *rest)
+                    wanted = torch.nn.functional.embedding_bag(ids, rows.double(), offsets, mode=mode)
+                    assert bool((found - wanted).abs().amax() <= 2**-18 * wanted.abs().amax()), (spec, mode)
+                found = torch.ops.lowbit_x86.embedding(ids, *q.stored, spec, rows.shape[1], torch.float32)
+                assert torch.equal(found, rows[ids]), spec
+"""
+
+
+# The others have products of their own alone.
+@pytest.mark.parametrize("isa", [isa for isa in HERE if isa not in {"avx512_bf16", "amx"}])
+def test_bags_of_unsigned_codes_with_more_scales_than_a_vector_has(isa):
+    """With zero points, and without any, which are 0 then."""
+    done = in_process(BAGS, isa)
+    assert done.returncode == 0, done.stderr
+
+
 SPECS = [
     *("int8:1x*:float32", "int4:1x40:bfloat16", "uint3:1x8:float16:zero=uint3", "int5:1x24:float32:zero=int8"),
     *("uint1:1x5:float32", "int1:1x16:e8m0", "e2m1:1x16:e4m3fn:tensor", "e2m3:1x32:e8m0", "e5m2:1x*:float32"),
