@@ -253,19 +253,24 @@ def _looked_up(table, codes, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def _near(x, INSTRUCTION: tl.constexpr):
+    """What an instruction that is off in the last bits gives, and of numbers that are nearly 0 what it gives of 0."""
+    return tl.inline_asm_elementwise(INSTRUCTION, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _root(x, NATIVE: tl.constexpr):
-    if NATIVE:
-        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.sqrt(x)
+    return _near(x, "sqrt.approx.ftz.f32 $0, $1;") if NATIVE else tl.sqrt(x)
 
 
 @triton.jit
 def _over(x, y, NATIVE: tl.constexpr):
-    if NATIVE:
-        return x * tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [y], tl.float32, is_pure=True, pack=1
-        )
-    return x / y
+    return x * _near(y, "rcp.approx.ftz.f32 $0, $1;") if NATIVE else x / y
+
+
+@triton.jit
+def _log2(x, NATIVE: tl.constexpr):
+    return _near(x, "lg2.approx.ftz.f32 $0, $1;") if NATIVE else tl.log2(x)
 
 
 @triton.jit
@@ -290,13 +295,6 @@ def _codes(x, signed, scale, BITS: tl.constexpr, NATIVE: tl.constexpr):
 @triton.jit
 def _last(x):
     return x.to(tl.int32, bitcast=True).to(tl.uint8)
-
-
-@triton.jit
-def _log2(x, NATIVE: tl.constexpr):
-    if NATIVE:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    return tl.log2(x)
 
 
 @triton.jit
