@@ -6,7 +6,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 
-from lowbit_moe import AdamW
+from lowbit_moe import AdamW, convert_
 
 
 def model():
@@ -39,3 +39,36 @@ def stepped(several, bits, steps, loaded=None):
     ]
     assert not several or distributed.get_world_size() > 1
     return [p.detach() for p in whole], states
+
+
+def gathered(recipe, codes, ranks):
+    """Losses, gradients of the first step, parameters after two, and bytes sent of each number of the last weight."""
+    torch.manual_seed(0)
+    found = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256, bias=False))
+    convert_(found, recipe, fp8_all_gather=codes)
+    if ranks:
+        for part in (found[0], found[2]):
+            fully_shard(part)
+        fully_shard(found)
+    sent = 0.0
+    if ranks:
+        share = found[2].weight.to_local()
+        inputs, _ = share.fsdp_pre_all_gather(found[2].weight.device_mesh, found[2].weight.shape, None, None, None)
+        sent = sum(part.numel() * part.itemsize for part in inputs) / share.numel()
+    optimizer = AdamW(found.parameters(), lr=0.01, bits=32)
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
+    gradients, losses = [], []
+    for _ in range(2):
+        loss = found(x).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients = gradients or [whole(p.grad) for p in found.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients, [whole(p) for p in found.parameters()], sent
+
+
+def whole(x):
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x
+    # Of torch's own class.
+    return torch.ops.aten.alias.default(x.detach())

@@ -14,6 +14,7 @@ from lowbit.recipe import Rule
 from lowbit.table import align
 from lowbit_moe.experts import swiglu_experts
 from lowbit_moe.functional import grouped_mm, linear
+from lowbit_moe.gathering import CodesTravel, refuses_gathering
 from lowbit_moe.parallel import parallel_swiglu_experts
 from lowbit_moe.placement import Placement
 from lowbit_moe.recipe import TrainRecipe
@@ -80,17 +81,21 @@ class Conversion:
         )
 
 
-def convert_(model: nn.Module, rules: Iterable[TrainRule] | TrainRecipe | str) -> Conversion:
+def convert_(
+    model: nn.Module, rules: Iterable[TrainRule] | TrainRecipe | str, *, fp8_all_gather: bool = False
+) -> Conversion:
     """Let linear layers and experts compute as the first rule says that matches their weight; one recipe: all of them.
 
     Taken are `nn.Linear`, modules of experts as transformers has them (`gate_up_proj` (E, 2 I, K), `down_proj`
     (E, K, I)) and as torchtitan has them (`w1`, `w3` (E, I, K), `w2` (E, K, I)). Norms, biases and embeddings have no
     products; routers' are rounded only where a rule names them, without a pattern. A recipe that keeps first and last
-    modules keeps so many of those that its rules match.
+    modules keeps so many of those that its rules match. With `fp8_all_gather`, `fully_shard` gathers weights of linear
+    layers as codes, which each rank makes of its share.
 
     Raises:
-        RecipeError: a rule matches no parameter of a module that can be converted, or such a module has weights that
-            are quantized already; nothing is changed then.
+        RecipeError: a rule matches no parameter of a module that can be converted, such a module has weights that are
+            quantized already, or weights by a recipe of a linear layer cannot be gathered as codes; nothing is changed
+            then.
     """
     given = [TrainRule("*", rules)] if isinstance(rules, (TrainRecipe, str)) else list(rules)
     found = [(name, module, weights_of(module)) for name, module in model.named_modules()]
@@ -116,10 +121,19 @@ def convert_(model: nn.Module, rules: Iterable[TrainRule] | TrainRecipe | str) -
     if quantized:
         raise RecipeError(f"{', '.join(quantized)} hold quantized weights; training needs plain ones: dequantize them")
     rows = _rows(chosen)
-    for (_, module, _), row in zip(chosen, rows, strict=True):
-        if row.recipe is not None:
-            _exchange(module, row.recipe)
+    taken = [(module, row.recipe) for (_, module, _), row in zip(chosen, rows, strict=True) if row.recipe is not None]
+    if fp8_all_gather:
+        _gather_codes([(module, recipe) for module, recipe in taken if isinstance(module, nn.Linear)])
+    for module, recipe in taken:
+        _exchange(module, recipe)
     return Conversion(tuple(rows))
+
+
+def _gather_codes(linears: list[tuple[nn.Linear, TrainRecipe]]) -> None:
+    for _, recipe in linears:
+        refuses_gathering(recipe)
+    for module, recipe in linears:
+        module.register_parameter("weight", CodesTravel.of(module.weight, recipe))
 
 
 def _rows(chosen: list[tuple[str, nn.Module, TrainRule | None]]) -> list[Converted]:

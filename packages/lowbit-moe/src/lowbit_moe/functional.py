@@ -11,6 +11,7 @@ from lowbit import FormatError
 from lowbit.backends import under_autocast
 from lowbit.experts import grouped_product
 from lowbit.format import Format
+from lowbit_moe.gathering import CodesTravel, GatheredWeight, plain
 from lowbit_moe.operands import Operand, Rounded, as_dtype, counted, filled, grouped, product
 from lowbit_moe.recipe import BF16, Operands, TrainRecipe
 from lowbit_moe.routing import Routing
@@ -28,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainR
     """
     # Of no numbers there are no scales, and nothing is lost.
     recipe = TrainRecipe.parse(recipe) if x.numel() else BF16
-    x = under_autocast(x)
+    x, weight = under_autocast(x), plain(weight) if isinstance(weight, CodesTravel) else weight
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise FormatError(
             f"linear takes x (.., K) and weight (N, K); these are {tuple(x.shape)} and {tuple(weight.shape)}"
@@ -141,7 +142,7 @@ class _Layer(torch.autograd.Function):
                     out = out + as_dtype(bias, out.dtype)
             else:
                 rows = x.shape[0] if tokens is None else tokens.shape[0]
-                out = ways.by_row(by_row, ways.along(weight, of_weight), bias, x.dtype, rows)
+                out = ways.by_row(by_row, ways.weight(weight, of_weight), bias, x.dtype, rows)
             if bias is not None and offs is not None:
                 out = out + as_dtype(_rows_of(bias, offs, out.shape[0]), out.dtype)
         plain = x if by_column is None and learns else None
@@ -166,7 +167,7 @@ class _Layer(torch.autograd.Function):
             ways = _Ways(recipe, offs, ctx.apart, recipe.dgrad)
             by_row, by_column = ways.of(grad, left, right, Rounded(recipe.mode, recipe.gradient, seed))
             if by_row is not None and recipe.dgrad is not None:
-                to_x = ways.by_row(by_row, ways.along(weight.mT, recipe.dgrad.right), None, ctx.dtype, grad.shape[0])
+                to_x = ways.by_row(by_row, ways.turned(weight, recipe.dgrad.right), None, ctx.dtype, grad.shape[0])
             elif wants_x:
                 to_x = _plain(grad, weight.mT.to(grad.dtype), offs).to(ctx.dtype)
             if to_x is not None and places is not None:
@@ -223,9 +224,17 @@ class _Ways:
             x, self.ends = torch.ops.lowbit.pad_groups(x, tokens, offs, self.apart)
         return by_row, how.rotated(x.mT, columns, deep, rotation) if rotation else how.along(x.mT, columns, deep)
 
-    def along(self, weight: Tensor, fmt: Format) -> Operand:
-        """A weight rounded along its last dimension."""
+    def weight(self, weight: Tensor, fmt: Format) -> Operand:
+        """A weight (.., N, K) rounded along K."""
+        if isinstance(weight, GatheredWeight):
+            return weight.rows
         return Rounded(self.recipe.mode).along(weight, fmt, self.align)
+
+    def turned(self, weight: Tensor, fmt: Format) -> Operand:
+        """`weight.mT` (.., K, N) rounded along N."""
+        if isinstance(weight, GatheredWeight):
+            return weight.columns
+        return Rounded(self.recipe.mode).along(weight.mT, fmt, self.align)
 
     def by_row(self, a: Operand, b: Operand, bias: Tensor | None, dtype: torch.dtype, count: int) -> Tensor:
         """The product of `count` tokens, which zeros may follow, and a weight, or their experts' weights."""

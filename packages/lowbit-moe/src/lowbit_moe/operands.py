@@ -44,10 +44,10 @@ class Rounded(NamedTuple):
     rounding: Rounding = "nearest"
     seed: Tensor | None = None
 
-    def along(self, x: Tensor, fmt: Format, align: int) -> Operand:
-        """`x` (.., R, K) rounded along K, which zeros fill up to a multiple of `align`."""
+    def along(self, x: Tensor, fmt: Format, align: int, scale: Tensor | None = None) -> Operand:
+        """`x` (.., R, K) rounded along K, which zeros fill up to a multiple of `align`; by a `scale` that is known."""
         x = filled(x, align)
-        parts = torch.ops.lowbit.quantize(x, None, None, None, str(fmt), self.mode, self.rounding, 0, self.seed)
+        parts = torch.ops.lowbit.quantize(x, scale, None, None, str(fmt), self.mode, self.rounding, 0, self.seed)
         return Operand(_parts(parts), str(fmt), x.shape[-1])
 
     def both(self, x: Tensor, fmt: Format, align: int, other: Format, other_align: int) -> tuple[Operand, Operand]:
