@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,3 +114,20 @@ def test_arguments_are_taken_or_refused(draw):
     # What is wrong may still do, as one row fewer; else it is refused in words.
     with contextlib.suppress(RuntimeError, NotImplementedError, TypeError, ValueError):
         run(*spoiled(draw, arguments))
+
+
+ALONE = """
+import runpy, sys
+from lowbit_kernels_x86.backend import backend
+
+if backend.probe() is None:
+    runpy.run_path(sys.argv[1])["test_arguments_are_taken_or_refused"]()
+"""
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2"])
+def test_so_do_older_processors(isa):
+    """Their sums of bags are another text than those of vectors of 512 bits."""
+    environment = {**os.environ, "LOWBIT_X86_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", ALONE, __file__], check=False, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
