@@ -70,8 +70,7 @@ class CodesTravel(torch.Tensor):
 
     @classmethod
     def of(cls, weight: Tensor, recipe: TrainRecipe) -> torch.nn.Parameter:
-        """The same numbers, which will be gathered in the formats of `recipe`."""
-        refuses_gathering(recipe)
+        """The same numbers, which will be gathered in the formats of `recipe`: see `refuses_gathering`."""
         # Of a class that knows the recipe: what FSDP makes of a tensor has its class and no more.
         kind: Any = type("CodesTravel", (cls,), {"recipe": recipe, "__module__": cls.__module__})
         return torch.nn.Parameter(_made(kind, weight.detach()), requires_grad=weight.requires_grad)

@@ -126,17 +126,11 @@ class AdamW(Optimizer):
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params: list[Tensor] = list(chain.from_iterable(group["params"] for group in self.param_groups))
         widths = [group["bits"] for group in self.param_groups for _ in group["params"]]
-        if len(ids) == len(params):
-            # Before anything is changed; of another count torch tells.
-            states = {
-                p: _taken(saved[name], p, bits)
-                for name, p, bits in zip(ids, params, widths, strict=True)
-                if name in saved
-            }
-            super().load_state_dict({**state_dict, "state": {}})
-            self.state.update(states)
-        else:
-            super().load_state_dict({**state_dict, "state": {}})
+        # Before anything is changed; of another count torch tells.
+        pairs = zip(ids, params, widths, strict=True) if len(ids) == len(params) else ()
+        states = {p: _taken(saved[name], p, bits) for name, p, bits in pairs if name in saved}
+        super().load_state_dict({**state_dict, "state": {}})
+        self.state.update(states)
         for group, options in zip(self.param_groups, own, strict=True):
             group.update(options)
         self._ready = {}

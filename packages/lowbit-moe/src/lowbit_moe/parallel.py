@@ -37,9 +37,10 @@ def parallel_swiglu_experts(
 ) -> Tensor:
     """`swiglu_experts` with this rank's share of the experts, (E / R, 2 I, K) and (E / R, K, I), for its tokens x.
 
-    `chosen` (T, k) number all experts. Rows travel in the format `payload`, which has scales of rows or of their
-    columns, or in x's own dtype if it is None; of tokens that `recipe` rounds alike nothing more is lost by it, of what
-    experts give, and of gradients, one rounding. How many rows travel between ranks is what the processor waits for.
+    `chosen` (T, k) number all experts; biases are this rank's share, too. Rows travel in the format `payload`, which
+    has scales of rows or of their columns, or in x's own dtype if it is None; of tokens that `recipe` rounds alike
+    nothing more is lost by it, of what experts give, and of gradients, one rounding. How many rows travel between ranks
+    is what the processor waits for.
 
     Raises:
         FormatError: shapes do not fit, or the payload has blocks of several rows or a tensor scale.
