@@ -7,8 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowbit
+from lowbit import FormatError
 from lowbit.hadamard import Rotation
 from lowbit_moe import RECIPES, Operands, TrainRecipe, grouped_mm, linear
+from lowbit_moe.routing import Routing
 
 # Gradients rounded to nearest, as a second draw of a seed would have others.
 NEAREST = TrainRecipe(
@@ -167,6 +169,57 @@ def test_groups_that_are_apart_already_are_not_moved(recipe):
         assert one.shape == other.shape
         # Rows of no group are in scales of whole columns, and in sums that are put together otherwise.
         assert (one - other).float().norm() <= 0.02 * one.float().norm()
+
+
+class Given(torch.autograd.Function):
+    """Rounded where it is made; gradients are of the values."""
+
+    @staticmethod
+    def forward(ctx, x, recipe):
+        return lowbit.quantize(x, recipe.forward.left, mode=recipe.mode)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0], None
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES.values() if r.forward], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize("kind", ["dense", "groups", "tokens"])
+def test_an_input_that_is_rounded_already_is_taken_as_it_is(recipe, kind):
+    """Wgrad rounds its values along the tokens, as it would those of a plain tensor that holds them."""
+    x, grad = normal(50, 128), normal(100 if kind == "tokens" else 50, 48, seed=2)
+    w = normal(*(() if kind == "dense" else (4,)), 48, 128, seed=1).requires_grad_()
+    routing = Routing.of(torch.randint(0, 5, (50, 2), generator=torch.Generator().manual_seed(3)), 4)
+    offs = routing.offs if kind == "tokens" else torch.tensor([10, 10, 30, 45], dtype=torch.int32)
+
+    def products_of(x):
+        torch.manual_seed(7)
+        if kind == "dense":
+            return linear(x, w, recipe=recipe)
+        return grouped_mm(x, w, offs, recipe=recipe, routing=routing if kind == "tokens" else None)
+
+    x.requires_grad_()
+    rounded = Given.apply(x, recipe)
+    again = rounded.detach().dequantize().requires_grad_()
+    results = []
+    for of, leaf in ((rounded, x), (again, again)):
+        out = products_of(of)
+        results.append([out, *torch.autograd.grad(out, (leaf, w), grad)])
+    for found, wanted in zip(*results, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, wanted)
+
+
+def test_an_input_of_another_format_is_refused():
+    w = normal(48, 128)
+    for x, recipe, match in (
+        (lowbit.quantize(normal(50, 128), "MXFP8"), "FP8_ROW", "FP8_ROW takes e4m3fn:1x.:e8m0 along rows"),
+        (lowbit.quantize(normal(50, 128), "MXFP8"), "BF16", "BF16 takes numbers that are not rounded: dequantize"),
+        (lowbit.quantize(normal(128, 64), "MXFP8", axis=0).mT, "FP8_BLOCK", "FP8_BLOCK takes"),
+        (lowbit.quantize(normal(128, 50), "MXFP8", axis=0), "MXFP8", "of a multiple of 32 numbers"),
+    ):
+        with pytest.raises(FormatError, match=match):
+            linear(x, w[:, : x.shape[1]], recipe=recipe)
 
 
 @names

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit import FormatError
+from lowbit import FormatError, QuantizedTensor
 from lowbit.backends import under_autocast
 from lowbit.experts import grouped_product
 from lowbit.format import Format
@@ -21,10 +21,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainR
     """`x @ weight.T + bias` (.., N) of x (.., K) and weight (N, K), as `recipe` says, and so its gradients.
 
     Autograd keeps the weight and what wgrad takes of x, which is x rounded where that product is. The result has the
-    dtype of x, or autocast's, to which gradients are rounded, too, before they take that of what they are of.
+    dtype of x, or autocast's, to which gradients are rounded, too, before they take that of what they are of. An x that
+    is a QuantizedTensor already, of the forward product's format, is multiplied as it is.
 
     Raises:
-        FormatError: shapes do not fit, or x or weight is no floating-point tensor.
+        FormatError: shapes do not fit, x or weight is no floating-point tensor, or x is rounded to another format.
         NoKernelError: the recipe's kernels are "native", and this machine lacks one.
     """
     # Of no numbers there are no scales, and nothing is lost.
@@ -34,10 +35,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainR
         raise FormatError(
             f"linear takes x (.., K) and weight (N, K); these are {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    _check_dtypes(x, weight)
+    _check_operands(x, weight, recipe)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise FormatError(f"bias is (N,) = ({weight.shape[0]},); this is {tuple(bias.shape)}")
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = _Layer.apply(rows, weight, bias, None, recipe, 1, _seed(x, recipe), None, None, torch.is_grad_enabled())
     return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -58,10 +59,12 @@ def grouped_mm(
     rows from the last end on become zeros. Wgrad sums over blocks of a group's rows, which must not be another's:
     `align="auto"` moves groups apart as the recipe needs, on their way to codes; None says that each begins and
     ends at a multiple of `recipe.align` already. With a `routing`, x (T, K) are tokens, and rows are gathered from them
-    while they are rounded. Nothing waits for the device.
+    while they are rounded. An x that is a QuantizedTensor already, of the forward product's format, is multiplied as it
+    is. Nothing waits for the device.
 
     Raises:
-        FormatError: shapes do not fit, a tensor is not floating-point, offs are not int32, or align is another.
+        FormatError: shapes do not fit, a tensor is not floating-point, offs are not int32, align is another, or x is
+            rounded to another format.
         NoKernelError: the recipe's kernels are "native", and this machine lacks one.
     """
     # Of no numbers there are no scales, and nothing is lost.
@@ -71,7 +74,7 @@ def grouped_mm(
         raise FormatError(
             f"grouped_mm takes x (M, K) and weight (E, N, K); these are {tuple(x.shape)} and {tuple(weight.shape)}"
         )
-    _check_dtypes(x, weight)
+    _check_operands(x, weight, recipe)
     if offs.shape != weight.shape[:1] or offs.dtype != torch.int32:
         raise FormatError(f"offs are (E,) = ({weight.shape[0]},) int32; these are {tuple(offs.shape)} {offs.dtype}")
     if bias is not None and bias.shape != weight.shape[:2]:
@@ -99,10 +102,18 @@ def _groups(offs: Tensor, rows: int) -> Tensor:
     return torch.searchsorted(offs, torch.arange(rows, device=offs.device, dtype=torch.int32), right=True)
 
 
-def _check_dtypes(x: Tensor, weight: Tensor) -> None:
+def _check_operands(x: Tensor, weight: Tensor, recipe: TrainRecipe) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize not in {2, 4}:
-            raise FormatError(f"{name} is float32, bfloat16 or float16, and plain; this is {tensor.dtype}")
+            raise FormatError(f"{name} is float32, bfloat16 or float16; this is {tensor.dtype}")
+    if isinstance(x, QuantizedTensor) and x.numel():
+        found, takes = x.storage_layout.format, "numbers that are not rounded"
+        if recipe.forward is not None:
+            takes = f"{recipe.forward.left} along rows of a multiple of {recipe.forward.align} numbers"
+            along = x.permutation == tuple(range(x.dim()))
+            if along and found == str(recipe.forward.left) and x.shape[-1] % recipe.forward.align == 0:
+                return
+        raise FormatError(f"x {tuple(x.shape)} is rounded to {found}; {recipe.name} takes {takes}: dequantize() it")
 
 
 def _seed(x: Tensor, recipe: TrainRecipe) -> Tensor | None:
@@ -135,6 +146,8 @@ class _Layer(torch.autograd.Function):
         kept = None if recipe.wgrad is None or not learns else recipe.wgrad.right
         with torch.autocast(x.device.type, enabled=False):
             ways = _Ways(recipe, offs, apart, recipe.forward)
+            if isinstance(x, QuantizedTensor) and of_x is None:
+                x = x.dequantize()
             by_row, by_column = ways.of(x, of_x, kept, Rounded(recipe.mode), tokens)
             if by_row is None or of_weight is None:
                 out = _plain(_gathered(x, tokens), as_dtype(weight, x.dtype), offs)
@@ -180,6 +193,7 @@ class _Layer(torch.autograd.Function):
                 to_weight = found[..., : weight.shape[-2], : weight.shape[-1]].to(weight.dtype)
             elif wants_weight:
                 (x,) = saved
+                x = x.dequantize() if isinstance(x, QuantizedTensor) else x
                 to_weight = _plain(grad.mT, _gathered(x, tokens).mT, offs).to(weight.dtype)
             if ctx.biased and wants_bias:
                 to_bias = grad.sum(0) if offs is None else _sums_of(grad, offs)
@@ -204,6 +218,9 @@ class _Ways:
 
         With `tokens` (M,) they are `x[tokens]`.
         """
+        if isinstance(x, QuantizedTensor):
+            by_column = None if columns is None else self.of(x.dequantize(), None, columns, how, tokens)[1]
+            return None if rows is None else _codes(x, rows, tokens), by_column
         rotation, deep = self.recipe.rotation, self.recipe.align
         x = filled(x, self.align) if rows is not None else x
         offs = self.offs if self.apart > 1 or tokens is not None else None
@@ -250,6 +267,20 @@ class _Ways:
         if self.ends is not None:
             return grouped(a, b, self.ends, dtype, self.recipe.kernels)
         return product(a, b, None, dtype, self.recipe.kernels)
+
+
+def _codes(x: QuantizedTensor, fmt: Format, tokens: Tensor | None) -> Operand:
+    """What `x` (M, K) in `fmt`, or `x[tokens]`, holds."""
+    codes, scale, _, whole = x.stored
+    codes = _gathered_bytes(codes, tokens)
+    if fmt.block[0] == 1:
+        scale = _gathered_bytes(scale, tokens)
+    return Operand((codes, scale, whole), str(fmt), x.shape[1])
+
+
+def _gathered_bytes(part: Tensor, tokens: Tensor | None) -> Tensor:
+    # Not every 8-bit float can be gathered.
+    return part if tokens is None else part.view(torch.uint8).index_select(0, tokens).view(part.dtype)
 
 
 def _gathered(x: Tensor, tokens: Tensor | None) -> Tensor:
