@@ -100,6 +100,16 @@ def test_nvfp4_keeps_the_first_and_the_last():
     assert told == {"first": None, "gate": None, "experts": "NVFP4", "last": None}
 
 
+def test_layers_that_are_kept_are_kept_whole():
+    """All modules of a layer begin alike up to the first number."""
+    block = {"attention": nn.ModuleDict({"q": nn.Linear(16, 16), "o": nn.Linear(16, 16)}), "up": nn.Linear(16, 16)}
+    model = nn.Module()
+    model.model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict(copy.deepcopy(block)) for _ in range(4))})
+    kept = {row.name: row.reason for row in convert_(model, "NVFP4").rows}
+    parts, why = ("attention.q", "attention.o", "up"), "the recipe keeps the first and the last layer"
+    assert kept == {f"model.layers.{i}.{part}": why if i in {0, 3} else None for i in range(4) for part in parts}
+
+
 def test_experts_with_three_weights_take_rows_in_order():
     model, x, counts = nn.Sequential(Grouped()), torch.randn(20, 32), torch.tensor([5, 0, 9, 3])
     convert_(model, "BF16")

@@ -89,8 +89,9 @@ def convert_(
     Taken are `nn.Linear`, modules of experts as transformers has them (`gate_up_proj` (E, 2 I, K), `down_proj`
     (E, K, I)) and as torchtitan has them (`w1`, `w3` (E, I, K), `w2` (E, K, I)). Norms, biases and embeddings have no
     products; routers' are rounded only where a rule names them, without a pattern. A recipe that keeps first and last
-    modules keeps so many of those that its rules match. With `fp8_all_gather`, `fully_shard` gathers weights of linear
-    layers as codes, which each rank makes of its share.
+    layers keeps so many of those that its rules match, a layer being all modules whose names begin alike up to a first
+    number. With `fp8_all_gather`, `fully_shard` gathers weights of linear layers as codes, which each rank makes of its
+    share.
 
     Raises:
         RecipeError: a rule matches no parameter of a module that can be converted, such a module has weights that are
@@ -137,23 +138,33 @@ def _gather_codes(linears: list[tuple[nn.Linear, TrainRecipe]]) -> None:
 
 
 def _rows(chosen: list[tuple[str, nn.Module, TrainRule | None]]) -> list[Converted]:
-    places: dict[TrainRecipe, list[int]] = {}
-    for i, (_, _, rule) in enumerate(chosen):
+    layers: dict[TrainRecipe, list[str]] = {}
+    for name, _, rule in chosen:
         if rule is not None and isinstance(rule.recipe, TrainRecipe):
-            places.setdefault(rule.recipe, []).append(i)
-    kept = {i for recipe, at in places.items() for i in (*at[: recipe.keep_first], *at[len(at) - recipe.keep_last :])}
+            layers.setdefault(rule.recipe, []).append(_layer(name))
+    kept: set[tuple[TrainRecipe, str]] = set()
+    for recipe, names in layers.items():
+        order = list(dict.fromkeys(names))
+        kept |= {(recipe, name) for name in (*order[: recipe.keep_first], *order[len(order) - recipe.keep_last :])}
     rows: list[Converted] = []
-    for i, (name, _, rule) in enumerate(chosen):
+    for name, _, rule in chosen:
         reason = None
         if rule is None:
             reason = "a router, which no rule names" if _routes(name) else "no rule matches it"
         elif rule.recipe is None:
             reason = f"rule {rule.match!r} keeps it"
-        elif i in kept:
-            reason = "the recipe keeps the first and the last"
+        elif (rule.recipe, _layer(name)) in kept:
+            reason = "the recipe keeps the first and the last layer"
         recipe = rule.recipe if rule is not None and reason is None and isinstance(rule.recipe, TrainRecipe) else None
         rows.append(Converted(name, recipe, reason))
     return rows
+
+
+def _layer(name: str) -> str:
+    """What modules of one layer have in common: `model.layers.3` of `model.layers.3.mlp.down_proj`."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[: number + 1])
 
 
 def _routes(name: str) -> bool:

@@ -59,7 +59,7 @@ class TrainRecipe:
     # Wgrad's operands are multiplied by a random Hadamard matrix of this size along the tokens first; 0: they are not.
     rotation: int = 0
     kernels: Kernels = "auto"
-    # Modules that `convert_` leaves as they are, first and last, beyond what rules say.
+    # Layers that `convert_` leaves as they are, first and last, beyond what rules say.
     keep_first: int = 0
     keep_last: int = 0
 
