@@ -7,7 +7,8 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lowbit_moe import AdamW, convert_, parallel_swiglu_experts, shard_experts_, swiglu_experts
+from lowbit import QuantizedTensor
+from lowbit_moe import AdamW, Exchange, convert_, parallel_swiglu_experts, shard_experts_, swiglu_experts
 
 WIDTH, COLUMNS, EXPERTS = 72, 48, 6
 
@@ -29,25 +30,37 @@ def experts(dtype=torch.float32):
     return gate_up.to(dtype), (torch.randn(EXPERTS, WIDTH, COLUMNS, generator=generator) / 7).to(dtype)
 
 
-def together(recipe, payload):
+def together(recipe, payload, device):
     """Output, and gradients of x, weights and this rank's experts, of the sum of the outputs' squares."""
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
-    x, weights, chosen = given(rank)
+    x, weights, chosen = (part.to(device) for part in given(rank))
     mine = slice(rank * EXPERTS // ranks, (rank + 1) * EXPERTS // ranks)
-    parts = [part.requires_grad_() for part in (x, weights, *(side[mine].clone() for side in experts()))]
+    parts = [part.requires_grad_() for part in (x, weights, *(side[mine].to(device) for side in experts()))]
     out = parallel_swiglu_experts(
         parts[0], chosen, parts[1], *parts[2:], group=distributed.group.WORLD, recipe=recipe, payload=payload
     )
-    return [out.detach(), *torch.autograd.grad(out.square().sum(), parts)]
+    return [part.detach().cpu() for part in (out, *torch.autograd.grad(out.square().sum(), parts))]
 
 
-def alone(recipe, ranks):
+def alone(recipe, ranks, device):
     """The same of every rank's tokens, one after another, by all experts."""
     all_given = [given(rank) for rank in range(ranks)]
-    x, weights, chosen = (torch.cat(parts) for parts in zip(*all_given, strict=True))
-    parts = [part.requires_grad_() for part in (x, weights, *experts())]
+    x, weights, chosen = (torch.cat(parts).to(device) for parts in zip(*all_given, strict=True))
+    parts = [part.requires_grad_() for part in (x, weights, *(side.to(device) for side in experts()))]
     out = swiglu_experts(parts[0], chosen, parts[1], *parts[2:], recipe=recipe)
-    return [len(each[0]) for each in all_given], [out.detach(), *torch.autograd.grad(out.square().sum(), parts)]
+    results = (out, *torch.autograd.grad(out.square().sum(), parts))
+    return [len(each[0]) for each in all_given], [part.detach().cpu() for part in results]
+
+
+def exchanged(recipe, payload, device):
+    """What this rank's experts are given, whether as codes, the ends, and what comes back of as much."""
+    x, weights, chosen = (part.to(device) for part in given(distributed.get_rank(), torch.bfloat16))
+    experts = EXPERTS // distributed.get_world_size()
+    exchange = Exchange(chosen, experts, group=distributed.group.WORLD, recipe=recipe, payload=payload)
+    rows = exchange.dispatch(x)
+    coded = isinstance(rows, QuantizedTensor)
+    rows = rows.dequantize() if coded else rows
+    return rows.cpu(), coded, exchange.offs.tolist(), exchange.combine(rows, weights).cpu()
 
 
 class Experts(nn.Module):
@@ -76,13 +89,13 @@ class Mixture(nn.Module):
         return self.last(x + self.experts(x, chosen, weights))
 
 
-def trained(recipe, payload, of_ranks=None):
+def trained(recipe, payload, device, of_ranks=None):
     """Gradients of the mean of ranks' losses, whole, and parameters after two steps: by each rank, or by one alone."""
-    model = Mixture()
+    model = Mixture().to(device)
     convert_(model, recipe)
     alone = of_ranks is not None
     if not alone:
-        mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("ranks",))
+        mesh = init_device_mesh(device, (distributed.get_world_size(),), mesh_dim_names=("ranks",))
         shard_experts_(model, mesh, payload=payload)
         for part in (model.first, model.last):
             fully_shard(part, mesh=mesh)
@@ -91,7 +104,7 @@ def trained(recipe, payload, of_ranks=None):
     gradients = []
     for _ in range(2):
         for rank in range(of_ranks) if alone else (distributed.get_rank(),):
-            model(given(rank)[0]).square().mean().backward()
+            model(given(rank)[0].to(device)).square().mean().backward()
         for p in model.parameters() if alone else ():
             # After it was rounded, as ranks do.
             p.grad /= of_ranks
@@ -102,4 +115,4 @@ def trained(recipe, payload, of_ranks=None):
 
 
 def whole(x):
-    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach()
+    return (x.full_tensor() if hasattr(x, "full_tensor") else x).detach().cpu()

@@ -41,10 +41,10 @@ def stepped(several, bits, steps, loaded=None):
     return [p.detach() for p in whole], states
 
 
-def gathered(recipe, codes, ranks):
+def gathered(recipe, codes, ranks, device):
     """Losses, gradients of the first step, parameters after two, and bytes sent of each number of the last weight."""
     torch.manual_seed(0)
-    found = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256, bias=False))
+    found = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 256, bias=False)).to(device)
     convert_(found, recipe, fp8_all_gather=codes)
     if ranks:
         for part in (found[0], found[2]):
@@ -56,7 +56,7 @@ def gathered(recipe, codes, ranks):
         inputs, _ = share.fsdp_pre_all_gather(found[2].weight.device_mesh, found[2].weight.shape, None, None, None)
         sent = sum(part.numel() * part.itemsize for part in inputs) / share.numel()
     optimizer = AdamW(found.parameters(), lr=0.01, bits=32)
-    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
+    x = torch.randn(40, 128, generator=torch.Generator().manual_seed(3)).to(device)
     gradients, losses = [], []
     for _ in range(2):
         loss = found(x).square().mean()
@@ -71,4 +71,4 @@ def gathered(recipe, codes, ranks):
 def whole(x):
     x = x.full_tensor() if hasattr(x, "full_tensor") else x
     # Of torch's own class.
-    return torch.ops.aten.alias.default(x.detach())
+    return torch.ops.aten.alias.default(x.detach()).cpu()

@@ -1,10 +1,11 @@
-"""`lowbit bench ffn`, `experts` and `optimizer`: what is exact, and how far what is compared may be from it."""
+"""`lowbit bench ffn`, `experts`, `wgrad` and `optimizer`: what is exact, and how far what is compared may be from it."""
 
 from __future__ import annotations
 
 import math
 import sys
 from functools import partial
+from itertools import pairwise
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -22,10 +23,16 @@ from lowbit_moe import grouped_mm, linear
 from lowbit_moe.bench import layers, optimizer
 
 CPU = torch.device("cpu")
-BENCHMARKS = {"experts": layers.experts, "ffn": layers.ffn, "optimizer": optimizer.benchmark}
+BENCHMARKS = {
+    "experts": layers.experts,
+    "ffn": layers.ffn,
+    "optimizer": optimizer.benchmark,
+    "wgrad": layers.wgrad,
+}
 # Sizes that are no multiple of each other or of a recipe's groups; of the experts one has no rows.
 FFN, EXPERTS = (37, 96, 160), (37, 96, 160, 12)
 LAYERS = [pytest.param(layers.ffn, FFN, id="ffn"), pytest.param(layers.experts, EXPERTS, id="experts")]
+WGRAD = pytest.param(layers.wgrad, EXPERTS, id="wgrad")
 NEAREST = "lowbit, parameters to nearest"
 
 
@@ -149,7 +156,22 @@ def test_groups_are_uneven_and_the_same_each_time(ends):
         ends.clear()
 
 
-@pytest.mark.parametrize(("benchmark", "shape"), LAYERS)
+@pytest.mark.parametrize("kind", ["normal", "outliers"])
+def test_the_exact_gradient_of_experts_is_a_sum_over_their_tokens(monkeypatch, kind):
+    uneven, ends = layers._uneven, []
+    monkeypatch.setattr(layers, "_uneven", lambda *given: ends.append(uneven(*given)) or ends[-1])
+    found = cases(layers.wgrad, *EXPERTS)
+    assert [case.told["recipe"] for case in found] == ["FP8_ROW", "FP8_BLOCK", "MXFP8", "NVFP4"]
+    for case, each in zip(found, ends, strict=True):
+        grad, x = (part.double() for part in case.data(kind))
+        starts = [0, *each.tolist()]
+        pieces = [slice(*span) for span in pairwise(starts)]
+        torch.testing.assert_close(
+            case.exact(grad, x), torch.stack([torch.einsum("tn,tk->nk", grad[rows], x[rows]) for rows in pieces])
+        )
+
+
+@pytest.mark.parametrize(("benchmark", "shape"), [*LAYERS, WGRAD])
 @pytest.mark.parametrize("kind", ["normal", "outliers"])
 def test_bfloat16_and_recipes_are_as_near_to_the_exact_result_as_their_formats(benchmark, shape, kind):
     for case in cases(benchmark, *shape):
@@ -427,7 +449,9 @@ def test_others_optimizers_are_named_with_the_reason_where_they_are_not(monkeypa
         assert [peer.name for peer in case.peers] == [NEAREST]
 
 
-@pytest.mark.parametrize(("name", "shape"), [("ffn", FFN), ("experts", EXPERTS), ("optimizer", (5000,))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("ffn", FFN), ("experts", EXPERTS), ("wgrad", EXPERTS), ("optimizer", (5000,))]
+)
 def test_a_row_of_results_has_every_contenders_error_and_its_speed_over_the_baseline(monkeypatch, name, shape):
     monkeypatch.setattr("lowbit.bench.timing._ROTATED", 1)
     timing = Timing(1, 1, 1, 3, 1, 1, "rotated")

@@ -12,17 +12,18 @@ from lowbit import RecipeError
 from lowbit_moe import convert_, linear
 
 
-@pytest.fixture(scope="module")
-def two():
-    with ranks(2) as started:
-        yield started
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def two(request):
+    with ranks(2, request.param) as started:
+        yield request.param, started
 
 
 @pytest.mark.parametrize("recipe", ["FP8_TENSOR", "FP8_BLOCK", "MXFP8", "MXFP8_WGRAD_BF16"])
 def test_ranks_that_gather_codes_learn_what_one_learns(two, recipe):
     """Codes are those of the whole weight, forward and backward, and again after a step: every bit is the same."""
-    losses, gradients, parameters, _ = gathered(recipe, False, 0)
-    for mine, of_gradients, of_parameters, sent in two.run(gathered, recipe, True, 2):
+    device, started = two
+    losses, gradients, parameters, _ = gathered(recipe, False, 0, device)
+    for mine, of_gradients, of_parameters, sent in started.run(gathered, recipe, True, 2, device):
         assert mine == losses
         # Of a number's 4 bytes one travels, or two where rows and columns have codes of their own, and their scales.
         each = 1 if recipe in {"FP8_TENSOR", "FP8_BLOCK"} else 2
@@ -54,13 +55,13 @@ def test_recipes_whose_codes_are_not_one_shares_own_are_refused(recipe):
 
 def test_shares_that_end_within_a_block_are_refused(two):
     with pytest.raises(AssertionError, match="needed is a multiple of 256 rows; leave fp8_all_gather out"):
-        two.run(odd)
+        two[1].run(odd, two[0])
 
 
-def odd():
+def odd(device):
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415 - of each process
 
-    model = nn.Sequential(nn.Linear(128, 192))
+    model = nn.Sequential(nn.Linear(128, 192)).to(device)
     convert_(model, "FP8_BLOCK", fp8_all_gather=True)
     fully_shard(model)
-    model(torch.randn(4, 128))
+    model(torch.randn(4, 128, device=device))

@@ -1,20 +1,20 @@
-"""Experts of two and of three gloo ranks, beside one rank that has all of them and every token."""
+"""Experts of two and of three gloo ranks, and of two GPUs, beside one rank that has all of them and every token."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from ranked import Mixture, alone, together, trained
+from ranked import EXPERTS, Mixture, alone, exchanged, given, together, trained
 from ranks import ranks
 
-from lowbit import FormatError, RecipeError
-from lowbit_moe import convert_, parallel_swiglu_experts, shard_experts_
+from lowbit import FormatError, RecipeError, quantize
+from lowbit_moe import Operands, TrainRecipe, convert_, parallel_swiglu_experts, shard_experts_
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[(2, "cpu"), (3, "cpu"), pytest.param((2, "cuda"), marks=pytest.mark.gpu)])
 def started(request):
-    with ranks(request.param) as several:
-        yield request.param, several
+    with ranks(*request.param) as several:
+        yield *request.param, several
 
 
 @pytest.mark.parametrize(
@@ -23,13 +23,45 @@ def started(request):
 )
 def test_ranks_together_are_one(started, recipe, payload, most):
     """Tokens are rounded alike; of what comes back, and of gradients, codes of 4 digits are one rounding more."""
-    count, several = started
-    sizes, wanted = alone(recipe, count)
-    found = several.run(together, recipe, payload)
+    count, device, several = started
+    sizes, wanted = alone(recipe, count, device)
+    found = several.run(together, recipe, payload, device)
     merged = [torch.cat(parts) for parts in zip(*found, strict=True)]
     assert [len(each[0]) for each in found] == sizes
     for one, other in zip(merged, wanted, strict=True):
         assert (one - other).norm() <= most * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "payload", "coded"),
+    [
+        ("MXFP8", None, False),
+        ("FP8_ROW", "e4m3fn:1x*:e8m0", False),
+        ("WIDE", "e4m3fn:1x24:e8m0", True),
+        ("FP8_ROW", "MXFP8", False),
+    ],
+)
+def test_experts_are_given_their_tokens_rounded_once(started, recipe, payload, coded):
+    """Rank by rank, and token by token; as codes where products take those, of 72 columns."""
+    count, device, several = started
+    alike = TrainRecipe(name="WIDE", forward=Operands.of("e4m3fn:1x24:e8m0"))
+    found = several.run(exchanged, alike if recipe == "WIDE" else recipe, payload, device)
+    tokens = [given(rank, torch.bfloat16) for rank in range(count)]
+    filled = [torch.nn.functional.pad(x, (0, 24)) for x, *_ in tokens]
+    rounded = [x if payload is None else quantize(x, payload, mode="rceil").dequantize() for x in filled]
+    rounded = [x[:, :72] for x in rounded]
+    for rank, (rows, was_coded, offs, back) in enumerate(found):
+        assert was_coded == coded
+        start = 0
+        for expert, end in enumerate(offs, rank * EXPERTS // count):
+            wanted = [x[(chosen == expert).any(1)] for x, (_, _, chosen) in zip(rounded, tokens, strict=True)]
+            assert torch.equal(rows[start:end], torch.cat(wanted))
+            start = end
+        assert start == len(rows)
+        _, weights, chosen = tokens[rank]
+        kept = (weights * (chosen < EXPERTS)).float().sum(1, keepdim=True)
+        # Rounded already, they come back as they are.
+        torch.testing.assert_close(back.float(), rounded[rank].float() * kept, rtol=2**-7, atol=0)
 
 
 def test_what_cannot_travel_is_refused():
@@ -47,9 +79,9 @@ def test_dense_layers_of_fsdp_beside_experts_of_ranks_learn_what_one_rank_learns
 
     After the first, what differs by a sum's order may be rounded to another code.
     """
-    count, several = started
-    wanted, right = trained(recipe, payload, count)
-    for gradients, parameters in several.run(trained, recipe, payload):
+    count, device, several = started
+    wanted, right = trained(recipe, payload, device, count)
+    for gradients, parameters in several.run(trained, recipe, payload, device):
         for one, other in zip(gradients, wanted, strict=True):
             assert (one - other).norm() <= most * other.norm()
         for one, other in zip(parameters, right, strict=True):

@@ -25,6 +25,8 @@ def padded_rows(rows: int, groups: int, align: int) -> int:
 
 def padded_ends(offs: Tensor, align: int) -> Tensor:
     """Ends (G,) int32 of groups once each is filled up to a multiple of `align`."""
+    if align == 1:
+        return offs.clone()
     return ((_sizes(offs) + (align - 1)) // align * align).cumsum(0, dtype=torch.int32)
 
 

@@ -1,4 +1,4 @@
-"""Processes that run a function together over gloo, kept for a whole test session: starting them takes seconds."""
+"""Processes that run a function together, over gloo or each with a GPU over NCCL, kept for a whole test session: starting them takes seconds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import traceback
 from contextlib import contextmanager
 from importlib import import_module
 
+import pytest
 import torch
 from torch import distributed, multiprocessing
 
 
-def _serve(rank, ranks, port, pipe):
+def _serve(rank, ranks, port, device, pipe):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", rank=rank, world_size=ranks)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group("nccl" if device == "cuda" else "gloo", rank=rank, world_size=ranks)
     while (task := pipe.recv()) is not None:
         module, name, args = task
         try:
@@ -28,7 +31,7 @@ def _serve(rank, ranks, port, pipe):
 class Ranks:
     """`run(function, *args)` calls a function of a module in this folder on every rank; answers come back in order."""
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, device):
         context = multiprocessing.get_context("spawn")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -36,7 +39,7 @@ class Ranks:
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, ranks, port, device, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -67,9 +70,11 @@ class Ranks:
 
 
 @contextmanager
-def ranks(n):
+def ranks(n, device="cpu"):
     """n ranks, ended afterwards."""
-    started = Ranks(n)
+    if device == "cuda" and torch.cuda.device_count() < n:
+        pytest.skip(f"needs {n} GPUs; here are {torch.cuda.device_count()}")
+    started = Ranks(n, device)
     try:
         yield started
     finally:

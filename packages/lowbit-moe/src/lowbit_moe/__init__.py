@@ -1,6 +1,7 @@
 """Low-precision training: layers and experts whose matrix products round their operands, forward and backward."""
 
 from lowbit_moe.convert import Conversion, TrainedExperts, TrainRule, convert_
+from lowbit_moe.exchange import Exchange
 from lowbit_moe.experts import combine, swiglu_experts
 from lowbit_moe.functional import grouped_mm, linear
 from lowbit_moe.operands import count_products
@@ -16,6 +17,7 @@ __all__ = [
     "RECIPES",
     "AdamW",
     "Conversion",
+    "Exchange",
     "Lost",
     "NonFiniteError",
     "Operands",

@@ -36,19 +36,28 @@ def swiglu_experts(
     Raises:
         FormatError: shapes do not fit.
     """
+    check_choice(x, chosen, weights)
+    routing = Routing.of(chosen, gate_up.shape[0])
+    out = gated(x, routing.offs, gate_up, down, recipe, gate_up_bias, down_bias, act, apply_gate, routing)
+    return combine(out, weights, routing)
+
+
+def check_choice(x: Tensor, chosen: Tensor, weights: Tensor) -> None:
+    """Refuse what is no choice for tokens x.
+
+    Raises:
+        FormatError: shapes do not fit.
+    """
     if weights.shape != chosen.shape or chosen.shape[:1] != x.shape[:1]:
         raise FormatError(
             f"x (T, K), chosen and weights (T, k) have T in common; these are {tuple(x.shape)}, {tuple(chosen.shape)} "
             f"and {tuple(weights.shape)}"
         )
-    routing = Routing.of(chosen, gate_up.shape[0])
-    out = gated(x, routing, gate_up, down, recipe, gate_up_bias, down_bias, act, apply_gate)
-    return combine(out, weights, routing)
 
 
 def gated(
     x: Tensor,
-    routing: Routing,
+    offs: Tensor,
     gate_up: Tensor,
     down: Tensor,
     recipe: TrainRecipe | str,
@@ -56,15 +65,16 @@ def gated(
     down_bias: Tensor | None,
     act: Callable[[Tensor], Tensor],
     apply_gate: Callable[[Tensor], Tensor] | None,
+    routing: Routing | None = None,
 ) -> Tensor:
-    """What each expert gives for its rows (M, K), as `routing` orders them: see `swiglu_experts`."""
-    hidden = grouped_mm(x, gate_up, routing.offs, recipe=recipe, bias=gate_up_bias, routing=routing)
+    """What each expert gives for its rows (M, K), which end at `offs`: see `swiglu_experts`."""
+    hidden = grouped_mm(x, gate_up, offs, recipe=recipe, bias=gate_up_bias, routing=routing)
     if apply_gate is None:
         gate, up = hidden.chunk(2, dim=-1)
         hidden = act(gate) * up
     else:
         hidden = apply_gate(hidden)
-    return grouped_mm(hidden, down, routing.offs, recipe=recipe, bias=down_bias)
+    return grouped_mm(hidden, down, offs, recipe=recipe, bias=down_bias)
 
 
 def combine(rows: Tensor, weights: Tensor, routing: Routing) -> Tensor:

@@ -121,6 +121,10 @@ class CodesTravel(torch.Tensor):
         """The whole weight, and the tensors of its own that it has."""
         del param_dtype
         (kept, k), (right, down), columns = metadata, _formats(self.recipe), self.shape[1]
+        for part in kept:
+            if part.device.type != "cpu":
+                # FSDP lets go of it before this stream has read it, and makes the next weight's codes on another.
+                part.record_stream(torch.accelerator.current_stream(part.device))
         codes, scale, *others = *outputs, *kept
         n, align = codes.shape[0], _align(self.recipe, 1)
         if others:

@@ -9,7 +9,7 @@ from torch import nn
 from lowbit import RecipeError
 from lowbit.format import Format
 from lowbit_moe.convert import TrainedExperts
-from lowbit_moe.parallel import payload_of
+from lowbit_moe.exchange import payload_of
 from lowbit_moe.placement import Placement
 
 

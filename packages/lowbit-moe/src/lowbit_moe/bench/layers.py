@@ -1,8 +1,9 @@
-"""`lowbit bench ffn` and `experts`: layers forward and backward by recipes of training, beside bfloat16.
+"""`lowbit bench ffn`, `experts` and `wgrad`: layers by recipes of training, beside bfloat16.
 
 `ffn` is the gated feed-forward layer of a Llama, `experts` one linear layer of experts whose tokens are in uneven
-groups, casts and what moves groups apart included. Accuracy is that of the output and of all gradients together. On a
-GPU lowbit, torch and torchao run compiled.
+groups, casts and what moves groups apart included, forward and backward; `wgrad` is that layer's product for the
+gradients of its weights alone, of operands that are rounded already. Accuracy is that of the output and of all
+gradients together. On a GPU lowbit's, torch's and torchao's layers run compiled.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from torch.nn import functional
 
 from lowbit.backends import Refusal
 from lowbit.bench import Benchmark, Case, Contender, Dim, Given, Kind, Make, Shape, copies, normal, peer
+from lowbit.bench import plain as identity
 from lowbit_moe.functional import grouped_mm, linear
+from lowbit_moe.operands import Rounded, grouped
+from lowbit_moe.recipe import RECIPES, TrainRecipe
 
 _FFN = ("FP8_TENSOR", "FP8_ROW", "FP8_BLOCK", "MXFP8", "NVFP4")
 _EXPERTS = ("FP8_ROW", "FP8_ROW_WGRAD_BF16", "FP8_BLOCK", "MXFP8", "NVFP4")
@@ -102,11 +106,15 @@ def _experts_cases(given: Given) -> Iterator[Case]:
         yield _experts_case(given, shape, recipe)
 
 
+def _uneven(m: int, experts: int, device: torch.device) -> Tensor:
+    """Ends of groups, the same for a shape: one may be empty."""
+    cuts = torch.randint(0, m + 1, (experts - 1,), generator=torch.Generator().manual_seed(1)).sort().values
+    return torch.cat((cuts, torch.tensor([m]))).to(torch.int32).to(device)
+
+
 def _experts_case(given: Given, shape: Shape, recipe: str) -> Case:
     (m, n, k, experts), device = shape, given.device
-    # Uneven groups, the same for a shape: one may be empty.
-    cuts = torch.randint(0, m + 1, (experts - 1,), generator=torch.Generator().manual_seed(1)).sort().values
-    offs = torch.cat((cuts, torch.tensor([m]))).to(torch.int32).to(device)
+    offs = _uneven(m, experts, device)
 
     def data(kind: Kind) -> tuple[Tensor, ...]:
         grad, x = (normal(m, width, kind=kind, seed=i, device=device) for i, width in enumerate((n, k)))
@@ -132,6 +140,44 @@ def _experts_case(given: Given, shape: Shape, recipe: str) -> Case:
         contender("lowbit", by_recipe),
         contender("bfloat16", plain),
         peers=others,
+    )
+
+
+def _wgrad_cases(given: Given) -> Iterator[Case]:
+    for shape, recipe in product(given.shapes, _EXPERTS):
+        if RECIPES[recipe].wgrad is not None:
+            yield _wgrad_case(given, shape, RECIPES[recipe])
+
+
+def _wgrad_case(given: Given, shape: Shape, recipe: TrainRecipe) -> Case:
+    (m, n, k, experts), device = shape, given.device
+    offs, operands, how = _uneven(m, experts, device), recipe.wgrad, Rounded(recipe.mode)
+    assert operands is not None
+
+    def data(kind: Kind) -> tuple[Tensor, ...]:
+        return tuple(normal(m, width, kind=kind, seed=i, device=device) for i, width in enumerate((n, k)))
+
+    def exact(grad: Tensor, x: Tensor) -> Tensor:
+        sizes = offs.diff(prepend=offs.new_zeros(1)).tolist()
+        pieces = zip(grad.double().split(sizes), x.double().split(sizes), strict=True)
+        return torch.stack([one.mT @ other for one, other in pieces])
+
+    def rounded(grad: Tensor, x: Tensor) -> Make:
+        left, _ = how.apart(grad, None, offs, recipe.align, operands.left)
+        right, ends = how.apart(x, None, offs, recipe.align, operands.right)
+        return copies(left, right, ends)
+
+    def plain(grad: Tensor, x: Tensor) -> Tensor:
+        return functional.grouped_mm(grad.mT, x, offs=offs)
+
+    moved = 2 * (m * n + m * k + experts * n * k)
+    return Case(
+        {"recipe": recipe.name, "m": m, "n": n, "k": k, "experts": experts},
+        2 * m * n * k,
+        data,
+        exact,
+        Contender("lowbit", rounded, partial(grouped, dtype=torch.bfloat16, kernels=recipe.kernels), moved, identity),
+        Contender("bfloat16", copies, plain, moved, identity),
     )
 
 
@@ -206,16 +252,31 @@ ffn = Benchmark(
     quantized=lambda _: [],
     cases=_ffn_cases,
 )
+_EXPERTS_DIMS = (
+    Dim("M", 64, 65536, 512),
+    Dim("N", 256, 8192, 512, grouped=True),
+    Dim("K", 256, 8192, 512, grouped=True),
+    Dim("E", 2, 64, 8),
+)
+
+
+def _usual_experts(device: str) -> list[Shape]:
+    return [(16384, 8192, 5120, 4), (65536, 2048, 7168, 8)] if device == "cuda" else [(128, 256, 256, 4)]
+
+
 experts = Benchmark(
     about="a linear layer of experts forward and backward by recipes of training, beside bfloat16",
-    dims=(
-        Dim("M", 64, 65536, 512),
-        Dim("N", 256, 8192, 512, grouped=True),
-        Dim("K", 256, 8192, 512, grouped=True),
-        Dim("E", 2, 64, 8),
-    ),
+    dims=_EXPERTS_DIMS,
     formats=(),
-    usual=lambda device: [(16384, 8192, 5120, 4), (65536, 2048, 7168, 8)] if device == "cuda" else [(128, 256, 256, 4)],
+    usual=_usual_experts,
     quantized=lambda _: [],
     cases=_experts_cases,
+)
+wgrad = Benchmark(
+    about="gradients of experts' weights from operands that recipes of training rounded, beside bfloat16",
+    dims=_EXPERTS_DIMS,
+    formats=(),
+    usual=_usual_experts,
+    quantized=lambda _: [],
+    cases=_wgrad_cases,
 )
