@@ -30,10 +30,14 @@ FORMATS = (
     *("INT8_ROW", "INT8_ROW_ASYM", "INT8_TENSOR_ASYM", "INT4_G32", "UINT4_G128", "UINT2_G32"),
     *("int4:1x*:float32:zero=int4", "int5:1x*:float16", "int3:1x256:float16", "e3m2:1x16:e4m3fn"),
     *("e4m3fn:1x*:e8m0", "e5m2:*x*:e8m0", "e4m3fn:128x128:e8m0"),
+    *("e2m1:16x16:e4m3fn:tensor", "int4:16x16:bfloat16:zero=int4", "int8:128x128:bfloat16"),
 )
 PLAIN = (None, None, None)
+# They have tests of their own.
+PRODUCTS = {"linear", "grouped_mm", "scaled_mm", "scaled_grouped_mm", "scaled_grouped_mm_k"}
 # The interpreter is slow: formats of every kind of scale, and on a GPU all.
 QUICK = {"MXFP8", "MXFP6_E3M2", "NVFP4", "FP8_TENSOR", "FP8_128x128", "INT4_G32", "UINT4_G128", "e3m2:1x16:e4m3fn"}
+QUICK |= {"e2m1:16x16:e4m3fn:tensor"}
 
 
 def hard(shape, dtype, seed=0):
@@ -265,9 +269,7 @@ def test_the_backend_passes(spec):
     report = check_backend(
         backend, formats=(Format.parse(spec),), activations=(), dtypes=(torch.bfloat16,), shapes=(), devices=("cuda",)
     )
-    # Products have tests of their own.
-    products = {"linear", "grouped_mm", "scaled_mm", "scaled_grouped_mm", "scaled_grouped_mm_k"}
-    casts = {kernel.name for kernel in backend.kernels() if "." not in kernel.op and kernel.op not in products}
+    casts = {kernel.name for kernel in backend.kernels() if "." not in kernel.op and kernel.op not in PRODUCTS}
     assert all(row.runs > row.calls > 0 for row in report.rows if row.kernel in casts)
 
 
@@ -282,8 +284,8 @@ def test_what_is_not_taken_is_refused_with_the_reason():
     ):
         reason = row.refuses(Call("quantize", Format.parse(spec), None, "cuda", torch.bfloat16, k=1536))
         assert reason == (
-            "needs blocks of one row by 16, 32, 64, 128 or 256, or, without a tensor scale, whole rows, whole matrices "
-            f"or 128x128; this is {Format.parse(spec)}"
+            "needs blocks of one row by 16, 32, 64, 128 or 256, of 16x16 or 128x128, or, without a tensor scale, whole "
+            f"rows or whole matrices; this is {Format.parse(spec)}"
         )
     call = Call("quantize", Format.parse("MXFP8"), None, "cuda", torch.float64, k=64)
     assert row.refuses(call) == "needs values in float32, bfloat16 or float16; these are torch.float64"

@@ -6,6 +6,7 @@ Kernels are imported when they first run, so that finding the backend needs no T
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -20,7 +21,7 @@ from lowbit_kernels_cuda import block_scaled, packed, plain_bytes
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = (16, 32, 64, 128, 256)
-_BLOCKS = ((WHOLE, WHOLE), (128, 128))
+_SQUARES = ((16, 16), (128, 128))
 
 
 class Cuda:
@@ -110,14 +111,19 @@ def refuses_gpu(least: tuple[int, int]) -> str | None:
 
 def _row(name: str, op: str, priority: int, target: str, refuses: Callable[[Call], str | None]) -> Kernel:
     """A row of the kernel `MODULE:FUNCTION` of this package."""
-    module, _, function = target.partition(":")
 
     def run(*args: Any) -> Any:
         # Triton launches on the current device, whatever its arguments are on.
         with torch.cuda.device_of(args[0]):
-            return getattr(import_module(f"lowbit_kernels_cuda.{module}"), function)(*args)
+            return _function(target)(*args)
 
     return Kernel(f"cuda.{name}", op, "cuda", priority, run, refuses)
+
+
+@cache
+def _function(target: str) -> Callable[..., Any]:
+    module, _, function = target.partition(":")
+    return getattr(import_module(f"lowbit_kernels_cuda.{module}"), function)
 
 
 def _adamw(kept: Any, items: Any, **options: Any) -> None:
@@ -139,13 +145,12 @@ def _refuses_cast(call: Call) -> str | None:
         return f"needs values in float32, bfloat16 or float16; these are {call.x_dtype}"
     fmt = call.format
     assert fmt is not None
-    group, row = fmt.block[-1], fmt.block[:-1] == (1,)
-    if not (row and group in _GROUPS) and (
-        fmt.tensor_scale or (not (row and group == WHOLE) and fmt.block not in _BLOCKS)
-    ):
+    if fmt.block in _SQUARES or (fmt.block[:-1] == (1,) and fmt.block[-1] in _GROUPS):
+        return None
+    if fmt.tensor_scale or fmt.block not in {(1, WHOLE), (WHOLE, WHOLE)}:
         return (
-            "needs blocks of one row by 16, 32, 64, 128 or 256, or, without a tensor scale, whole rows, whole matrices "
-            f"or 128x128; this is {fmt}"
+            "needs blocks of one row by 16, 32, 64, 128 or 256, of 16x16 or 128x128, or, without a tensor scale, whole "
+            f"rows or whole matrices; this is {fmt}"
         )
     return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -32,9 +33,12 @@ _LONGEST = 16384
 _BUSY = 512
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Way:
-    """What a kernel is compiled for besides its tile: a format, and where its scales come from and go to."""
+    """What a kernel is compiled for besides its tile: a format, and where its scales come from and go to.
+
+    There is one of a kind, see `_way`: a launch finds its kernel by what it is, not by all that it says.
+    """
 
     spec: Spec
     # Columns and rows of a block; WHOLE: all.
@@ -54,6 +58,60 @@ class _Way:
         return self.blocked and self.height == 1 and self.group != WHOLE and columns % (4 * self.group) == 0
 
 
+_way = lru_cache(maxsize=1024)(_Way)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Form:
+    """What `_Out` holds of one format, for one shape."""
+
+    way: _Way
+    fmt: Format
+    # Shapes of the codes, and of scales where these are not in tiles.
+    data: tuple[int, ...]
+    natural: tuple[int, ...]
+    # Of tensor scales, one a matrix.
+    matrix: tuple[int, ...]
+    chooses: bool
+
+
+@lru_cache(maxsize=4096)
+def _form(
+    fmt: str,
+    shape: tuple[int, ...],
+    device: torch.device,
+    mode: ScaleMode,
+    tensor: str,
+    *,
+    dense: bool,
+    given: bool,
+    blocked: bool,
+) -> _Form:
+    """The form of values of a shape, whose columns are `dense` or not.
+
+    `tensor`: the kind of tensor scale that is given, as in `_Way`, or "". `given`: scales are, too.
+    """
+    parsed = Format.parse(fmt)
+    height, group = parsed.block_for(max(len(shape), 2))[-2:]
+    source = "tile"
+    if given:
+        source = "given"
+    elif group == WHOLE and (height == WHOLE or shape[-1] > _LONGEST or not dense):
+        source = "extent"
+    chooses = parsed.tensor_scale and not tensor and not given
+    tensor = "amax" if chooses else tensor
+    form = spec(parsed, mode, device if device.type == "cuda" else None)
+    short = parsed.scale.bits <= 16 and tensor in {"", "amax"}
+    return _Form(
+        _way(form, group, height, source, tensor, blocked, short),
+        parsed,
+        data_shape(shape, parsed),
+        parsed.scale_shape(shape),
+        (*shape[:-2], *(1,) * min(len(shape), 2)),
+        chooses,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _Tile:
     """Rows and columns of values that a program takes, how often side by side, and its warps."""
@@ -70,7 +128,7 @@ def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
     These numbers and those of the two functions below are all there is to tune.
     """
     if way.height not in {1, WHOLE}:
-        return _Tile(way.height, way.group, 4 if across else 8)
+        return _Tile(way.height, max(way.group, 128), max(way.height * way.group // (4096 if across else 2048), 2))
     if way.source == "tile" and way.group == WHOLE:
         # Whole rows, with as little beyond their ends as can be.
         chunks = min(range(1, 9), key=lambda n: (n * _length(columns, n), n))
@@ -187,7 +245,7 @@ def quantize(
         FormatError: as the operator.
     """
     given = None if scale is None else (scale, zero)
-    out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, given=given)
+    out = _Out(x, fmt, tensor_scale, mode, rounding, given=given)
     return _run(x, out, None, rounding, offset_seed(seed, seed_offset), soon=soon)
 
 
@@ -205,7 +263,7 @@ def quantize_blocked(
     Raises:
         FormatError: as the operator.
     """
-    out = _Out(x, Format.parse(fmt), tensor_scale, mode, rounding, blocked=True)
+    out = _Out(x, fmt, tensor_scale, mode, rounding, blocked=True)
     return _run(x, out, None, rounding, offset_seed(seed, seed_offset))
 
 
@@ -229,7 +287,7 @@ def quantize_rotated(
     parsed, rotation = Format.parse(fmt), Rotation(size, sign_seed)
     if size not in {16, 32} or x.shape[-1] % size or not in_one_row(parsed) or parsed.block[-1] < size:
         x, size = rotation.in_order(x), 1
-    out = _Out(x, parsed, tensor_scale, mode, rounding, blocked=blocked)
+    out = _Out(x, fmt, tensor_scale, mode, rounding, blocked=blocked)
     turned = None if size == 1 else rotation
     return _run(x, out, None, rounding, offset_seed(seed, seed_offset), turned=turned)
 
@@ -256,7 +314,7 @@ def quantize_both(
         raise FormatError(msg)
     given = [tensor_scale if each.tensor_scale else None for each in formats]
     if _read_once(formats):
-        views = zip((x, x.mT), formats, given, strict=True)
+        views = zip((x, x.mT), (fmt, other_format), given, strict=True)
         out, other = (_Out(*each, mode, rounding, blocked=blocked) for each in views)
         return _run(x, out, other, rounding, offset_seed(seed, seed_offset))
     parts: list[Tensor] = []
@@ -297,11 +355,11 @@ def quantize_groups(
     x = (x if x.stride(1) == 1 else x.contiguous()) if x.shape[0] else x.new_zeros(1, x.shape[1])
     # As if all were one row, until it is read.
     view = x.as_strided((source.shape[0], x.shape[1]), (0, 1))
-    views = [each for each, named in ((view, fmt), (view.mT, other_format)) if named is not None]
+    views = [(each, named) for each, named in ((view, fmt), (view.mT, other_format)) if named is not None]
     given = [tensor_scale if each.tensor_scale else None for each in formats]
-    outs = [_Out(*each, mode, rounding, blocked=blocked) for each in zip(views, formats, given, strict=True)]
+    outs = [_Out(*each, whole, mode, rounding, blocked=blocked) for each, whole in zip(views, given, strict=True)]
     first, second = outs[0], outs[1] if len(outs) == 2 else None
-    return [*_run(views[0], first, second, rounding, offset_seed(seed, seed_offset), (x, source)), ends]
+    return [*_run(views[0][0], first, second, rounding, offset_seed(seed, seed_offset), (x, source)), ends]
 
 
 def in_one_row(fmt: Format) -> bool:
@@ -321,7 +379,7 @@ class _Out:
     def __init__(
         self,
         x: Tensor,
-        fmt: Format,
+        fmt: str,
         tensor_scale: Tensor | None,
         mode: ScaleMode,
         rounding: Rounding,
@@ -331,52 +389,38 @@ class _Out:
     ) -> None:
         check_choice("rounding", rounding, Rounding)
         check_choice("scale mode", mode, ScaleMode)
-        # Whether tiles of scales go beyond their end.
-        self.padded = False
-        shape = tuple(x.shape)
-        natural = fmt.scale_shape(shape)
-        matrix = (*shape[:-2], *(1,) * min(len(shape), 2))
-        scale, zero = given or (
-            x.new_empty(natural, dtype=fmt.scale.storage),
-            None if fmt.zero is None else x.new_empty(natural, dtype=fmt.zero.code_dtype),
-        )
-        chooses = fmt.tensor_scale and tensor_scale is None and given is None
+        shape, tensor = tuple(x.shape), ""
+        if tensor_scale is not None:
+            tensor = "rows" if tensor_scale.dim() > 1 and tensor_scale.shape[-2] > 1 else "matrix"
+        how: dict[str, bool] = {"dense": x.stride(-1) == 1, "given": given is not None, "blocked": blocked}
+        form = _form(fmt, shape, x.device, mode, tensor, **how)
+        self.way, parsed = form.way, form.fmt
         # Of no values, it is 1; otherwise the kernel writes it.
         chosen = torch.ones if x.numel() == 0 else torch.empty
-        self.tensor_scale = chosen(matrix, device=x.device) if chooses else tensor_scale
-        check_scales(Scales(scale, zero, self.tensor_scale), fmt, shape)
+        self.tensor_scale = chosen(form.matrix, device=x.device) if form.chooses else tensor_scale
+        scale, zero = given or (
+            x.new_empty(form.natural, dtype=parsed.scale.storage),
+            None if parsed.zero is None else x.new_empty(form.natural, dtype=parsed.zero.code_dtype),
+        )
+        if given is not None or tensor_scale is not None:
+            check_scales(Scales(scale, zero, self.tensor_scale), parsed, shape)
         # An operator must not return its own input: one number is copied on the way.
         self.given_scale = None
         if tensor_scale is not None and tensor_scale.numel() == 1 and x.numel():
             self.given_scale, self.tensor_scale = tensor_scale, tensor_scale.new_empty(tensor_scale.shape)
         elif tensor_scale is not None:
             self.tensor_scale = tensor_scale.clone(memory_format=torch.contiguous_format)
+        # Whether tiles of scales go beyond their end.
+        self.padded = False
         if given is not None:
             scale = scale.clone(memory_format=torch.contiguous_format)
             zero = None if zero is None else zero.clone(memory_format=torch.contiguous_format)
         elif blocked:
-            scale = x.new_empty(blocked_shape(natural), dtype=fmt.scale.storage)
-            self.padded = scale.numel() > prod(natural)
-        self.data = x.new_empty(data_shape(shape, fmt), dtype=fmt.element.storage)
+            tiles = blocked_shape(form.natural)
+            self.padded = prod(tiles) > scale.numel()
+            scale = x.new_empty(tiles, dtype=parsed.scale.storage)
+        self.data = x.new_empty(form.data, dtype=parsed.element.storage)
         self.scale, self.zero = scale, zero
-        height, group = fmt.block_for(max(len(shape), 2))[-2:]
-        source = "tile"
-        if given is not None:
-            source = "given"
-        elif group == WHOLE and (height == WHOLE or shape[-1] > _LONGEST or x.stride(-1) != 1):
-            source = "extent"
-        tensor = ""
-        if self.tensor_scale is not None:
-            tensor = (
-                "amax"
-                if chooses
-                else "rows"
-                if self.tensor_scale.dim() > 1 and self.tensor_scale.shape[-2] > 1
-                else "matrix"
-            )
-        form = spec(fmt, mode, x.device if x.is_cuda else None)
-        short = fmt.scale.bits <= 16 and tensor in {"", "amax"}
-        self.way = _Way(form, group, height, source, tensor, blocked, short)
 
     def parts(self) -> list[Tensor]:
         found = (self.data, self.scale, self.zero, self.tensor_scale)
@@ -423,75 +467,122 @@ def _run(
         return parts
     # A view wherever strides allow.
     x = x.reshape(prod(x.shape[:-2]), *x.shape[-2:]) if x.dim() > 1 else x.reshape(1, 1, -1)
-    batch, rows, columns = x.shape
-    way, pointers, per = out.way, out.pointers(x), 1
-    # Where scales lie in tiles is found more easily from a row and a column than from a block's number.
-    plain = moved is None and other is None and not way.blocked
-    flat = plain and way.height == 1 and way.group != WHOLE and x.stride()[1:] == (columns, 1)
-    if flat:
+    ways = out.way, None if other is None else other.way
+    launch = _launch(*ways, tuple(x.shape), x.stride(), x.device, turned, moved=moved is not None)
+    if launch.flat:
         # Blocks are rows then, without a gap.
-        per = columns // way.group
-        rows, columns = rows * per, way.group
-        x = x.view(batch, rows, columns)
-    across = x.stride(2) != 1 and x.stride(1) == 1
-    stochastic = rounding == "stochastic"
-    if other is None:
-        tile = _tile(rows, columns, way, across=across)
-        if x.is_cuda:
-            tile = _spread(tile, batch, rows, columns, way)
-        second, other_way, shared = None, None, False
-    else:
-        tile = _tile_both(columns, way, other.way)
-        if x.is_cuda:
-            tile = _spread_both(tile, batch, rows, columns, way, other.way)
+        x = x.view(x.shape[0], *launch.size)
+    pointers, second = out.pointers(x), None
+    if other is not None:
         # The amax of a matrix is found once.
-        shared = way.tensor == other.way.tensor == "amax"
-        second, other_way = other.pointers(x, pointers[6] if shared else None), other.way
-    # Of a tile that is read twice, the rows must be the same.
-    spread = not across and way.pieces(tile.columns) and (other is None or tile.rows == 128)
-    if out.padded and not (spread or (way.pieces(tile.columns) and tile.rows % 128 == 0)):
-        raw(out.scale).zero_()
-    if other is not None and other.padded and not (other.way.pieces(tile.rows) and tile.columns % 128 == 0):
-        raw(other.scale).zero_()
-    tall = triton.cdiv(rows, 128) * (128 // tile.rows) if spread else triton.cdiv(rows, tile.rows)
-    grid = (batch * tall * triton.cdiv(columns, tile.columns * tile.chunks),)
-    geometry: tuple[Any, ...] = (rows, columns, *x.stride())
+        second = other.pointers(x, pointers[6] if launch.shared else None)
+    for each, zeros in zip(outs, launch.zeros, strict=False):
+        if each.padded and zeros:
+            raw(each.scale).zero_()
+    geometry: tuple[Any, ...] = (*launch.size, *x.stride())
     sources: tuple[Tensor | None, Tensor | None] = None, None
     if moved is not None:
         x, source = moved
         # Of x.mT columns are moved.
+        across = launch.fixed["ACROSS"]
         strides, sources = (reversed(x.stride()), (None, source)) if across else (x.stride(), (source, None))
-        geometry = (rows, columns, 0, *strides)
+        geometry = (*launch.size, 0, *strides)
+    given = raw(x), sources, pointers, second, *geometry
+    if launch.measure is not None:
+        measure: Any = measure_tiles[launch.grid]
+        measure(*given, launch.signs, SOON=soon, **launch.measure)
+    cast: Any = cast_tiles[launch.grid]
+    cast(*given, launch.per, launch.signs, seed, SOON=soon, STOCHASTIC=rounding == "stochastic", **launch.fixed)
+    return parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Launch:
+    """How kernels are launched for some ways and one shape."""
+
+    grid: tuple[int]
+    # Rows and columns, and whether these are blocks, of which there are `per` in a row.
+    size: tuple[int, int]
+    flat: bool
+    per: int
+    signs: int
+    # Whether both directions share the amax of a matrix.
+    shared: bool
+    # Whether scales of tiles that go beyond their end have zeros there only if they are written first.
+    zeros: tuple[bool, bool]
+    # What `cast_tiles` and `measure_tiles` are compiled for; None: nothing is measured.
+    fixed: dict[str, Any]
+    measure: dict[str, Any] | None
+
+
+@lru_cache(maxsize=4096)
+def _launch(
+    way: _Way,
+    other: _Way | None,
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    device: torch.device,
+    turned: Rotation | None,
+    *,
+    moved: bool,
+) -> _Launch:
+    """The launch for matrices (batch, rows, columns) with such strides, whose rows or columns may be `moved`."""
+    batch, rows, columns = shape
+    per, gpu = 1, device.type == "cuda"
+    # Where scales lie in tiles is found more easily from a row and a column than from a block's number.
+    plain = not moved and other is None and not way.blocked
+    flat = plain and way.height == 1 and way.group != WHOLE and strides[1:] == (columns, 1)
+    if flat:
+        per = columns // way.group
+        rows, columns = rows * per, way.group
+        strides = (strides[0], columns, 1)
+    across = strides[2] != 1 and strides[1] == 1
+    if other is None:
+        tile = _tile(rows, columns, way, across=across)
+        tile = _spread(tile, batch, rows, columns, way) if gpu else tile
+    else:
+        tile = _tile_both(columns, way, other)
+        tile = _spread_both(tile, batch, rows, columns, way, other) if gpu else tile
+    shared = other is not None and way.tensor == other.tensor == "amax"
+    # Of a tile that is read twice, the rows must be the same.
+    spread = not across and way.pieces(tile.columns) and (other is None or tile.rows == 128)
+    zeros = (
+        not (spread or (way.pieces(tile.columns) and tile.rows % 128 == 0)),
+        other is not None and not (other.pieces(tile.rows) and tile.columns % 128 == 0),
+    )
+    tall = triton.cdiv(rows, 128) * (128 // tile.rows) if spread else triton.cdiv(rows, tile.rows)
     aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
     size, signs = (1, 0) if turned is None else (turned.size, _mask(turned))
     planes = _planes(way, across=across, both=other is not None, aligned=aligned)
     # Hopper starts a kernel while the one before ends.
-    overlaps = x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    overlaps = gpu and torch.cuda.get_device_capability(device) >= (9, 0)
     fixed: dict[str, Any] = {
         "WAY": way,
-        "OTHER": other_way,
+        "OTHER": other,
         "ACROSS": across,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "PLANES": max(planes, size),
-        "OTHER_PLANES": 1 if other is None else _planes(other.way, across=not across, both=True, aligned=aligned),
+        "OTHER_PLANES": 1 if other is None else _planes(other, across=not across, both=True, aligned=aligned),
         "TURN": size,
         "SPREAD": spread,
         "OVERLAPS": overlaps,
-        "SOON": soon,
         "num_warps": tile.warps,
         "enable_fp_fusion": False,
         **({"launch_pdl": True} if overlaps else {}),
     }
-    given = raw(x), sources, pointers, second, *geometry
-    measured = any(each.way.tensor == "amax" or each.way.source == "extent" for each in outs)
-    if measured:
-        measure: Any = measure_tiles[grid]
-        measure(*given, signs, **(fixed | {"OTHER": None} if shared else fixed))
-    cast: Any = cast_tiles[grid]
-    fixed |= {"FLAT": flat, "STOCHASTIC": stochastic, "ALIGNED": aligned, "CHUNKS": tile.chunks}
-    cast(*given, per, signs, seed, BACKWARDS=measured, **fixed)
-    return parts
+    measured = any(each is not None and (each.tensor == "amax" or each.source == "extent") for each in (way, other))
+    return _Launch(
+        grid=(batch * tall * triton.cdiv(columns, tile.columns * tile.chunks),),
+        size=(rows, columns),
+        flat=flat,
+        per=per,
+        signs=signs,
+        shared=shared,
+        zeros=zeros,
+        fixed=fixed | {"FLAT": flat, "ALIGNED": aligned, "CHUNKS": tile.chunks, "BACKWARDS": measured},
+        measure=(fixed | {"OTHER": None} if shared else fixed) if measured else None,
+    )
 
 
 def _mask(rotation: Rotation) -> int:

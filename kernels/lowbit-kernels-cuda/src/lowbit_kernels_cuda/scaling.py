@@ -42,9 +42,12 @@ _CONVERSIONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Spec:
-    """A format, and how its scales are chosen, in the numbers that kernels are compiled for; see `spec`."""
+    """A format, and how its scales are chosen, in the numbers that kernels are compiled for.
+
+    There is one of a kind, see `spec`: a launch finds its kernel by what it is, not by all that it says.
+    """
 
     element: Element
     scale: Element

@@ -51,6 +51,9 @@ def dequantize(
         per = columns // group
         batch, rows, columns = 1, batch * rows * per, group
     length = group if group != WHOLE else min(max(triton.next_power_of_2(columns), 16), 1024)
+    if height > 1:
+        # Some squares side by side, so that what is read is.
+        length = max(length, 128)
     tall = max(min(4096 // length, triton.next_power_of_2(rows)), 1)
     parts: tuple[Any, ...] = tuple(
         None if part is None else raw(part.contiguous()) for part in (qdata, scale, zero, tensor_scale, values)
@@ -93,18 +96,19 @@ def _dequantize(
     c = column + tl.arange(0, COLUMNS)[None, :]
     inside = row < rows
 
-    # The row of each row's scale, and its scale in it.
+    # The row of each row's scale, and its scale, or those of its columns, in it.
     if HEIGHT == 0:
         scale_row = batch + tl.zeros_like(row)
     else:
         scale_row = batch * tl.cdiv(rows, HEIGHT) + row // HEIGHT
     at = scale_row
     if GROUP != 0:
-        at = scale_row * tl.cdiv(columns, GROUP) + column // GROUP
+        at = scale_row * tl.cdiv(columns, GROUP) + (c if COLUMNS > GROUP else column) // GROUP
+    there = inside & (c < columns) if GROUP != 0 and COLUMNS > GROUP else inside
     tensor_scale = 1.0
     if SPEC.tensor:
         tensor_scale = tl.load(tensor_scales + scale_row // per, inside, 1.0)
-    scale = scale_value(tl.load(scales + at, inside, 0), tensor_scale, SPEC)
+    scale = scale_value(tl.load(scales + at, there, 0), tensor_scale, SPEC)
 
     ELEMENT: tl.constexpr = SPEC.element
     row = batch * rows + row
@@ -125,7 +129,7 @@ def _dequantize(
         codes = split_apart(word, SPEC, ROWS, COLUMNS)
     value = decode(codes, ELEMENT)
     if SPEC.zero:
-        zero = tl.load(zeros + at, inside, 0).to(tl.int32)
+        zero = tl.load(zeros + at, there, 0).to(tl.int32)
         if SPEC.signed_zero:
             zero = (zero << 24) >> 24
         value -= zero.to(tl.float32)
