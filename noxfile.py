@@ -27,6 +27,11 @@ SMOKE = {
         "-c",
         "import lowbit_moe, torch; lowbit_moe.linear(*torch.ones(2, 32, 32, requires_grad=True)).sum().backward()",
     ),
+    "lowbit-pt2e": (
+        "python",
+        "-c",
+        "import torch, lowbit_pt2e as p; p.fold_norms(torch.export.export(torch.nn.ReLU(), (torch.ones(1),)).module())",
+    ),
 }
 MEMBERS = {member: next(Path().glob(f"*/{member}")) for member in SMOKE}
 # Whose wheels this run of nox has built.
@@ -83,8 +88,8 @@ def slow(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("version", list(TORCHES))
 def torch(session: nox.Session, version: str) -> None:
-    """Run the tests of the core and of training, whose graphs torch traces, on the oldest and the newest torch."""
-    members = MEMBERS["lowbit-core"], MEMBERS["lowbit-moe"]
+    """Run the tests of the core, of training and of graphs, which torch traces, on the oldest and the newest torch."""
+    members = [MEMBERS[member] for member in ("lowbit-core", "lowbit-moe", "lowbit-pt2e")]
     editable = [part for member in members for part in ("-e", member)]
     session.install(*editable, "--group", "test-lowbit-core", *TORCHES[version])
     session.run("pytest", *members, *session.posargs)

@@ -21,8 +21,12 @@ from lowbit.format import FORMATS, Format
 # Distributions of lowbit that exist, and what each one adds.
 _DISTRIBUTIONS = {
     "lowbit-core": "formats, tensors, operators",
+    "lowbit-algos": "GPTQ, AWQ, SmoothQuant and others that lose less than rounding to nearest",
     "lowbit-hf": "Hugging Face checkpoints: lowbit quantize, eval, diff, ...",
     "lowbit-kernels-cuda": "fast kernels for NVIDIA GPUs",
+    "lowbit-kernels-x86": "fast kernels for x86-64 processors",
+    "lowbit-moe": "training in low precision: linear layers, experts, AdamW",
+    "lowbit-pt2e": "passes over exported graphs",
 }
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16")
 _SHAPE = (4096, 4096)

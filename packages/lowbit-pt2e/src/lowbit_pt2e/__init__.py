@@ -1,0 +1,7 @@
+"""Passes over exported graphs: each change is checked, and refused where results would differ."""
+
+from lowbit_pt2e.folding import fold_norms
+from lowbit_pt2e.graphs import GraphError
+from lowbit_pt2e.passes import Difference, Finding, Match, Pass, Report, run_passes
+
+__all__ = ["Difference", "Finding", "GraphError", "Match", "Pass", "Report", "fold_norms", "run_passes"]

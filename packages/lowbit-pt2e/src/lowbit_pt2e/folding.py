@@ -1,0 +1,305 @@
+"""Norms of running statistics folded into the convolution or linear layer before them, or the linear layer after.
+
+A norm in eval mode is `y = x a + c` for each channel, `a = weight / sqrt(variance + eps)`, `c = bias - mean a`. A layer
+before it becomes one with `W a` and `b a + c`; a linear layer after it, one with `W a` along its columns and `b + W c`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from lowbit_pt2e.graphs import Editor, Region
+from lowbit_pt2e.passes import Match, Pass, Report, run_passes
+
+_aten: Any = torch.ops.aten
+
+# Where arguments stand: whether it trains, and eps; of some the first of several results is what they give.
+_NORMS: dict[Any, tuple[int | None, int]] = {
+    _aten.batch_norm.default: (5, 7),
+    _aten.native_batch_norm.default: (5, 7),
+    _aten._native_batch_norm_legit.default: (5, 7),  # noqa: SLF001 - operators' names
+    _aten._native_batch_norm_legit_no_training.default: (None, 6),  # noqa: SLF001
+}
+# Whether they are transposed, if that is no argument.
+_CONVOLUTIONS: dict[Any, bool] = {
+    _aten.conv1d.default: False,
+    _aten.conv2d.default: False,
+    _aten.conv3d.default: False,
+    _aten.conv1d.padding: False,
+    _aten.conv2d.padding: False,
+    _aten.conv3d.padding: False,
+    _aten.conv_transpose1d.default: True,
+    _aten.conv_transpose2d.input: True,
+    _aten.conv_transpose3d.input: True,
+    _aten.convolution.default: False,
+}
+_LINEARS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
+_TURNS = (_aten.t.default, _aten.transpose.int, _aten.permute.default)
+_VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)  # noqa: SLF001
+
+
+def fold_norms(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Report:
+    """Fold norms of running statistics into the layers beside them, in every graph of an exported `model`, in place.
+
+    What cannot be folded, because results would differ, is left, and the report says why. With example `inputs` it also
+    says how far outputs moved.
+
+    Raises:
+        GraphError: `model` is none that was exported.
+    """
+    return run_passes(model, (NormAfter(), NormBefore()), inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """What a norm does to each channel (C,), in float64."""
+
+    node: Node
+    scale: Tensor
+    shift: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Linear:
+    """A product with a constant: `x @ weight.T + bias`."""
+
+    x: Node
+    weight: Tensor
+    bias: Tensor | None
+
+
+class NormAfter:
+    """A convolution or linear layer, and the norm of its output channels."""
+
+    name = "fold the norm after a layer"
+    adds = (*_CONVOLUTIONS, _aten.linear.default)
+
+    def matches(self, region: Region) -> Iterator[Match]:
+        """Norms whose input, but for turns and views, is a layer's output."""
+        for node in region.nodes:
+            layer, way = _up(node.args[0]) if node.target in _NORMS else (None, [])
+            if layer is None or layer.target not in {*_CONVOLUTIONS, *_LINEARS}:
+                continue
+            norm, linear = _norm(region, node), None
+            refusal = norm if isinstance(norm, str) else _shared([layer, *way])
+            if layer.target in _CONVOLUTIONS:
+                refusal = refusal or _convolution_misfit(region, layer, way)
+            else:
+                linear = _linear(region, layer)
+                refusal = refusal or (linear if isinstance(linear, str) else _linear_misfit(layer, way))
+            yield Match(node, refusal, partial(self._fold, region, norm, layer, linear))
+
+    def _fold(self, region: Region, norm: Any, layer: Node, linear: Any) -> None:
+        edit, name = Editor(region, layer, layer), layer.name
+        if linear is not None:
+            weight = edit.constant(f"{name}_weight", _like(linear.weight.double() * norm.scale[:, None], linear.weight))
+            bias = edit.constant(f"{name}_bias", _moved(linear.bias, norm, linear.weight))
+            made = edit.call(_aten.linear.default, linear.x, weight, bias)
+        else:
+            x, weight, bias, *rest = (*layer.args, None)[: max(len(layer.args), 3)]
+            held, old = region.constant(weight), region.constant(bias)
+            assert held is not None
+            weight = edit.constant(f"{name}_weight", _like(_scaled(held, norm.scale, layer), held))
+            bias = edit.constant(f"{name}_bias", _moved(old, norm, held))
+            made = edit.call(layer.target, x, weight, bias, *rest, **layer.kwargs)  # pyright: ignore[reportArgumentType] - an operator
+        layer.replace_all_uses_with(made)
+        region.module.graph.erase_node(layer)
+        _leave_out(region, norm.node)
+
+
+class NormBefore:
+    """A norm, and the linear layer that alone takes what it gives."""
+
+    name = "fold the norm before a linear layer"
+    adds = (_aten.linear.default,)
+
+    def matches(self, region: Region) -> Iterator[Match]:
+        """Linear layers whose input, but for turns and views, is a norm's output."""
+        for node in region.nodes:
+            given = node.args[node.target is _aten.addmm.default] if node.target in _LINEARS else None
+            found, way = _up(given)
+            if found is None or found.target not in _NORMS:
+                continue
+            norm, linear = _norm(region, found), _linear(region, node)
+            refusal = next((each for each in (norm, linear) if isinstance(each, str)), None)
+            if refusal is None and _back(given.meta["val"].dim() - 1, way) != 1:  # pyright: ignore - a node
+                refusal = "the layer sums over another dimension than the norm's channels"
+            refusal = refusal or _shared([_result(found), *way])
+            yield Match(node, refusal, partial(self._fold, region, norm, node, linear))
+
+    def _fold(self, region: Region, norm: Any, node: Node, linear: Any) -> None:
+        edit, wide = Editor(region, node, node), linear.weight.double()
+        total = wide @ norm.shift + (0 if linear.bias is None else linear.bias.double())
+        weight = edit.constant(f"{node.name}_weight", _like(wide * norm.scale, linear.weight))
+        bias = edit.constant(f"{node.name}_bias", _like(total, linear.weight if linear.bias is None else linear.bias))
+        node.replace_all_uses_with(edit.call(_aten.linear.default, linear.x, weight, bias))
+        region.module.graph.erase_node(node)
+        _leave_out(region, norm.node)
+
+
+def _norm(region: Region, node: Node) -> _Norm | str:
+    """What a norm does, or why that is not known before it runs."""
+    trains, eps = _NORMS[node.target]
+    if trains is not None and node.args[trains]:
+        return "it normalizes by the statistics of each batch; export the model in eval mode"
+    weight, bias, mean, variance = node.args[1:5]
+    if mean is None or variance is None:
+        return "it keeps no statistics"
+    parts = [None if each is None else region.constant(each) for each in (weight, bias, mean, variance)]
+    names = ("weight", "bias", "mean", "variance")
+    for name, each, part in zip(names, (weight, bias, mean, variance), parts, strict=True):
+        if each is not None and part is None:
+            return f"its {name} is computed in the graph"
+    wide = [None if part is None else part.detach().double() for part in parts]
+    assert wide[2] is not None
+    assert wide[3] is not None
+    scale = (wide[3] + node.args[eps]).rsqrt()  # pyright: ignore[reportOperatorIssue] - a number
+    scale = scale if wide[0] is None else scale * wide[0]
+    shift = -wide[2] * scale
+    return _Norm(node, scale, shift if wide[1] is None else shift + wide[1])
+
+
+def _linear(region: Region, node: Node) -> _Linear | str:
+    """A layer's constants, or why it has none."""
+    if node.target is _aten.linear.default:
+        x, weight, bias = (*node.args, None)[:3]
+        held = region.constant(weight)
+    else:
+        if any(value != 1 for value in node.kwargs.values()):
+            return "its layer scales what it adds"
+        bias, x, weight = node.args if node.target is _aten.addmm.default else (None, *node.args)
+        held = _matrix(region, weight)
+        held = None if held is None else held.T
+    if held is None or not isinstance(x, Node):
+        return "its layer's weight is computed in the graph"
+    added = region.constant(bias)
+    if bias is not None and (added is None or added.dim() != 1):
+        return "its layer's bias is computed in the graph"
+    return _Linear(x, held, added)
+
+
+def _matrix(region: Region, node: Any) -> Tensor | None:
+    """A constant (K, N), or what turns one."""
+    held = region.constant(node)
+    if held is None and isinstance(node, Node) and node.target in _TURNS:
+        inner = region.constant(node.args[0])
+        held = None if inner is None else node.target(inner, *node.args[1:])  # pyright: ignore[reportCallIssue] - an operator
+    return held if held is not None and held.dim() == 2 else None
+
+
+def _convolution_misfit(region: Region, layer: Node, way: list[Node]) -> str | None:
+    """Why a norm of dim 1, behind `way`, is not one of a convolution's channels, or its constants are none."""
+    weight, bias = (*layer.args, None)[1:3]
+    held = region.constant(weight)
+    if held is None or (bias is not None and region.constant(bias) is None):
+        return "its layer's weight or bias is computed in the graph"
+    if way:
+        return f"{way[0].name} lies between it and a convolution"
+    if layer.meta["val"].dim() != held.dim():
+        return "its layer's output has no batch, so that dim 1 is no channel"
+    return None
+
+
+def _linear_misfit(layer: Node, way: list[Node]) -> str | None:
+    """Why a norm of dim 1, behind `way`, is not one of a linear layer's channels."""
+    last = layer.meta["val"].dim() - 1
+    dim = _back(1, way)
+    if dim == last:
+        return None
+    where = "a dimension that a view made" if dim is None else f"dim {dim}"
+    return f"it normalizes {where} of its layer's output, whose channels are dim {last}"
+
+
+def _up(node: Any) -> tuple[Node | None, list[Node]]:
+    """What a value was before turns and views, and these, the last first; a norm that has several results is itself."""
+    way: list[Node] = []
+    while isinstance(node, Node) and node.target in {*_TURNS, *_VIEWS}:
+        way.append(node)
+        node = node.args[0]
+    if isinstance(node, Node) and node.target is operator.getitem and node.args[1] == 0:
+        node = node.args[0]
+    return (node if isinstance(node, Node) else None), way
+
+
+def _back(dim: int, way: list[Node]) -> int | None:
+    """Which dimension it was before `way`; None if it was none."""
+    for node in way:
+        source: Any = node.args[0]
+        before, after, given = source.meta["val"].shape, node.meta["val"].shape, node.args[1:]
+        if node.target in _VIEWS:
+            # The last one stays where it is as long.
+            if dim != len(after) - 1 or before[-1] != after[-1]:
+                return None
+            dim = len(before) - 1
+            continue
+        order: Any = list(range(len(after)))
+        if node.target is _aten.permute.default:
+            order = given[0]
+        else:
+            one, other = given or (0, len(after) - 1)
+            order[one], order[other] = order[other], order[one]
+        dim = int(order[dim]) % len(after)
+    return dim
+
+
+def _shared(nodes: list[Node]) -> str | None:
+    """Who else uses one of these, which one alone may."""
+    for node in nodes:
+        users = sorted(each for each in node.users if each.users or each.op == "output")
+        if len(users) > 1:
+            return f"{node.name} is used by {' and '.join(each.name for each in users)}"
+    return None
+
+
+def _result(norm: Node) -> Node:
+    """What of a norm's results is the normalized value."""
+    if not isinstance(norm.meta["val"], (tuple, list)):
+        return norm
+    return next(each for each in norm.users if each.target is operator.getitem and each.args[1] == 0)
+
+
+def _leave_out(region: Region, norm: Node) -> None:
+    result = _result(norm)
+    result.replace_all_uses_with(norm.args[0])  # pyright: ignore[reportArgumentType] - a node
+    for each in (*[user for user in norm.users if not user.users], norm):
+        region.module.graph.erase_node(each)
+
+
+def _scaled(weight: Tensor, scale: Tensor, layer: Node) -> Tensor:
+    """A convolution's weight with its output channels scaled, in float64."""
+    wide = weight.detach().double()
+    transposed = _CONVOLUTIONS[layer.target]
+    if layer.target is _aten.convolution.default:
+        transposed, at = layer.args[6], 8
+    else:
+        at = 6
+    windows = (1,) * (weight.dim() - 2)
+    if not transposed:
+        return wide * scale.view(-1, 1, *windows)
+    groups: Any = layer.args[at] if len(layer.args) > at else layer.kwargs.get("groups", 1)
+    # (I, O / groups, ..), of group after group.
+    parts = wide.view(groups, -1, *weight.shape[1:]) * scale.view(groups, 1, -1, *windows)
+    return parts.view(weight.shape)
+
+
+def _moved(bias: Tensor | None, norm: _Norm, weight: Tensor) -> Tensor:
+    if bias is None:
+        return _like(norm.shift, weight)
+    return _like(bias.detach().double() * norm.scale + norm.shift, bias)
+
+
+def _like(value: Tensor, old: Tensor) -> Tensor:
+    """`value` of the dtype and the kind of `old`."""
+    value = value.detach().to(old.dtype)
+    return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+_: tuple[type[Pass], ...] = (NormAfter, NormBefore)

@@ -1,0 +1,252 @@
+"""Exported graphs: all of a model's, those of loops and branches included; what in them is constant, and where from.
+
+An exported model is a GraphModule whose calls of `cond`, `while_loop`, `scan`, `map` and `invoke_subgraph` take others.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from lowbit import LowbitError
+
+META = ("val", "stack_trace", "nn_module_stack")
+"""What a node of an exported graph says of itself; of constants, the first."""
+_COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "from_node")
+
+
+class GraphError(LowbitError):
+    """A graph is none that was exported, or cannot be changed as asked."""
+
+
+# Where the arguments of a call are that each of its graphs is given as they are, after what is computed anew.
+_GIVEN = {"cond": 3, "while_loop": 3, "scan": 3, "map_impl": 2}
+_ANEW = {"cond": (), "while_loop": (2,), "scan": (1, 2), "map_impl": (1,)}
+
+
+@dataclass(eq=False)
+class Call:
+    """A node that runs other graphs, on arguments that are the same for all of them."""
+
+    region: Region
+    node: Node
+    graphs: list[Region]
+
+    @property
+    def operands(self) -> list[Any]:
+        """What each graph's placeholders stand for; None: what is computed anew each time."""
+        name, args = _name(self.node), self.node.args
+        if name == "invoke_subgraph":
+            return list(args[2:])
+        anew: list[Any] = [None for at in _ANEW[name] for _ in args[at]]  # pyright: ignore - tuples of nodes
+        return [*anew, *args[_GIVEN[name]]]  # pyright: ignore - as above
+
+    def give(self, operand: Node) -> None:
+        """One operand more."""
+        name, args = _name(self.node), list(self.node.args)
+        if name == "invoke_subgraph":
+            args.append(operand)
+        else:
+            held: Any = args[_GIVEN[name]]
+            args[_GIVEN[name]] = (*held, operand)
+        self.node.args = tuple(args)
+
+
+@dataclass(eq=False)
+class Region:
+    """One graph of a model, and the calls that run it."""
+
+    name: str
+    module: GraphModule
+    callers: list[Call] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Its nodes, in the order in which they run."""
+        return list(self.module.graph.nodes)
+
+    @property
+    def placeholders(self) -> list[Node]:
+        """What it is given."""
+        return [node for node in self.nodes if node.op == "placeholder"]
+
+    def constant(self, node: object) -> Tensor | None:
+        """The tensor that a node is every time it runs: an attribute, here or where this graph is called; or None."""
+        if not isinstance(node, Node):
+            return None
+        if node.op == "get_attr":
+            found = _attribute(self.module, str(node.target))
+            return found if isinstance(found, Tensor) else None
+        if node.op != "placeholder" or not self.callers:
+            return None
+        place = self.placeholders.index(node)
+        given = [call.region.constant(call.operands[place]) for call in self.callers]
+        return given[0] if all(each is not None and each is given[0] for each in given) else None
+
+
+def regions(model: nn.Module) -> list[Region]:
+    """Every graph of an exported model, the whole first, each once however often it is called.
+
+    Raises:
+        GraphError: `model` is none that was exported, or calls graphs in a way that is not known here.
+    """
+    if not isinstance(model, GraphModule):
+        raise GraphError(
+            f"a {type(model).__name__} is no exported graph; needed is torch.export.export(model, inputs).module()"
+        )
+    found = [Region("", model)]
+    for region in found:
+        for node in region.nodes:
+            modules = _graphs(region, node)
+            call = Call(region, node, [])
+            for name, module in modules:
+                inner = next((each for each in found if each.module is module), None)
+                if inner is None:
+                    inner = Region(f"{region.name}.{name}".lstrip("."), module)
+                    found.append(inner)
+                inner.callers.append(call)
+                call.graphs.append(inner)
+    return found
+
+
+def _graphs(region: Region, node: Node) -> list[tuple[str, GraphModule]]:
+    """Graphs that a node runs, with the attributes' names."""
+    if node.op != "call_function" or _name(node) is None:
+        return []
+    names = [str(each.target) for each in node.args if isinstance(each, Node) and each.op == "get_attr"]
+    parts = [(name, _attribute(region.module, name)) for name in names]
+    graphs = [(name, part) for name, part in parts if isinstance(part, GraphModule)]
+    if graphs and _name(node) not in {*_GIVEN, "invoke_subgraph"}:
+        raise GraphError(f"{node.name} runs graphs by {_name(node)}, which is not known here{source(node)}")
+    return graphs
+
+
+def _name(node: Node) -> Any:
+    """The name of the higher-order operator that a node calls, or None."""
+    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else None  # noqa: SLF001 # pyright: ignore - no public name
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    return operator.attrgetter(path)(module)
+
+
+def source(node: Node) -> str:
+    """Where in a user's program a node comes from, as the end of a sentence; nothing where that is not known."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    if not places:
+        return ""
+    code = lines[places[-1] + 1 :][:1]
+    return f", from {lines[places[-1]]}" + (f": {code[0]}" if code else "")
+
+
+def lacks(node: Node) -> list[str]:
+    """What a node should say of itself and does not."""
+    if node.op in {"placeholder", "output", "call_module"}:
+        return []
+    if node.op == "get_attr":
+        return [] if "val" in node.meta or "nn_module_stack" in node.meta else ["val"]
+    return [name for name in META if node.meta.get(name) is None]
+
+
+class Editor:
+    """New nodes before a node of a region, which say all of themselves that exported ones do.
+
+    They stand for what `like` did, and say that they come from where it came.
+    """
+
+    def __init__(self, region: Region, before: Node, like: Node) -> None:
+        self.region, self.before, self.like = region, before, like
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """A call of an operator."""
+        graph = self.region.module.graph
+        with graph.inserting_before(self.before):
+            node = graph.call_function(target, args, kwargs)
+        with _mode(self.like):
+            node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
+        node.meta |= {name: self.like.meta[name] for name in _COPIED if name in self.like.meta}
+        return node
+
+    def constant(self, name: str, value: Tensor) -> Node:
+        """A tensor as an attribute of the model, of a name that is free: `name`, or one with a number."""
+        return _constant(self.region, name, value, self.before, self.like)
+
+
+def _constant(region: Region, name: str, value: Tensor, before: Node, like: Node) -> Node:
+    """A node that is a tensor: an attribute of the whole model, which inner graphs are given by all that call them."""
+    module, graph = region.module, region.module.graph
+    fake = _mode(like).from_tensor(value, static_shapes=True)
+    if not region.callers:
+        names = (f"{name}{f'_{i}' if i else ''}" for i in range(len(graph.nodes) + 1))
+        free = next(each for each in names if not hasattr(module, each))
+        if isinstance(value, nn.Parameter):
+            module.register_parameter(free, value)
+        else:
+            module.register_buffer(free, value)
+        with graph.inserting_before(before):
+            node = graph.get_attr(free)
+        node.meta["val"] = fake
+        return node
+    calls, graphs = _together(region)
+    for call in calls:
+        call.give(_constant(call.region, name, value, call.node, like))
+        call.region.module.recompile()
+    for each in graphs:
+        last = each.placeholders[-1:]
+        with each.module.graph.inserting_after(*last) if last else each.module.graph.inserting_before(each.nodes[0]):
+            node = each.module.graph.placeholder(name)
+        # Nodes' names are free ones; targets are names of arguments, too.
+        node.target, node.meta["val"] = node.name, fake
+        each.module.recompile()
+    return region.placeholders[-1]
+
+
+def _together(region: Region) -> tuple[list[Call], list[Region]]:
+    """All calls that run a graph, and all graphs that these run, and so on: they take the same operands."""
+    calls: list[Call] = []
+    graphs = [region]
+    for each in graphs:
+        for call in each.callers:
+            if call not in calls:
+                calls.append(call)
+                graphs += [inner for inner in call.graphs if inner not in graphs]
+    return calls, graphs
+
+
+def _value(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def _mode(node: Node) -> Any:
+    values = node.meta.get("val")
+    first = values[0] if isinstance(values, (tuple, list)) else values
+    if not isinstance(first, FakeTensor):
+        raise GraphError(f"{node.name} says nothing of its value{source(node)}; export the model anew")
+    return first.fake_mode
+
+
+def tidy(region: Region) -> None:
+    """Leave out what nothing uses, attributes too, and compile what is left.
+
+    Calls that change something, and what a caller gives, stay.
+    """
+    module = region.module
+    before = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    module.graph.eliminate_dead_code()
+    after = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in before - after:
+        parent, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(parent)
+        if isinstance(getattr(owner, leaf, None), Tensor):
+            delattr(owner, leaf)
+    module.graph.lint()
+    module.recompile()
