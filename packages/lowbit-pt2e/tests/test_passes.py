@@ -82,22 +82,30 @@ def test_norms_of_graphs_within_graphs_are_folded(nested):
     assert torch.equal(graph.get_parameter(str(linear.args[1].target)), model.layers[0].weight)
 
 
-def test_a_graph_that_two_calls_share_is_changed_once():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
 
-        def forward(self, x):
-            return map_rows(lambda row: self.norm(self.linear(row)), x)
+    def forward(self, x):
+        return map_rows(lambda row: self.norm(self.linear(row)), x)
 
-    model, x = Shared().eval(), torch.randn(2, 3, 4)
-    graph = exported(model, x)
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_graph_that_two_calls_share_is_changed_once_if_both_give_it_the_same_weights(alike):
+    x = torch.randn(2, 3, 4)
+    graph = exported(Shared().eval(), x)
+    graph.register_buffer("other", torch.randn(4, 4))
     (call,) = (node for node in graph.graph.nodes if node.target is torch.ops.higher_order.map_impl)
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
     first = next(iter(call.users))
+    given = list(call.args[2])
     with graph.graph.inserting_before(output):
-        again = graph.graph.call_function(call.target, (call.args[0], [first], *call.args[2:]))
+        if not alike:
+            at = next(i for i, node in enumerate(given) if node.target == "linear.weight")
+            other = graph.graph.get_attr("other")
+            other.meta["val"], given[at] = given[at].meta["val"], other
+        again = graph.graph.call_function(call.target, (call.args[0], [first], given))
         second = graph.graph.call_function(first.target, (again, 0))
     for node, like in ((again, call), (second, first)):
         node.meta |= like.meta
@@ -105,7 +113,8 @@ def test_a_graph_that_two_calls_share_is_changed_once():
     graph.recompile()
     wanted = graph(x)
     assert len(regions(graph)) == 2
-    assert len(fold_norms(graph).changed) == 1
+    (found,) = fold_norms(graph).findings
+    assert found.reason == (None if alike else "its layer's weight is computed in the graph")
     torch.testing.assert_close(graph(x), wanted, rtol=1e-4, atol=1e-5)
 
 
