@@ -3,5 +3,16 @@
 from lowbit_pt2e.folding import fold_norms
 from lowbit_pt2e.graphs import GraphError
 from lowbit_pt2e.passes import Difference, Finding, Match, Pass, Report, run_passes
+from lowbit_pt2e.quantizing import quantize_layers
 
-__all__ = ["Difference", "Finding", "GraphError", "Match", "Pass", "Report", "fold_norms", "run_passes"]
+__all__ = [
+    "Difference",
+    "Finding",
+    "GraphError",
+    "Match",
+    "Pass",
+    "Report",
+    "fold_norms",
+    "quantize_layers",
+    "run_passes",
+]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from lowbit_pt2e.graphs import Editor, Region
+from lowbit_pt2e.layers import LINEARS, TURNS, linear_of
 from lowbit_pt2e.passes import Match, Pass, Report, run_passes
 
 _aten: Any = torch.ops.aten
@@ -41,8 +42,6 @@ _CONVOLUTIONS: dict[Any, bool] = {
     _aten.conv_transpose3d.input: True,
     _aten.convolution.default: False,
 }
-_LINEARS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
-_TURNS = (_aten.t.default, _aten.transpose.int, _aten.permute.default)
 _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)  # noqa: SLF001
 
 
@@ -67,15 +66,6 @@ class _Norm:
     shift: Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    """A product with a constant: `x @ weight.T + bias`."""
-
-    x: Node
-    weight: Tensor
-    bias: Tensor | None
-
-
 class NormAfter:
     """A convolution or linear layer, and the norm of its output channels."""
 
@@ -86,14 +76,14 @@ class NormAfter:
         """Norms whose input, but for turns and views, is a layer's output."""
         for node in region.nodes:
             layer, way = _up(node.args[0]) if node.target in _NORMS else (None, [])
-            if layer is None or layer.target not in {*_CONVOLUTIONS, *_LINEARS}:
+            if layer is None or layer.target not in {*_CONVOLUTIONS, *LINEARS}:
                 continue
             norm, linear = _norm(region, node), None
             refusal = norm if isinstance(norm, str) else _shared([layer, *way])
             if layer.target in _CONVOLUTIONS:
                 refusal = refusal or _convolution_misfit(region, layer, way)
             else:
-                linear = _linear(region, layer)
+                linear = linear_of(region, layer)
                 refusal = refusal or (linear if isinstance(linear, str) else _linear_misfit(layer, way))
             yield Match(node, refusal, partial(self._fold, region, norm, layer, linear))
 
@@ -124,11 +114,11 @@ class NormBefore:
     def matches(self, region: Region) -> Iterator[Match]:
         """Linear layers whose input, but for turns and views, is a norm's output."""
         for node in region.nodes:
-            given = node.args[node.target is _aten.addmm.default] if node.target in _LINEARS else None
+            given = node.args[node.target is _aten.addmm.default] if node.target in LINEARS else None
             found, way = _up(given)
             if found is None or found.target not in _NORMS:
                 continue
-            norm, linear = _norm(region, found), _linear(region, node)
+            norm, linear = _norm(region, found), linear_of(region, node)
             refusal = next((each for each in (norm, linear) if isinstance(each, str)), None)
             if refusal is None and _back(given.meta["val"].dim() - 1, way) != 1:  # pyright: ignore - a node
                 refusal = "the layer sums over another dimension than the norm's channels"
@@ -167,34 +157,6 @@ def _norm(region: Region, node: Node) -> _Norm | str:
     return _Norm(node, scale, shift if wide[1] is None else shift + wide[1])
 
 
-def _linear(region: Region, node: Node) -> _Linear | str:
-    """A layer's constants, or why it has none."""
-    if node.target is _aten.linear.default:
-        x, weight, bias = (*node.args, None)[:3]
-        held = region.constant(weight)
-    else:
-        if any(value != 1 for value in node.kwargs.values()):
-            return "its layer scales what it adds"
-        bias, x, weight = node.args if node.target is _aten.addmm.default else (None, *node.args)
-        held = _matrix(region, weight)
-        held = None if held is None else held.T
-    if held is None or not isinstance(x, Node):
-        return "its layer's weight is computed in the graph"
-    added = region.constant(bias)
-    if bias is not None and (added is None or added.dim() != 1):
-        return "its layer's bias is computed in the graph"
-    return _Linear(x, held, added)
-
-
-def _matrix(region: Region, node: Any) -> Tensor | None:
-    """A constant (K, N), or what turns one."""
-    held = region.constant(node)
-    if held is None and isinstance(node, Node) and node.target in _TURNS:
-        inner = region.constant(node.args[0])
-        held = None if inner is None else node.target(inner, *node.args[1:])  # pyright: ignore[reportCallIssue] - an operator
-    return held if held is not None and held.dim() == 2 else None
-
-
 def _convolution_misfit(region: Region, layer: Node, way: list[Node]) -> str | None:
     """Why a norm of dim 1, behind `way`, is not one of a convolution's channels, or its constants are none."""
     weight, bias = (*layer.args, None)[1:3]
@@ -221,7 +183,7 @@ def _linear_misfit(layer: Node, way: list[Node]) -> str | None:
 def _up(node: Any) -> tuple[Node | None, list[Node]]:
     """What a value was before turns and views, and these, the last first; a norm that has several results is itself."""
     way: list[Node] = []
-    while isinstance(node, Node) and node.target in {*_TURNS, *_VIEWS}:
+    while isinstance(node, Node) and node.target in {*TURNS, *_VIEWS}:
         way.append(node)
         node = node.args[0]
     if isinstance(node, Node) and node.target is operator.getitem and node.args[1] == 0:

@@ -51,13 +51,22 @@ class Call:
 
     def give(self, operand: Node) -> None:
         """One operand more."""
+        self._operate(lambda held: (*held, operand))
+
+    def take(self, place: int) -> None:
+        """One operand less, which is not computed anew."""
+        first = self.operands.count(None)
+        self._operate(lambda held: (*held[: place - first], *held[place - first + 1 :]))
+
+    def _operate(self, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
         name, args = _name(self.node), list(self.node.args)
         if name == "invoke_subgraph":
-            args.append(operand)
+            args[2:] = change(tuple(args[2:]))
         else:
             held: Any = args[_GIVEN[name]]
-            args[_GIVEN[name]] = (*held, operand)
+            args[_GIVEN[name]] = change(tuple(held))
         self.node.args = tuple(args)
+        self.region.module.recompile()
 
 
 @dataclass(eq=False)
@@ -87,9 +96,20 @@ class Region:
             return found if isinstance(found, Tensor) else None
         if node.op != "placeholder" or not self.callers:
             return None
-        place = self.placeholders.index(node)
-        given = [call.region.constant(call.operands[place]) for call in self.callers]
+        given = [region.constant(each) for region, each in self.given(node)]
         return given[0] if all(each is not None and each is given[0] for each in given) else None
+
+    def given(self, placeholder: Node) -> list[tuple[Region, Any]]:
+        """What calls give for it, each with the graph that the call is in; None: what is computed anew."""
+        place = self.placeholders.index(placeholder)
+        return [(call.region, call.operands[place]) for call in self.callers]
+
+    def path(self, node: Node) -> str:
+        """The name of an attribute of the whole model that a constant is."""
+        if node.op == "get_attr":
+            return str(node.target)
+        region, outer = self.given(node)[0]
+        return region.path(outer)
 
 
 def regions(model: nn.Module) -> list[Region]:
@@ -186,20 +206,16 @@ def _constant(region: Region, name: str, value: Tensor, before: Node, like: Node
     module, graph = region.module, region.module.graph
     fake = _mode(like).from_tensor(value, static_shapes=True)
     if not region.callers:
-        names = (f"{name}{f'_{i}' if i else ''}" for i in range(len(graph.nodes) + 1))
-        free = next(each for each in names if not hasattr(module, each))
-        if isinstance(value, nn.Parameter):
-            module.register_parameter(free, value)
-        else:
-            module.register_buffer(free, value)
         with graph.inserting_before(before):
-            node = graph.get_attr(free)
+            node = graph.get_attr(_held(module, name, value))
         node.meta["val"] = fake
         return node
+    for node in region.placeholders:
+        if region.constant(node) is value:
+            return node
     calls, graphs = _together(region)
     for call in calls:
         call.give(_constant(call.region, name, value, call.node, like))
-        call.region.module.recompile()
     for each in graphs:
         last = each.placeholders[-1:]
         with each.module.graph.inserting_after(*last) if last else each.module.graph.inserting_before(each.nodes[0]):
@@ -208,6 +224,20 @@ def _constant(region: Region, name: str, value: Tensor, before: Node, like: Node
         node.target, node.meta["val"] = node.name, fake
         each.module.recompile()
     return region.placeholders[-1]
+
+
+def _held(module: GraphModule, name: str, value: Tensor) -> str:
+    """The name that a tensor has in a module, or the one that it is given."""
+    for each, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        if tensor is value:
+            return each
+    names = (f"{name}{f'_{i}' if i else ''}" for i in range(len(module.graph.nodes) + 1))
+    free = next(each for each in names if not hasattr(module, each))
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(free, value)
+    else:
+        module.register_buffer(free, value)
+    return free
 
 
 def _together(region: Region) -> tuple[list[Call], list[Region]]:
@@ -234,19 +264,36 @@ def _mode(node: Node) -> Any:
     return first.fake_mode
 
 
-def tidy(region: Region) -> None:
-    """Leave out what nothing uses, attributes too, and compile what is left.
+def tidy(model: nn.Module) -> None:
+    """Leave out what nothing uses: nodes, attributes of the model, what graphs are given; compile what is left.
 
-    Calls that change something, and what a caller gives, stay.
+    Calls that change something stay.
     """
-    module = region.module
-    before = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    module.graph.eliminate_dead_code()
-    after = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
-    for name in before - after:
-        parent, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(parent)
-        if isinstance(getattr(owner, leaf, None), Tensor):
-            delattr(owner, leaf)
-    module.graph.lint()
-    module.recompile()
+    for region in reversed(regions(model)):
+        graph = region.module.graph
+        before = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        graph.eliminate_dead_code()
+        after = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        for name in before - after:
+            parent, _, leaf = name.rpartition(".")
+            owner = region.module.get_submodule(parent)
+            if isinstance(getattr(owner, leaf, None), Tensor):
+                delattr(owner, leaf)
+        if region.callers:
+            _take_unused(region)
+        graph.lint()
+        region.module.recompile()
+
+
+def _take_unused(region: Region) -> None:
+    """Leave out operands that no graph uses which is given them."""
+    calls, graphs = _together(region)
+    computed = calls[0].operands.count(None)
+    for place in reversed(range(computed, len(region.placeholders))):
+        nodes = [each.placeholders[place] for each in graphs]
+        if not any(node.users for node in nodes):
+            for each, node in zip(graphs, nodes, strict=True):
+                each.module.graph.erase_node(node)
+                each.module.recompile()
+            for call in calls:
+                call.take(place)

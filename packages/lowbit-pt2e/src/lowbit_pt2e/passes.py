@@ -124,7 +124,7 @@ def run_passes(model: nn.Module, passes: Sequence[Pass], inputs: tuple[Any, ...]
                     match.rewrite()
                     changed = True
             _check(each, region, [node for node in region.nodes if node not in known])
-            tidy(region)
+        tidy(model)
         if before is not None and changed:
             after = outputs(model, inputs or ())
             differences[each.name] = difference(before, after)
