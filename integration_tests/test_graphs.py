@@ -8,7 +8,8 @@ from torch import nn
 
 import lowbit
 from lowbit import Recipe, Rule
-from lowbit_pt2e import fold_norms, quantize_layers
+from lowbit.testing import only_backends
+from lowbit_pt2e import convert, fold_norms, prepare, quantize_layers
 
 pytest.importorskip("lowbit_kernels_x86.library")
 
@@ -31,6 +32,20 @@ class Model(nn.Module):
         x = self.norm(self.first(x)).relu()
         _, x = torch.while_loop(lambda i, v: i < 3, lambda i, v: (i + 1, self.again(v).tanh()), (torch.tensor(0), x))
         return self.last(x)
+
+
+def test_scales_that_data_told_go_with_the_kernels():
+    model, x = Model().eval(), torch.randn(4, 48)
+    with torch.no_grad():
+        graph = torch.export.export(model, (x,)).module()
+        prepared = prepare(graph, Recipe((Rule.of("*", "INT8_ROW", activation="static:INT8_TENSOR_ASYM"),)))
+        prepared(x)
+        convert(prepared)
+        with only_backends("reference"):
+            wanted = graph(x)
+        lowered = lowbit.lower(torch.export.export(graph, (x,)), "x86")
+        assert [row.kernel for row in lowered.rows] == ["x86.linear", "x86.linear", None]
+        torch.testing.assert_close(lowered.program.module()(x), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_quantized_graph_is_compiled_lowered_and_packaged(tmp_path):

@@ -2,6 +2,7 @@
 
 from lowbit_pt2e.folding import fold_norms
 from lowbit_pt2e.graphs import GraphError
+from lowbit_pt2e.observing import Prepared, convert, prepare
 from lowbit_pt2e.passes import Difference, Finding, Match, Pass, Report, run_passes
 from lowbit_pt2e.quantizing import quantize_layers
 
@@ -11,8 +12,11 @@ __all__ = [
     "GraphError",
     "Match",
     "Pass",
+    "Prepared",
     "Report",
+    "convert",
     "fold_norms",
+    "prepare",
     "quantize_layers",
     "run_passes",
 ]

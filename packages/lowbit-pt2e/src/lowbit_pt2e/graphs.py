@@ -159,9 +159,12 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def source(node: Node) -> str:
-    """Where in a user's program a node comes from, as the end of a sentence; nothing where that is not known."""
+    """Where in a user's program a node comes from, as the end of a sentence; nothing where that is not known.
+
+    Of what runs in a loop or a branch, that is where the loop begins.
+    """
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    places = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    places = [i for i, line in enumerate(lines) if line.startswith("File ") and not line.startswith('File "<')]
     if not places:
         return ""
     code = lines[places[-1] + 1 :][:1]
