@@ -186,11 +186,41 @@ def test_products_with_constants_are_linear_layers(how):
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("scaled", "its layer scales what it adds"), ("tanh", "its layer's weight is computed in the graph")],
+    [("scaled", "its layer scales what it adds"), ("tanh", "its layer's weight is computed or changed in the graph")],
 )
 def test_what_is_no_constant_is_left(how, reason):
     (refused,) = folded(drawn(Computed(how)), torch.randn(3, 4), left=1).refused
     assert refused.reason == reason
+
+
+class Changing(nn.Module):
+    """A layer whose weight or whose norm changes from call to call, here or in a branch."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.register_buffer("weight", torch.randn(4, 4))
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        if self.what == "weight":
+            self.weight.add_(1)
+        elif self.what == "view":
+            self.weight.t()[0].mul_(2)
+        elif self.what == "statistics":
+            self.norm.running_mean.copy_(x.mean(0))
+        return self.norm(nn.functional.linear(x, self.weight))
+
+
+@pytest.mark.parametrize("what", ["weight", "view", "statistics"])
+def test_what_changes_from_call_to_call_is_left(what):
+    model, x = drawn(Changing(what)), torch.randn(3, 4)
+    graph = exported(model, x)
+    (refused,) = fold_norms(graph).refused
+    assert refused.reason.endswith("is computed or changed in the graph")
+    other = copy.deepcopy(model)
+    for _ in range(2):
+        torch.testing.assert_close(graph(x), other(x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_norm_in_train_mode_is_left():

@@ -147,7 +147,7 @@ def _norm(region: Region, node: Node) -> _Norm | str:
     names = ("weight", "bias", "mean", "variance")
     for name, each, part in zip(names, (weight, bias, mean, variance), parts, strict=True):
         if each is not None and part is None:
-            return f"its {name} is computed in the graph"
+            return f"its {name} is computed or changed in the graph"
     wide = [None if part is None else part.detach().double() for part in parts]
     assert wide[2] is not None
     assert wide[3] is not None
@@ -162,7 +162,7 @@ def _convolution_misfit(region: Region, layer: Node, way: list[Node]) -> str | N
     weight, bias = (*layer.args, None)[1:3]
     held = region.constant(weight)
     if held is None or (bias is not None and region.constant(bias) is None):
-        return "its layer's weight or bias is computed in the graph"
+        return "its layer's weight or bias is computed or changed in the graph"
     if way:
         return f"{way[0].name} lies between it and a convolution"
     if layer.meta["val"].dim() != held.dim():

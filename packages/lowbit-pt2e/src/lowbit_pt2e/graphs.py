@@ -76,6 +76,8 @@ class Region:
     name: str
     module: GraphModule
     callers: list[Call] = field(default_factory=list)
+    # Where tensors lie that some graph of the model changes while it runs.
+    written: set[int] = field(default_factory=set)
 
     @property
     def nodes(self) -> list[Node]:
@@ -88,12 +90,15 @@ class Region:
         return [node for node in self.nodes if node.op == "placeholder"]
 
     def constant(self, node: object) -> Tensor | None:
-        """The tensor that a node is every time it runs: an attribute, here or where this graph is called; or None."""
+        """The tensor that a node is every time it runs: an attribute, here or where this graph is called; or None.
+
+        One that a graph changes is none.
+        """
         if not isinstance(node, Node):
             return None
         if node.op == "get_attr":
             found = _attribute(self.module, str(node.target))
-            return found if isinstance(found, Tensor) else None
+            return found if isinstance(found, Tensor) and _place(found) not in self.written else None
         if node.op != "placeholder" or not self.callers:
             return None
         given = [region.constant(each) for region, each in self.given(node)]
@@ -130,11 +135,57 @@ def regions(model: nn.Module) -> list[Region]:
             for name, module in modules:
                 inner = next((each for each in found if each.module is module), None)
                 if inner is None:
-                    inner = Region(f"{region.name}.{name}".lstrip("."), module)
+                    inner = Region(f"{region.name}.{name}".lstrip("."), module, written=region.written)
                     found.append(inner)
                 inner.callers.append(call)
                 call.graphs.append(inner)
+    found[0].written.update(
+        _place(held)
+        for region in found
+        for node in region.nodes
+        for each in _changed(node)
+        for held in _held_by(region, each)
+    )
     return found
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _changed(node: Node) -> list[Node]:
+    """What a node changes in place."""
+    given = zip(_arguments(node), node.args, strict=False)
+    named = [(argument, node.kwargs[argument.name]) for argument in _arguments(node) if argument.name in node.kwargs]
+    return [
+        value
+        for argument, value in (*given, *named)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
+    ]
+
+
+def _arguments(node: Node) -> list[Any]:
+    return node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else []  # noqa: SLF001 # pyright: ignore - no public name
+
+
+def _held_by(region: Region, node: Node) -> list[Tensor]:
+    """The attributes that a node is, or is a view of; of what a graph is given, those of all calls."""
+    while node.op == "call_function":
+        viewed = [
+            value
+            for argument, value in zip(_arguments(node), node.args, strict=False)
+            if argument.alias_info is not None and isinstance(value, Node)
+        ]
+        if not viewed:
+            return []
+        node = viewed[0]
+    if node.op == "get_attr":
+        held = _attribute(region.module, str(node.target))
+        return [held] if isinstance(held, Tensor) else []
+    if node.op != "placeholder" or not region.callers:
+        return []
+    given = [(outer, each) for outer, each in region.given(node) if isinstance(each, Node)]
+    return [held for outer, each in given for held in _held_by(outer, each)]
 
 
 def _graphs(region: Region, node: Node) -> list[tuple[str, GraphModule]]:

@@ -45,10 +45,10 @@ def linear_of(region: Region, node: Node) -> Linear | str:
         held, origin = _matrix(region, weight)
         held = None if held is None else held.T
     if held is None or not isinstance(x, Node):
-        return "its layer's weight is computed in the graph"
+        return "its layer's weight is computed or changed in the graph"
     added = region.constant(bias)
     if bias is not None and (added is None or added.dim() != 1):
-        return "its layer's bias is computed in the graph"
+        return "its layer's bias is computed or changed in the graph"
     return Linear(x, held, region.path(origin), added, bias)  # pyright: ignore[reportArgumentType] - a node, if a constant
 
 
