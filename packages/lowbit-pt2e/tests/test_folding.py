@@ -80,8 +80,7 @@ CONVOLUTIONS = {
 def test_a_norm_is_folded_into_the_layer_before_it(name, decomposed):
     layer, norm, shape = CONVOLUTIONS[name]
     report = folded(drawn(nn.Sequential(layer, norm)), torch.randn(shape), decomposed=decomposed)
-    (change,) = report.changed
-    assert "test_folding" in change.source or "forward" in change.source
+    assert len(report.changed) == 1
     assert "SQNR" in str(report)
 
 

@@ -1,5 +1,6 @@
 """Passes over exported graphs: each change is checked, and refused where results would differ."""
 
+from lowbit_pt2e.comparing import Compared, Comparison, compare
 from lowbit_pt2e.folding import fold_norms
 from lowbit_pt2e.graphs import GraphError
 from lowbit_pt2e.observing import Prepared, convert, prepare
@@ -7,6 +8,8 @@ from lowbit_pt2e.passes import Difference, Finding, Match, Pass, Report, run_pas
 from lowbit_pt2e.quantizing import quantize_layers
 
 __all__ = [
+    "Compared",
+    "Comparison",
     "Difference",
     "Finding",
     "GraphError",
@@ -14,6 +17,7 @@ __all__ = [
     "Pass",
     "Prepared",
     "Report",
+    "compare",
     "convert",
     "fold_norms",
     "prepare",

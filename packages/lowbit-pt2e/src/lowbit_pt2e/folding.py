@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from lowbit_pt2e.graphs import Editor, Region
+from lowbit_pt2e.graphs import WAS, Editor, Region
 from lowbit_pt2e.layers import LINEARS, TURNS, linear_of
 from lowbit_pt2e.passes import Match, Pass, Report, run_passes
 
@@ -85,9 +85,9 @@ class NormAfter:
             else:
                 linear = linear_of(region, layer)
                 refusal = refusal or (linear if isinstance(linear, str) else _linear_misfit(layer, way))
-            yield Match(node, refusal, partial(self._fold, region, norm, layer, linear))
+            yield Match(node, refusal, partial(self._fold, region, norm, layer, linear, way))
 
-    def _fold(self, region: Region, norm: Any, layer: Node, linear: Any) -> None:
+    def _fold(self, region: Region, norm: Any, layer: Node, linear: Any, way: list[Node]) -> None:
         edit, name = Editor(region, layer, layer), layer.name
         if linear is not None:
             weight = edit.constant(f"{name}_weight", _like(linear.weight.double() * norm.scale[:, None], linear.weight))
@@ -102,6 +102,10 @@ class NormAfter:
             made = edit.call(layer.target, x, weight, bias, *rest, **layer.kwargs)  # pyright: ignore[reportArgumentType] - an operator
         layer.replace_all_uses_with(made)
         region.module.graph.erase_node(layer)
+        # What the norm took is now what it gave; what was before that, nothing that was.
+        for each in (*way, made):
+            each.meta[WAS] = None
+        (*way, made)[0].meta[WAS] = _result(norm.node).name
         _leave_out(region, norm.node)
 
 
@@ -123,15 +127,17 @@ class NormBefore:
             if refusal is None and _back(given.meta["val"].dim() - 1, way) != 1:  # pyright: ignore - a node
                 refusal = "the layer sums over another dimension than the norm's channels"
             refusal = refusal or _shared([_result(found), *way])
-            yield Match(node, refusal, partial(self._fold, region, norm, node, linear))
+            yield Match(node, refusal, partial(self._fold, region, norm, node, linear, way))
 
-    def _fold(self, region: Region, norm: Any, node: Node, linear: Any) -> None:
+    def _fold(self, region: Region, norm: Any, node: Node, linear: Any, way: list[Node]) -> None:
         edit, wide = Editor(region, node, node), linear.weight.double()
         total = wide @ norm.shift + (0 if linear.bias is None else linear.bias.double())
         weight = edit.constant(f"{node.name}_weight", _like(wide * norm.scale, linear.weight))
         bias = edit.constant(f"{node.name}_bias", _like(total, linear.weight if linear.bias is None else linear.bias))
         node.replace_all_uses_with(edit.call(_aten.linear.default, linear.x, weight, bias))
         region.module.graph.erase_node(node)
+        for each in way:
+            each.meta[WAS] = None
         _leave_out(region, norm.node)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from lowbit import LowbitError
 
 META = ("val", "stack_trace", "nn_module_stack")
 """What a node of an exported graph says of itself; of constants, the first."""
+WAS = "lowbit_was"
+"""Of a new node, the name of the exported one that it stands for; None: of none."""
 _COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "from_node")
 
 
@@ -212,10 +215,11 @@ def _attribute(module: nn.Module, path: str) -> Any:
 def source(node: Node) -> str:
     """Where in a user's program a node comes from, as the end of a sentence; nothing where that is not known.
 
-    Of what runs in a loop or a branch, that is where the loop begins.
+    That is the last line outside torch; of what runs in a loop or a branch, where the loop begins.
     """
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines() if line.strip()]
-    places = [i for i, line in enumerate(lines) if line.startswith("File ") and not line.startswith('File "<')]
+    others = ('File "<', f'File "{Path(torch.__file__).parent}')
+    places = [i for i, line in enumerate(lines) if line.startswith("File ") and not line.startswith(others)]
     if not places:
         return ""
     code = lines[places[-1] + 1 :][:1]
@@ -248,6 +252,7 @@ class Editor:
         with _mode(self.like):
             node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
         node.meta |= {name: self.like.meta[name] for name in _COPIED if name in self.like.meta}
+        node.meta[WAS] = self.like.meta.get(WAS, self.like.name)
         return node
 
     def constant(self, name: str, value: Tensor) -> Node:

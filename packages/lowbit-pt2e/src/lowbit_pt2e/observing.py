@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch import nn
+from torch.fx import GraphModule, Node
 
 from lowbit import Activation, FormatError, Recipe
 from lowbit.numerics import Scales
@@ -16,6 +15,7 @@ from lowbit_pt2e.graphs import GraphError, Region, source
 from lowbit_pt2e.layers import Linear
 from lowbit_pt2e.passes import Report
 from lowbit_pt2e.quantizing import Wanted, put_weights, wanted
+from lowbit_pt2e.running import Watching
 
 
 class Prepared(nn.Module):
@@ -41,9 +41,9 @@ class Prepared(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """What the graph gives."""
-        return _Watching(self.model, self).run(*inputs)
+        return Watching(self.model, self.take).run(*inputs)
 
-    def take(self, graph: GraphModule, node: Node, value: Tensor) -> None:
+    def take(self, graph: GraphModule, node: Node, value: Any) -> None:
         """Note a value, if a layer takes it whose scale is asked for."""
         place = self.places.get((graph, node))
         if place is not None:
@@ -95,70 +95,3 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
         if rule.activation is not None and rule.activation.scaling != "dynamic":
             found[node] = prepared.scales(region, node, layer, rule.activation)
     return put_weights(prepared.model, prepared.recipe, prepared.asked, found, inputs)
-
-
-class _Watching(Interpreter):
-    """Runs a graph node by node, and those that it calls."""
-
-    def __init__(self, graph: GraphModule, prepared: Prepared) -> None:
-        super().__init__(graph)
-        self.watched, self.prepared = graph, prepared
-
-    def run_node(self, n: Node) -> Any:
-        """Run one, and note what it gives."""
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.prepared.take(self.watched, n, value)
-        return value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Call an operator; of one that takes graphs, run these."""
-        if not isinstance(target, torch._ops.HigherOrderOperator) or target.name() not in _CONTROL:  # noqa: SLF001 # pyright: ignore - no public name
-            return super().call_function(target, args, kwargs)
-        return _CONTROL[target.name()](self._run, *args)
-
-    def _run(self, graph: GraphModule, *inputs: Any) -> tuple[Any, ...]:
-        given = _Watching(graph, self.prepared).run(*inputs, enable_io_processing=False)
-        return tuple(given) if isinstance(given, (tuple, list)) else (given,)
-
-
-def _cond(run: Any, taken: Any, yes: GraphModule, no: GraphModule, operands: Any) -> tuple[Any, ...]:
-    return run(yes if taken else no, *operands)
-
-
-def _while_loop(run: Any, goes_on: GraphModule, body: GraphModule, carried: Any, given: Any) -> tuple[Any, ...]:
-    carried = tuple(carried)
-    while bool(run(goes_on, *carried, *given)[0]):
-        carried = run(body, *carried, *given)
-    return carried
-
-
-def _scan(run: Any, step: GraphModule, first: Any, rows: Any, given: Any) -> tuple[Any, ...]:
-    carried, made = tuple(first), []
-    for each in zip(*rows, strict=True):
-        out = run(step, *carried, *each, *given)
-        carried = out[: len(carried)]
-        made.append(out[len(carried) :])
-    return *carried, *_stacked(made)
-
-
-def _map(run: Any, step: GraphModule, rows: Any, given: Any) -> tuple[Any, ...]:
-    return _stacked([run(step, *each, *given) for each in zip(*rows, strict=True)])
-
-
-def _invoke(run: Any, graph: GraphModule, name: Any, *operands: Any) -> tuple[Any, ...]:
-    del name
-    return run(graph, *operands)
-
-
-def _stacked(rows: list[tuple[Any, ...]]) -> tuple[Any, ...]:
-    return tuple(torch.stack(each) for each in zip(*rows, strict=True))
-
-
-_CONTROL: dict[str, Callable[..., tuple[Any, ...]]] = {
-    "cond": _cond,
-    "while_loop": _while_loop,
-    "scan": _scan,
-    "map_impl": _map,
-    "invoke_subgraph": _invoke,
-}

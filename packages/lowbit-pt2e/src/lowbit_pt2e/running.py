@@ -1,0 +1,75 @@
+"""Graphs run node by node, those of loops and branches as often as the data has them run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+
+
+class Watching(Interpreter):
+    """Runs a graph node by node, and those that it calls; `take` is told each node's graph, the node and its value."""
+
+    def __init__(self, graph: GraphModule, take: Callable[[GraphModule, Node, Any], None]) -> None:
+        super().__init__(graph)
+        self.watched, self.take = graph, take
+
+    def run_node(self, n: Node) -> Any:
+        """Run one, and note what it gives."""
+        value = super().run_node(n)
+        self.take(self.watched, n, value)
+        return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator; of one that takes graphs, run these."""
+        if not isinstance(target, torch._ops.HigherOrderOperator) or target.name() not in _CONTROL:  # noqa: SLF001 # pyright: ignore - no public name
+            return super().call_function(target, args, kwargs)
+        return _CONTROL[target.name()](self._run, *args)
+
+    def _run(self, graph: GraphModule, *inputs: Any) -> tuple[Any, ...]:
+        given = Watching(graph, self.take).run(*inputs, enable_io_processing=False)
+        return tuple(given) if isinstance(given, (tuple, list)) else (given,)
+
+
+def _cond(run: Any, taken: Any, yes: GraphModule, no: GraphModule, operands: Any) -> tuple[Any, ...]:
+    return run(yes if taken else no, *operands)
+
+
+def _while_loop(run: Any, goes_on: GraphModule, body: GraphModule, carried: Any, given: Any) -> tuple[Any, ...]:
+    carried = tuple(carried)
+    while bool(run(goes_on, *carried, *given)[0]):
+        carried = run(body, *carried, *given)
+    return carried
+
+
+def _scan(run: Any, step: GraphModule, first: Any, rows: Any, given: Any) -> tuple[Any, ...]:
+    carried, made = tuple(first), []
+    for each in zip(*rows, strict=True):
+        out = run(step, *carried, *each, *given)
+        carried = out[: len(carried)]
+        made.append(out[len(carried) :])
+    return *carried, *_stacked(made)
+
+
+def _map(run: Any, step: GraphModule, rows: Any, given: Any) -> tuple[Any, ...]:
+    return _stacked([run(step, *each, *given) for each in zip(*rows, strict=True)])
+
+
+def _invoke(run: Any, graph: GraphModule, name: Any, *operands: Any) -> tuple[Any, ...]:
+    del name
+    return run(graph, *operands)
+
+
+def _stacked(rows: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return tuple(torch.stack(each) for each in zip(*rows, strict=True))
+
+
+_CONTROL: dict[str, Callable[..., tuple[Any, ...]]] = {
+    "cond": _cond,
+    "while_loop": _while_loop,
+    "scan": _scan,
+    "map_impl": _map,
+    "invoke_subgraph": _invoke,
+}
