@@ -20,7 +20,7 @@ def given(rank, dtype=torch.float32):
     x = torch.randn(tokens, WIDTH, generator=generator).to(dtype)
     weights = torch.rand(tokens, 2, generator=generator).to(dtype)
     chosen = torch.stack([torch.randperm(EXPERTS - 1, generator=generator)[:2] for _ in range(tokens)])
-    chosen[2] = torch.tensor([EXPERTS, 4])
+    chosen[2], chosen[3] = torch.tensor([EXPERTS, 4]), torch.tensor([-1, 0])
     return x, weights, chosen
 
 
@@ -57,10 +57,27 @@ def exchanged(recipe, payload, device):
     x, weights, chosen = (part.to(device) for part in given(distributed.get_rank(), torch.bfloat16))
     experts = EXPERTS // distributed.get_world_size()
     exchange = Exchange(chosen, experts, group=distributed.group.WORLD, recipe=recipe, payload=payload)
-    rows = exchange.dispatch(x)
-    coded = isinstance(rows, QuantizedTensor)
-    rows = rows.dequantize() if coded else rows
-    return rows.cpu(), coded, exchange.offs.tolist(), exchange.combine(rows, weights).cpu()
+    coded = isinstance(exchange.dispatch(x), QuantizedTensor)
+    x.requires_grad_()
+    rows = exchange.dispatch(x, plain=True)
+    back = exchange.combine(rows, weights)
+    (to_x,) = torch.autograd.grad(back.float().sum(), (x,))
+    return rows.detach().cpu(), coded, exchange.offs.tolist(), back.detach().cpu(), to_x.cpu()
+
+
+def idle(device, alone=0):
+    """Sums of this rank's tokens, of which the first rank has none, and their gradients; of a rank by one `alone`."""
+    rank = alone or distributed.get_rank()
+    x, weights, chosen = (part[: len(part) * min(rank, 1)].to(device) for part in given(rank))
+    x.requires_grad_()
+    if alone:
+        out = swiglu_experts(x, chosen, weights, *(side.to(device) for side in experts()), recipe="MXFP8")
+    else:
+        each = EXPERTS // distributed.get_world_size()
+        sides = [side[rank * each : (rank + 1) * each].to(device) for side in experts()]
+        how = {"group": distributed.group.WORLD, "recipe": "MXFP8", "payload": None}
+        out = parallel_swiglu_experts(x, chosen, weights, *sides, **how)
+    return out.detach().cpu(), torch.autograd.grad(out.square().sum(), x)[0].cpu()
 
 
 class Experts(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranked import EXPERTS, Mixture, alone, exchanged, given, together, trained
+from ranked import EXPERTS, Mixture, alone, exchanged, given, idle, together, trained
 from ranks import ranks
 
 from lowbit import FormatError, RecipeError, quantize
@@ -50,7 +50,7 @@ def test_experts_are_given_their_tokens_rounded_once(started, recipe, payload, c
     filled = [torch.nn.functional.pad(x, (0, 24)) for x, *_ in tokens]
     rounded = [x if payload is None else quantize(x, payload, mode="rceil").dequantize() for x in filled]
     rounded = [x[:, :72] for x in rounded]
-    for rank, (rows, was_coded, offs, back) in enumerate(found):
+    for rank, (rows, was_coded, offs, back, to_x) in enumerate(found):
         assert was_coded == coded
         start = 0
         for expert, end in enumerate(offs, rank * EXPERTS // count):
@@ -59,9 +59,20 @@ def test_experts_are_given_their_tokens_rounded_once(started, recipe, payload, c
             start = end
         assert start == len(rows)
         _, weights, chosen = tokens[rank]
-        kept = (weights * (chosen < EXPERTS)).float().sum(1, keepdim=True)
+        kept = (weights * ((chosen >= 0) & (chosen < EXPERTS))).float().sum(1, keepdim=True)
         # Rounded already, they come back as they are.
         torch.testing.assert_close(back.float(), rounded[rank].float() * kept, rtol=2**-7, atol=0)
+        # Of codes of 4 digits.
+        torch.testing.assert_close(to_x.float(), kept.expand_as(to_x), rtol=2**-4 + 2**-6, atol=0)
+
+
+def test_a_rank_without_tokens_takes_part(started):
+    _, device, several = started
+    (nothing, no_gradient), *others = several.run(idle, device)
+    assert nothing.shape == no_gradient.shape == (0, 72)
+    for rank, found in enumerate(others, 1):
+        for one, other in zip(found, idle(device, rank), strict=True):
+            assert (one - other).norm() <= 1e-5 * other.norm()
 
 
 def test_what_cannot_travel_is_refused():

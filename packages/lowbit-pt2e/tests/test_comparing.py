@@ -10,6 +10,7 @@ from test_observing import BATCHES, Looped, Model, exported, sqnr
 
 from lowbit import Recipe, Rule, quantize
 from lowbit_pt2e import GraphError, compare, fold_norms, quantize_layers
+from lowbit_pt2e.passes import difference
 
 
 def test_nodes_are_compared_with_those_that_they_stand_for():
@@ -77,3 +78,36 @@ def test_nothing_departs_from_itself():
     assert all(row.difference.sqnr == float("inf") for row in comparison.rows)
     with pytest.raises(GraphError, match="a Model is no exported graph"):
         compare(graph, Model(), BATCHES[0])
+
+
+class Counting(torch.nn.Module):
+    """Changes its input and a buffer that is not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(()), persistent=False)
+
+    def forward(self, x):
+        x.mul_(2)
+        self.count.add_(1)
+        return self.linear(x) + self.count
+
+
+def test_runs_leave_inputs_and_buffers_what_they_were():
+    x = torch.randn(2, 4)
+    kept = x.clone()
+    graph = exported(Counting(), x.clone())
+    comparison = compare(graph, copy.deepcopy(graph), x)
+    assert all(row.difference.sqnr == float("inf") for row in comparison.rows)
+    quantize_layers(graph, Recipe((Rule.of("*", "INT8_ROW"),)), (x,))
+    assert torch.equal(x, kept)
+    assert float(graph.count) == 0
+
+
+def test_infinities_that_stay_do_not_differ():
+    masked = torch.tensor([1.0, -torch.inf, torch.nan])
+    assert difference([masked], [masked.clone()]).sqnr == float("inf")
+    apart = difference([masked], [torch.tensor([1.0, 0.0, 0.0])])
+    assert (apart.largest, apart.sqnr) == (float("inf"), -float("inf"))
+    assert difference([], []).sqnr == float("inf")

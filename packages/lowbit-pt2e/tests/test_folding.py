@@ -321,3 +321,109 @@ def test_half_precision_weights_are_rounded_once():
 def test_what_was_not_exported_is_refused():
     with pytest.raises(GraphError, match="a Linear is no exported graph; needed is torch.export.export"):
         fold_norms(nn.Linear(2, 2))
+
+
+class Kept(nn.Module):
+    """A layer's output, a norm's input, or statistics that something else reads or writes in place."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.linear, self.norm, self.last = how, nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+        self.register_buffer("cache", torch.zeros(3, 4))
+
+    def forward(self, x):
+        if self.how == "cached":
+            y = self.linear(x)
+            self.cache.copy_(y)
+            return self.norm(y)
+        if self.how == "written after":
+            y = self.linear(x)
+            z = self.norm(y)
+            y.add_(1)
+            return z
+        if self.how == "input written":
+            x = x.relu()
+            y = self.norm(x)
+            x += 1
+            return self.last(y), x
+        if self.how == "in a list":
+            torch._foreach_mul_([self.norm.running_mean], 2.0)
+        elif self.how == "part":
+            self.norm.running_mean.chunk(2)[0].mul_(2.0)
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("how", ["cached", "written after", "input written", "in a list", "part"])
+def test_what_is_read_or_written_elsewhere_is_left(how):
+    model, x = drawn(Kept(how)), torch.randn(3, 4)
+    graph = exported(model, x)
+    other = copy.deepcopy(model)
+    report = fold_norms(graph)
+    assert len(report.refused) == 1
+    assert not report.changed
+    for _ in range(2):
+        torch.testing.assert_close(graph(x), other(x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(dict(graph.named_buffers()).get("cache", other.cache), other.cache, rtol=1e-4, atol=1e-5)
+
+
+def test_a_vector_is_no_layer():
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.norm = nn.Parameter(torch.randn(4)), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(nn.functional.linear(x, self.w))
+
+    (refused,) = folded(drawn(Vector()), torch.randn(2, 3, 4), left=1).refused
+    assert "weight" in refused.reason
+
+
+def test_parameters_that_would_not_be_finite_are_left():
+    model = drawn(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))).to(torch.float16)
+    model[0].weight.data.fill_(300.0)
+    model[1].running_var.fill_(1e-6)
+    (refused,) = fold_norms(exported(model, torch.randn(3, 4, dtype=torch.float16))).refused
+    assert refused.reason == "folded parameters would be too large for torch.float16"
+
+
+def test_a_norm_whose_statistics_are_used_is_left():
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            norm = self.norm
+            y, a, b = torch.native_batch_norm(
+                self.linear(x), norm.weight, norm.bias, norm.running_mean, norm.running_var, False, 0.1, 1e-5
+            )
+            return y, a.sum() + b.sum()
+
+    (refused,) = fold_norms(exported(drawn(Told()), torch.randn(3, 4))).refused
+    assert refused.reason == "its statistics are used, too, or what it gives is not"
+
+
+def test_graphs_of_gradient_modes_and_autocast_are_visited():
+    class Modes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.first, self.second = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            with torch.no_grad():
+                x = self.first(self.one(x))
+            with torch.autocast("cpu", enabled=False):
+                return self.second(self.two(x)).relu()
+
+    model, x = drawn(Modes()), torch.randn(3, 4)
+    graph = torch.export.export(model, (x,)).module()
+    report = fold_norms(graph, (x,))
+    assert len(report.changed) == 2
+    torch.testing.assert_close(graph(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_traced_graph_that_was_not_exported_is_refused():
+    with pytest.raises(GraphError, match="is no exported graph"):
+        fold_norms(torch.fx.symbolic_trace(nn.Linear(2, 2)))

@@ -14,7 +14,7 @@ import lowbit
 from lowbit import Activation, Recipe, Rule
 from lowbit.numerics import choose_scale
 from lowbit.observer import AbsMax, Percentile
-from lowbit_pt2e import GraphError, convert, prepare
+from lowbit_pt2e import GraphError, convert, fold_norms, prepare
 
 LINEAR = torch.ops.lowbit.linear.default
 
@@ -187,4 +187,37 @@ def test_a_layer_that_never_ran_is_named_and_nothing_is_changed():
         prepared(-x)
         prepared(torch.full((2, 8), torch.nan))
     with pytest.raises(GraphError, match="has seen a NaN or an infinity"):
+        convert(prepared)
+
+
+def test_inputs_are_seen_as_layers_take_them():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = x.relu()
+            y[:, 0] = 50.0
+            return self.linear(y)
+
+    model, x = Written(), torch.randn(4, 8)
+    graph = exported(model, x)
+    prepared = prepare(graph, Recipe((Rule.of("*", "INT8_ROW", activation="static:INT8_TENSOR"),))).eval()
+    with torch.no_grad():
+        wanted = graph(x)
+        prepared(x)
+        (seen,) = prepared.observers
+        assert float(seen.high) == 50
+        convert(prepared)
+        assert sqnr(wanted, prepared.model(x)) > 30
+
+
+def test_a_graph_that_was_changed_meanwhile_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)).eval()
+    graph = exported(model, torch.randn(2, 8))
+    prepared = prepare(graph, Recipe((Rule.of("*", "INT8_ROW", activation="static:INT8_TENSOR"),)))
+    prepared(torch.randn(2, 8))
+    fold_norms(graph)
+    with pytest.raises(GraphError, match="the graph was changed after it was prepared"):
         convert(prepared)

@@ -126,7 +126,7 @@ def test_weights_of_loops_are_quantized_once_and_their_numbers_leave_the_model()
     assert count(graph, *FLOAT) == 0
     names = [name for name, _ in [*graph.named_parameters(), *graph.named_buffers()]]
     assert sorted(each for each in names if "lifted" not in each) == [
-        *("one.bias", "one_weight_qdata", "one_weight_scale", "table_qdata", "table_scale")
+        *("one.bias", "one_weight_qdata", "one_weight_scale", "table_turned_qdata", "table_turned_scale")
     ]
     weight, table = (lowbit.quantize(each, "INT8_ROW").dequantize() for each in (model.one.weight, model.table.T))
     with torch.no_grad():
@@ -153,3 +153,30 @@ def test_what_a_recipe_may_not_say_is_refused_and_nothing_is_changed():
         quantize_layers(graph, Recipe((Rule.of("*", "INT4_G128"),)))
     assert graph.code == before
     torch.testing.assert_close(graph(x), copy.deepcopy(model)(x))
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+@pytest.mark.parametrize("shape", [(32, 32), (32, 64)])
+def test_a_weight_that_is_used_both_ways_has_codes_for_each(decomposed, shape):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(shape) / 6)
+
+        def forward(self, x):
+            return nn.functional.linear(x @ self.w, self.w)
+
+    model, x = Both(), torch.randn(3, 32)
+    graph = exported(model, x, decomposed=decomposed)
+    quantize_layers(graph, Recipe((Rule.of("*", "INT8_ROW"),)), (x,))
+    there, back = (lowbit.quantize(each, "INT8_ROW").dequantize() for each in (model.w.detach().T, model.w.detach()))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x), nn.functional.linear(nn.functional.linear(x, there), back))
+
+
+def test_an_activation_that_does_not_fit_is_refused_before():
+    graph = exported(nn.Linear(48, 16).eval(), torch.randn(2, 48))
+    before = graph.code
+    with pytest.raises(FormatError, match="last dimension 48 .* is not a multiple of block 32"):
+        quantize_layers(graph, Recipe((Rule.of("*", "FP8_ROW", activation="dynamic:MXFP8"),)))
+    assert graph.code == before

@@ -145,7 +145,8 @@ def _rows(chosen: list[tuple[str, nn.Module, TrainRule | None]]) -> list[Convert
     kept: set[tuple[TrainRecipe, str]] = set()
     for recipe, names in layers.items():
         order = list(dict.fromkeys(names))
-        kept |= {(recipe, name) for name in (*order[: recipe.keep_first], *order[len(order) - recipe.keep_last :])}
+        last = max(0, len(order) - recipe.keep_last)
+        kept |= {(recipe, name) for name in (*order[: recipe.keep_first], *order[last:])}
     rows: list[Converted] = []
     for name, _, rule in chosen:
         reason = None

@@ -53,15 +53,21 @@ class Exchange:
         self._theirs = theirs.view(ranks, experts)
         sizes = torch.stack((ours.view(ranks, experts).sum(1), self._theirs.sum(1)))
         self._sizes = sizes.to("cpu", non_blocking=True)
-        self._told = None if sizes.device.type == "cpu" else torch.accelerator.current_stream().record_event()
+        on_host = sizes.device.type == "cpu"
+        self._told = None if on_host else torch.accelerator.current_stream(sizes.device).record_event()
 
-    def dispatch(self, x: Tensor) -> Tensor:
+    def dispatch(self, x: Tensor, *, plain: bool = False) -> Tensor:
         """Rows (M, K) for this rank's experts, of all ranks' tokens x (T, K), in groups that end at `offs`.
 
         They are a QuantizedTensor, which `grouped_mm` takes as it is, where the recipe's forward product has the
-        payload's format; else numbers in the dtype of x.
+        payload's format; else, and if `plain`, numbers in the dtype of x.
+
+        Raises:
+            FormatError: x has another number of rows than there are choices.
         """
-        return _Dispatch.apply(x, self)
+        if x.dim() != 2 or x.shape[0] != self.routing.places.shape[0]:
+            raise FormatError(f"needed is x (T, K) of {self.routing.places.shape[0]} tokens; this is {tuple(x.shape)}")
+        return _Dispatch.apply(x, self, plain)
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
         """Sums (T, K) over what each token's experts gave, rows (M, K) on their ranks, times `weights` (T, k)."""
@@ -167,11 +173,13 @@ class _Dispatch(torch.autograd.Function):
     """Tokens to the ranks of their experts."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, way: Exchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, way: Exchange, plain: bool) -> Tensor:  # noqa: FBT001 - as autograd calls it
         """Send."""
         ctx.way = way
         found, k, takes = way.to_experts(x, way.routing.tokens), x.shape[1], way.recipe.forward
-        if not isinstance(found, Operand) or takes is None or found.format != str(takes.left) or k % takes.align:
+        if plain or not isinstance(found, Operand) or takes is None:
+            return values(found, x)
+        if found.format != str(takes.left) or k % takes.align:
             return values(found, x)
         codes, scale, _ = found.parts
         return QuantizedTensor.from_parts(codes, Scales(scale), takes.left, k=k, dtype=x.dtype)
@@ -182,8 +190,8 @@ class _Dispatch(torch.autograd.Function):
         way: Exchange = ctx.way
         rows, places = way.to_tokens(grads[0]), way.routing.places
         rows = torch.nn.functional.pad(rows, (0, 0, 0, places.numel() - rows.shape[0]))
-        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, -1)
-        return picked.sum(1, dtype=torch.float32).to(rows.dtype), None
+        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, rows.shape[1])
+        return picked.sum(1, dtype=torch.float32).to(rows.dtype), None, None
 
 
 class _Return(torch.autograd.Function):

@@ -88,7 +88,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, tokens, places)
-        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, -1).to(torch.float32)
+        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, rows.shape[1]).to(torch.float32)
         return (picked * weights.to(torch.float32).unsqueeze(-1)).sum(1).to(rows.dtype)
 
     @staticmethod
@@ -96,6 +96,6 @@ class _Combine(torch.autograd.Function):
         (grad,), (rows, weights, tokens, places) = grads, ctx.saved_tensors
         by_row = torch.empty_like(weights.reshape(-1)).scatter_(0, places.reshape(-1), weights.reshape(-1))
         to_rows = (grad.index_select(0, tokens) * by_row.unsqueeze(-1).to(grad.dtype)).to(rows.dtype)
-        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, -1).to(torch.float32)
+        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, rows.shape[1]).to(torch.float32)
         to_weights = (picked * grad.to(torch.float32).unsqueeze(1)).sum(-1).to(weights.dtype)
         return to_rows, to_weights, None, None

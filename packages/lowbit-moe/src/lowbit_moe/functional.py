@@ -113,7 +113,7 @@ def _check_operands(x: Tensor, weight: Tensor, recipe: TrainRecipe) -> None:
             along = x.permutation == tuple(range(x.dim()))
             if along and found == str(recipe.forward.left) and x.shape[-1] % recipe.forward.align == 0:
                 return
-        raise FormatError(f"x {tuple(x.shape)} is rounded to {found}; {recipe.name} takes {takes}: dequantize() it")
+        raise FormatError(f"x {tuple(x.shape)} is rounded to {found}; {recipe.name} takes {takes}")
 
 
 def _seed(x: Tensor, recipe: TrainRecipe) -> Tensor | None:
@@ -185,7 +185,7 @@ class _Layer(torch.autograd.Function):
                 to_x = _plain(grad, weight.mT.to(grad.dtype), offs).to(ctx.dtype)
             if to_x is not None and places is not None:
                 # Of each token in one order.
-                picked = to_x.index_select(0, places.reshape(-1)).view(*places.shape, -1)
+                picked = to_x.index_select(0, places.reshape(-1)).view(*places.shape, to_x.shape[1])
                 to_x = picked.sum(1, dtype=torch.float32).to(ctx.dtype)
             if by_column is not None:
                 found = ways.by_column(by_column, Operand(tuple(saved), *ctx.kept), grad.dtype)

@@ -22,7 +22,7 @@ class Routing(NamedTuple):
 
     @staticmethod
     def of(chosen: Tensor, experts: int) -> Routing:
-        """The order of rows that go to `chosen` (T, k) experts; of those from `experts` on, rows follow the last end.
+        """The order of rows that go to `chosen` (T, k) experts; of those that there are not, rows follow the last end.
 
         Nothing waits for the device.
 
@@ -31,7 +31,8 @@ class Routing(NamedTuple):
         """
         if chosen.dim() != 2 or chosen.dtype.is_floating_point:
             raise FormatError(f"chosen experts are (T, k) integers; these are {chosen.dtype} {tuple(chosen.shape)}")
-        flat = chosen.reshape(-1)
+        flat = chosen.reshape(-1).to(torch.int64)
+        flat = torch.where(flat < 0, experts, flat)
         ordered, order = flat.sort(stable=True)
         each = torch.arange(experts, device=flat.device, dtype=flat.dtype)
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from lowbit.table import align
 from lowbit_pt2e.graphs import WAS, regions, source
-from lowbit_pt2e.passes import Difference, difference
+from lowbit_pt2e.passes import Difference, copied, difference, unchanged
 from lowbit_pt2e.running import Watching
 
 
@@ -82,6 +82,6 @@ def _values(model: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, str], 
                 value.detach().clone()
             )
 
-    with torch.no_grad():
-        Watching(found[0].module, take).run(*inputs)
+    with torch.no_grad(), unchanged(model):
+        Watching(found[0].module, after=take).run(*copied(inputs))
     return values

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from lowbit_pt2e.graphs import WAS, Editor, Region
-from lowbit_pt2e.layers import LINEARS, TURNS, linear_of
+from lowbit_pt2e.graphs import WAS, Editor, Region, untold
+from lowbit_pt2e.layers import LINEARS, TURNS, Linear, linear_of
 from lowbit_pt2e.passes import Match, Pass, Report, run_passes
 
 _aten: Any = torch.ops.aten
@@ -61,7 +61,6 @@ def fold_norms(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Repor
 class _Norm:
     """What a norm does to each channel (C,), in float64."""
 
-    node: Node
     scale: Tensor
     shift: Tensor
 
@@ -78,35 +77,37 @@ class NormAfter:
             layer, way = _up(node.args[0]) if node.target in _NORMS else (None, [])
             if layer is None or layer.target not in {*_CONVOLUTIONS, *LINEARS}:
                 continue
-            norm, linear = _norm(region, node), None
-            refusal = norm if isinstance(norm, str) else _shared([layer, *way])
+            norm = _norm(region, node)
+            refusal = norm if isinstance(norm, str) else _shared([layer, *way]) or untold(layer)
             if layer.target in _CONVOLUTIONS:
                 refusal = refusal or _convolution_misfit(region, layer, way)
+                x, held, old = layer.args[0], *map(region.constant, (*layer.args, None)[1:3])
             else:
                 linear = linear_of(region, layer)
                 refusal = refusal or (linear if isinstance(linear, str) else _linear_misfit(layer, way))
-            yield Match(node, refusal, partial(self._fold, region, norm, layer, linear, way))
+                x, held, old = (None,) * 3 if isinstance(linear, str) else (linear.x, linear.weight, linear.bias)
+            parts: Any = None
+            if refusal is None and isinstance(norm, _Norm) and held is not None:
+                parts = _like(_scaled(held, norm.scale, layer), held), _moved(old, norm, held)
+                refusal = _overflow(parts, (held, old))
+            yield Match(node, refusal, partial(self._fold, region, node, layer, way, x, parts))
 
-    def _fold(self, region: Region, norm: Any, layer: Node, linear: Any, way: list[Node]) -> None:
-        edit, name = Editor(region, layer, layer), layer.name
-        if linear is not None:
-            weight = edit.constant(f"{name}_weight", _like(linear.weight.double() * norm.scale[:, None], linear.weight))
-            bias = edit.constant(f"{name}_bias", _moved(linear.bias, norm, linear.weight))
-            made = edit.call(_aten.linear.default, linear.x, weight, bias)
+    def _fold(self, region: Region, norm: Node, layer: Node, way: list[Node], x: Any, parts: Any) -> None:
+        edit = Editor(region, layer, layer)
+        weight, bias = (
+            edit.constant(f"{layer.name}_{name}", part) for name, part in zip(("weight", "bias"), parts, strict=True)
+        )
+        if layer.target in _CONVOLUTIONS:
+            made = edit.call(layer.target, x, weight, bias, *layer.args[3:], **layer.kwargs)  # pyright: ignore[reportArgumentType] - an operator
         else:
-            x, weight, bias, *rest = (*layer.args, None)[: max(len(layer.args), 3)]
-            held, old = region.constant(weight), region.constant(bias)
-            assert held is not None
-            weight = edit.constant(f"{name}_weight", _like(_scaled(held, norm.scale, layer), held))
-            bias = edit.constant(f"{name}_bias", _moved(old, norm, held))
-            made = edit.call(layer.target, x, weight, bias, *rest, **layer.kwargs)  # pyright: ignore[reportArgumentType] - an operator
+            made = edit.call(_aten.linear.default, x, weight, bias)
         layer.replace_all_uses_with(made)
         region.module.graph.erase_node(layer)
         # What the norm took is now what it gave; what was before that, nothing that was.
         for each in (*way, made):
             each.meta[WAS] = None
-        (*way, made)[0].meta[WAS] = _result(norm.node).name
-        _leave_out(region, norm.node)
+        (*way, made)[0].meta[WAS] = _result(norm).name
+        _leave_out(region, norm)
 
 
 class NormBefore:
@@ -118,32 +119,43 @@ class NormBefore:
     def matches(self, region: Region) -> Iterator[Match]:
         """Linear layers whose input, but for turns and views, is a norm's output."""
         for node in region.nodes:
-            given = node.args[node.target is _aten.addmm.default] if node.target in LINEARS else None
+            given: Any = node.args[node.target is _aten.addmm.default] if node.target in LINEARS else None
             found, way = _up(given)
             if found is None or found.target not in _NORMS:
                 continue
             norm, linear = _norm(region, found), linear_of(region, node)
-            refusal = next((each for each in (norm, linear) if isinstance(each, str)), None)
-            if refusal is None and _back(given.meta["val"].dim() - 1, way) != 1:  # pyright: ignore - a node
+            refusal = next((each for each in (norm, linear) if isinstance(each, str)), None) or untold(node)
+            if refusal is None and _back(given.meta["val"].dim() - 1, way) != 1:
                 refusal = "the layer sums over another dimension than the norm's channels"
             refusal = refusal or _shared([_result(found), *way])
-            yield Match(node, refusal, partial(self._fold, region, norm, node, linear, way))
+            if refusal is None and region.changes(found.args[0]):  # pyright: ignore[reportArgumentType] - a node
+                refusal = "what the norm takes is changed in place, and the layer would take it later"
+            parts: Any = None
+            if refusal is None and isinstance(norm, _Norm) and isinstance(linear, Linear):
+                wide = linear.weight.detach().double()
+                total = wide @ norm.shift + (0 if linear.bias is None else linear.bias.detach().double())
+                weight = _like(wide * norm.scale, linear.weight)
+                parts = weight, _like(total, linear.weight if linear.bias is None else linear.bias)
+                refusal = _overflow(parts, (linear.weight, linear.bias))
+            yield Match(node, refusal, partial(self._fold, region, found, node, way, linear, parts))
 
-    def _fold(self, region: Region, norm: Any, node: Node, linear: Any, way: list[Node]) -> None:
-        edit, wide = Editor(region, node, node), linear.weight.double()
-        total = wide @ norm.shift + (0 if linear.bias is None else linear.bias.double())
-        weight = edit.constant(f"{node.name}_weight", _like(wide * norm.scale, linear.weight))
-        bias = edit.constant(f"{node.name}_bias", _like(total, linear.weight if linear.bias is None else linear.bias))
+    def _fold(self, region: Region, norm: Node, node: Node, way: list[Node], linear: Any, parts: Any) -> None:
+        edit = Editor(region, node, node)
+        weight, bias = (
+            edit.constant(f"{node.name}_{name}", part) for name, part in zip(("weight", "bias"), parts, strict=True)
+        )
         node.replace_all_uses_with(edit.call(_aten.linear.default, linear.x, weight, bias))
         region.module.graph.erase_node(node)
         for each in way:
             each.meta[WAS] = None
-        _leave_out(region, norm.node)
+        _leave_out(region, norm)
 
 
 def _norm(region: Region, node: Node) -> _Norm | str:
     """What a norm does, or why that is not known before it runs."""
     trains, eps = _NORMS[node.target]
+    if isinstance(node.meta.get("val"), (tuple, list)) and [each.args[1] for each in _users(node)] != [0]:
+        return "its statistics are used, too, or what it gives is not"
     if trains is not None and node.args[trains]:
         return "it normalizes by the statistics of each batch; export the model in eval mode"
     weight, bias, mean, variance = node.args[1:5]
@@ -160,7 +172,7 @@ def _norm(region: Region, node: Node) -> _Norm | str:
     scale = (wide[3] + node.args[eps]).rsqrt()  # pyright: ignore[reportOperatorIssue] - a number
     scale = scale if wide[0] is None else scale * wide[0]
     shift = -wide[2] * scale
-    return _Norm(node, scale, shift if wide[1] is None else shift + wide[1])
+    return _Norm(scale, shift if wide[1] is None else shift + wide[1])
 
 
 def _convolution_misfit(region: Region, layer: Node, way: list[Node]) -> str | None:
@@ -221,10 +233,15 @@ def _back(dim: int, way: list[Node]) -> int | None:
 def _shared(nodes: list[Node]) -> str | None:
     """Who else uses one of these, which one alone may."""
     for node in nodes:
-        users = sorted(each for each in node.users if each.users or each.op == "output")
+        users = _users(node)
         if len(users) > 1:
             return f"{node.name} is used by {' and '.join(each.name for each in users)}"
     return None
+
+
+def _users(node: Node) -> list[Node]:
+    """Who uses a node, but for those that nothing comes of."""
+    return sorted(each for each in node.users if each.users or each.is_impure())
 
 
 def _result(norm: Node) -> Node:
@@ -242,8 +259,10 @@ def _leave_out(region: Region, norm: Node) -> None:
 
 
 def _scaled(weight: Tensor, scale: Tensor, layer: Node) -> Tensor:
-    """A convolution's weight with its output channels scaled, in float64."""
+    """A layer's weight with its output channels scaled, in float64."""
     wide = weight.detach().double()
+    if layer.target not in _CONVOLUTIONS:
+        return wide * scale[:, None]
     transposed = _CONVOLUTIONS[layer.target]
     if layer.target is _aten.convolution.default:
         transposed, at = layer.args[6], 8
@@ -268,6 +287,14 @@ def _like(value: Tensor, old: Tensor) -> Tensor:
     """`value` of the dtype and the kind of `old`."""
     value = value.detach().to(old.dtype)
     return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+def _overflow(parts: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor | None]) -> str | None:
+    """Whether what was finite is not any more."""
+    for part, before in zip(parts, old, strict=True):
+        if (before is None or bool(before.isfinite().all())) and not bool(part.isfinite().all()):
+            return f"folded parameters would be too large for {part.dtype}"
+    return None
 
 
 _: tuple[type[Pass], ...] = (NormAfter, NormBefore)

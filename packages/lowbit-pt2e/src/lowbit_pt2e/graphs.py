@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from lowbit import LowbitError
 
@@ -33,6 +34,8 @@ class GraphError(LowbitError):
 # Where the arguments of a call are that each of its graphs is given as they are, after what is computed anew.
 _GIVEN = {"cond": 3, "while_loop": 3, "scan": 3, "map_impl": 2}
 _ANEW = {"cond": (), "while_loop": (2,), "scan": (1, 2), "map_impl": (1,)}
+FROM = {"invoke_subgraph": 2, "wrap_with_set_grad_enabled": 2, "wrap_with_autocast": 5}
+"""Operators that run one graph once, and from where on their arguments are what it is given."""
 
 
 @dataclass(eq=False)
@@ -47,8 +50,8 @@ class Call:
     def operands(self) -> list[Any]:
         """What each graph's placeholders stand for; None: what is computed anew each time."""
         name, args = _name(self.node), self.node.args
-        if name == "invoke_subgraph":
-            return list(args[2:])
+        if name in FROM:
+            return list(args[FROM[name] :])
         anew: list[Any] = [None for at in _ANEW[name] for _ in args[at]]  # pyright: ignore - tuples of nodes
         return [*anew, *args[_GIVEN[name]]]  # pyright: ignore - as above
 
@@ -63,8 +66,8 @@ class Call:
 
     def _operate(self, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
         name, args = _name(self.node), list(self.node.args)
-        if name == "invoke_subgraph":
-            args[2:] = change(tuple(args[2:]))
+        if name in FROM:
+            args[FROM[name] :] = change(tuple(args[FROM[name] :]))
         else:
             held: Any = args[_GIVEN[name]]
             args[_GIVEN[name]] = change(tuple(held))
@@ -79,6 +82,8 @@ class Region:
     name: str
     module: GraphModule
     callers: list[Call] = field(default_factory=list)
+    # Nodes that run graphs in a way that is not known here.
+    unknown: list[Node] = field(default_factory=list)
     # Where tensors lie that some graph of the model changes while it runs.
     written: set[int] = field(default_factory=set)
 
@@ -107,6 +112,11 @@ class Region:
         given = [region.constant(each) for region, each in self.given(node)]
         return given[0] if all(each is not None and each is given[0] for each in given) else None
 
+    def changes(self, node: Node) -> bool:
+        """Whether something in this graph writes to where a value lies."""
+        there = origin(node)
+        return any(origin(each) is there for other in self.nodes for each in changed_by(other))
+
     def given(self, placeholder: Node) -> list[tuple[Region, Any]]:
         """What calls give for it, each with the graph that the call is in; None: what is computed anew."""
         place = self.placeholders.index(placeholder)
@@ -124,9 +134,12 @@ def regions(model: nn.Module) -> list[Region]:
     """Every graph of an exported model, the whole first, each once however often it is called.
 
     Raises:
-        GraphError: `model` is none that was exported, or calls graphs in a way that is not known here.
+        GraphError: `model` is none that was exported.
     """
-    if not isinstance(model, GraphModule):
+    told = isinstance(model, GraphModule) and all(
+        "val" in node.meta for node in model.graph.find_nodes(op="placeholder")
+    )
+    if not isinstance(model, GraphModule) or not told:
         raise GraphError(
             f"a {type(model).__name__} is no exported graph; needed is torch.export.export(model, inputs).module()"
         )
@@ -146,7 +159,7 @@ def regions(model: nn.Module) -> list[Region]:
         _place(held)
         for region in found
         for node in region.nodes
-        for each in _changed(node)
+        for each in changed_by(node)
         for held in _held_by(region, each)
     )
     return found
@@ -156,32 +169,42 @@ def _place(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _changed(node: Node) -> list[Node]:
+def changed_by(node: Node) -> list[Node]:
     """What a node changes in place."""
-    given = zip(_arguments(node), node.args, strict=False)
-    named = [(argument, node.kwargs[argument.name]) for argument in _arguments(node) if argument.name in node.kwargs]
     return [
         value
-        for argument, value in (*given, *named)
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node)
+        for argument, given in _given(node)
+        if argument.alias_info and argument.alias_info.is_write
+        for value in given
     ]
 
 
-def _arguments(node: Node) -> list[Any]:
-    return node.target._schema.arguments if isinstance(node.target, torch._ops.OpOverload) else []  # noqa: SLF001 # pyright: ignore - no public name
+def origin(node: Node) -> Node:
+    """What a value is a view, a part or a list of: the node that made the memory in which it lies."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            viewed = [node.args[0]]
+        else:
+            viewed = [value for argument, given in _given(node) if argument.alias_info for value in given]
+        if not viewed or not isinstance(viewed[0], Node):
+            return node
+        node = viewed[0]
+    return node
+
+
+def _given(node: Node) -> list[tuple[Any, list[Node]]]:
+    """Arguments of an operator, as its schema has them, with the nodes that are given for each, lists' too."""
+    if not isinstance(node.target, torch._ops.OpOverload):  # noqa: SLF001 # pyright: ignore - no public name
+        return []
+    arguments = node.target._schema.arguments  # noqa: SLF001 # pyright: ignore - as above
+    pairs = [*zip(arguments, node.args, strict=False)]
+    pairs += [(argument, node.kwargs[argument.name]) for argument in arguments if argument.name in node.kwargs]
+    return [(argument, [each for each in tree_leaves(value) if isinstance(each, Node)]) for argument, value in pairs]
 
 
 def _held_by(region: Region, node: Node) -> list[Tensor]:
     """The attributes that a node is, or is a view of; of what a graph is given, those of all calls."""
-    while node.op == "call_function":
-        viewed = [
-            value
-            for argument, value in zip(_arguments(node), node.args, strict=False)
-            if argument.alias_info is not None and isinstance(value, Node)
-        ]
-        if not viewed:
-            return []
-        node = viewed[0]
+    node = origin(node)
     if node.op == "get_attr":
         held = _attribute(region.module, str(node.target))
         return [held] if isinstance(held, Tensor) else []
@@ -198,8 +221,10 @@ def _graphs(region: Region, node: Node) -> list[tuple[str, GraphModule]]:
     names = [str(each.target) for each in node.args if isinstance(each, Node) and each.op == "get_attr"]
     parts = [(name, _attribute(region.module, name)) for name in names]
     graphs = [(name, part) for name, part in parts if isinstance(part, GraphModule)]
-    if graphs and _name(node) not in {*_GIVEN, "invoke_subgraph"}:
-        raise GraphError(f"{node.name} runs graphs by {_name(node)}, which is not known here{source(node)}")
+    if graphs and _name(node) not in {*_GIVEN, *FROM}:
+        # What it does with them is not known: they stay as they are.
+        region.unknown.append(node)
+        return []
     return graphs
 
 
@@ -233,6 +258,12 @@ def lacks(node: Node) -> list[str]:
     if node.op == "get_attr":
         return [] if "val" in node.meta or "nn_module_stack" in node.meta else ["val"]
     return [name for name in META if node.meta.get(name) is None]
+
+
+def untold(node: Node) -> str | None:
+    """Why nothing can be put in the place of a node: new ones say what it says."""
+    missing = lacks(node)
+    return f"it does not say its {', '.join(missing)}; export the model anew" if missing else None
 
 
 class Editor:

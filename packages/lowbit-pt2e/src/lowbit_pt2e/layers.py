@@ -25,8 +25,9 @@ class Linear:
 
     x: Node
     weight: Tensor
-    # The name of the attribute that it is, or is the transpose of.
+    # The name of the attribute that it is, or, if `turned`, is the transpose of.
     name: str
+    turned: bool
     bias: Tensor | None
     # The node that is the bias.
     added: Node | None
@@ -44,12 +45,14 @@ def linear_of(region: Region, node: Node) -> Linear | str:
         bias, x, weight = node.args if node.target is _aten.addmm.default else (None, *node.args)
         held, origin = _matrix(region, weight)
         held = None if held is None else held.T
-    if held is None or not isinstance(x, Node):
+    if held is None or held.dim() != 2 or not isinstance(x, Node):
         return "its layer's weight is computed or changed in the graph"
     added = region.constant(bias)
     if bias is not None and (added is None or added.dim() != 1):
         return "its layer's bias is computed or changed in the graph"
-    return Linear(x, held, region.path(origin), added, bias)  # pyright: ignore[reportArgumentType] - a node, if a constant
+    attribute = region.constant(origin)
+    turned = attribute is not None and (attribute.shape, attribute.stride()) != (held.shape, held.stride())
+    return Linear(x, held, region.path(origin), turned, added, bias)  # pyright: ignore[reportArgumentType] - a node, if a constant
 
 
 def _matrix(region: Region, node: Any) -> tuple[Tensor | None, Any]:

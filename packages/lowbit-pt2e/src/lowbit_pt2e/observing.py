@@ -29,26 +29,33 @@ class Prepared(nn.Module):
         super().__init__()
         self.model, self.recipe, self.asked = model, recipe, asked
         self.observers = nn.ModuleList()
-        # By graph and node that is the input, which layers take alike.
-        self.places: dict[tuple[GraphModule, Node], int] = {}
-        for region, _, layer, rule in asked.layers:
+        # By graph and input, which layers take alike; and by layer.
+        shared: dict[tuple[GraphModule, Node], int] = {}
+        self.places: dict[tuple[GraphModule, Node], tuple[Node, int]] = {}
+        for region, node, layer, rule in asked.layers:
             if rule.activation is None or rule.activation.scaling == "dynamic":
                 continue
             key = (region.module, layer.x)
-            if key not in self.places:
-                self.places[key] = len(self.observers)
+            if key not in shared:
+                shared[key] = len(self.observers)
                 self.observers.append(observer())
+            self.places[region.module, node] = layer.x, shared[key]
 
     def forward(self, *inputs: Any) -> Any:
         """What the graph gives."""
-        return Watching(self.model, self.take).run(*inputs)
+        return Watching(self.model, before=self.take).run(*inputs)
 
-    def take(self, graph: GraphModule, node: Node, value: Any) -> None:
-        """Note a value, if a layer takes it whose scale is asked for."""
-        place = self.places.get((graph, node))
-        if place is not None:
+    def train(self, mode: bool = True) -> Prepared:  # noqa: FBT001, FBT002 - nn.Module's
+        """Nothing changes: exported graphs are in the mode that they were exported in."""
+        self.training = mode
+        return self
+
+    def take(self, graph: GraphModule, node: Node, values: Any) -> None:
+        """Note what a layer is about to take, if its scale is asked for."""
+        if (graph, node) in self.places:
+            x, place = self.places[graph, node]
             observer: Any = self.observers[place]
-            observer.update(value)
+            observer.update(values[x])
 
     def scales(self, region: Region, node: Node, layer: Linear, activation: Activation) -> Scales:
         """The scales of a layer's input.
@@ -56,7 +63,7 @@ class Prepared(nn.Module):
         Raises:
             GraphError: it never ran, or was given a NaN or an infinity.
         """
-        observer: Any = self.observers[self.places[region.module, layer.x]]
+        observer: Any = self.observers[self.places[region.module, node][1]]
         try:
             return observer.qparams(activation.format)
         except FormatError as error:
@@ -87,10 +94,12 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
     It is `prepared.model` then; see `quantize_layers` for what becomes of layers.
 
     Raises:
-        GraphError: a layer's input was never seen, or was not finite; the message names the layer, and nothing is
-            changed.
+        GraphError: a layer's input was never seen, or was not finite; the message names the layer. Or the graph was
+            changed since. Nothing is changed then.
     """
     found: dict[Node, Scales] = {}
+    if any(node not in region.module.graph.nodes for region, node, _, _ in prepared.asked.layers):
+        raise GraphError("the graph was changed after it was prepared; prepare it once more, after other passes")
     for region, node, layer, rule in prepared.asked.layers:
         if rule.activation is not None and rule.activation.scaling != "dynamic":
             found[node] = prepared.scales(region, node, layer, rule.activation)

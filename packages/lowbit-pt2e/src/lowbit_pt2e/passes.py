@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -108,9 +109,14 @@ def run_passes(model: nn.Module, passes: Sequence[Pass], inputs: tuple[Any, ...]
         GraphError: the model is none that was exported; or a pass added what it does not say that it does, or nodes
             that lack something.
     """
-    findings: list[Finding] = []
     differences: dict[str, Difference] = {}
-    regions(model)
+    findings = [
+        Finding(
+            "-", region.name, node.name, f"{node.target} runs graphs, which stay as they are", source(node).lstrip(", ")
+        )
+        for region in regions(model)
+        for node in region.unknown
+    ]
     before = None if inputs is None else outputs(model, inputs)
     for each in passes:
         changed = False
@@ -134,7 +140,7 @@ def run_passes(model: nn.Module, passes: Sequence[Pass], inputs: tuple[Any, ...]
 
 def _check(each: Pass, region: Region, added: Iterable[Node]) -> None:
     for node in added:
-        if node.op == "call_function" and node.target not in each.adds:
+        if node.op not in {"get_attr", "placeholder"} and node.target not in each.adds:
             raise GraphError(f"{each.name} added {node.target}, which is not what it says it adds{source(node)}")
         if missing := lacks(node):
             where = region.name or "the graph"
@@ -143,17 +149,45 @@ def _check(each: Pass, region: Region, added: Iterable[Node]) -> None:
 
 def outputs(model: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     """What a model gives for copies of inputs, as a list of tensors; its own state is what it was."""
-    kept = {name: part.clone() for name, part in model.state_dict().items()}
-    with torch.no_grad():
-        found = pytree.tree_leaves(model(*copy.deepcopy(inputs)))
-    model.load_state_dict(kept)
+    with torch.no_grad(), unchanged(model):
+        found = pytree.tree_leaves(model(*copied(inputs)))
     return [each.detach().clone() for each in found if isinstance(each, Tensor)]
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Generator[None]:
+    """Give a model's parameters and buffers back what they held."""
+    state = [*model.parameters(), *model.buffers()]
+    kept = [part.detach().clone() for part in state]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for part, held in zip(state, kept, strict=True):
+                part.copy_(held)
+
+
+def copied(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Inputs that a model may change."""
+    return pytree.tree_map_only(Tensor, _clone, inputs)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
+
+
 def difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> Difference:
-    """Between two lists of as many tensors."""
-    pairs = [(a.double().flatten(), b.double().flatten()) for a, b in zip(before, after, strict=True)]
-    one, other = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-    error = (one - other).square().sum()
-    largest = float((one - other).abs().max()) if one.numel() else 0.0
-    return Difference(largest, float("inf") if error == 0 else float(10 * (one.square().sum() / error).log10()))
+    """Between two lists of as many tensors; numbers that are the same, infinities too, do not differ."""
+    largest, energy, error = 0.0, 0.0, 0.0
+    for one, other in zip(before, after, strict=True):
+        a, b = one.double(), other.double()
+        # A NaN where there was none is as far as can be.
+        off = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs().nan_to_num(nan=math.inf))
+        if off.numel():
+            largest = max(largest, float(off.max()))
+            energy += float(torch.where(a.isfinite(), a, 0.0).square().sum())
+            error += float(off.square().sum())
+    if error == 0:
+        return Difference(largest, float("inf"))
+    share = energy / error
+    return Difference(largest, 10 * math.log10(share) if share else -math.inf)

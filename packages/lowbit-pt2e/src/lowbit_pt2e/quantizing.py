@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from lowbit import QuantizedTensor, Recipe, RecipeError, Rule, quantize
 from lowbit.numerics import Scales
-from lowbit_pt2e.graphs import Editor, Region, regions
+from lowbit_pt2e.graphs import Editor, Region, regions, untold
 from lowbit_pt2e.layers import LINEARS, Linear, linear_of
 from lowbit_pt2e.passes import Match, Report, run_passes
 
@@ -44,13 +44,17 @@ def quantize_layers(model: nn.Module, recipe: Recipe, inputs: tuple[Any, ...] | 
     return put_weights(model, recipe, wanted(model, recipe), {}, inputs)
 
 
+Key = tuple[str, bool, Rule]
+"""A weight by its name, whether it is turned, and the rule that decides it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a recipe says of a model's layers."""
 
     # Each with its graph, its node and the rule that gives it a format.
     layers: list[tuple[Region, Node, Linear, Rule]]
-    weights: dict[tuple[str, Rule], QuantizedTensor]
+    weights: dict[Key, QuantizedTensor]
 
 
 def wanted(model: nn.Module, recipe: Recipe) -> Wanted:
@@ -72,14 +76,17 @@ def wanted(model: nn.Module, recipe: Recipe) -> Wanted:
             f"{', '.join(dict.fromkeys(name for name, _ in known)) or 'none'}"
         )
     asked: list[tuple[Region, Node, Linear, Rule]] = []
-    weights: dict[tuple[str, Rule], QuantizedTensor] = {}
+    weights: dict[Key, QuantizedTensor] = {}
     for (region, node, layer), each in zip(layers, known, strict=True):
         rule = recipe.resolve(*each)
         if rule is None or rule.weight is None:
             continue
         asked.append((region, node, layer, rule))
-        if (layer.name, rule) not in weights:
-            weights[layer.name, rule] = quantize(layer.weight.detach(), rule.weight)
+        if rule.activation is not None:
+            # Refuses a format that does not fit the layer's inputs.
+            rule.activation.format.scale_shape((1, layer.weight.shape[1]))
+        if (layer.name, layer.turned, rule) not in weights:
+            weights[layer.name, layer.turned, rule] = quantize(layer.weight.detach(), rule.weight)
     return Wanted(asked, weights)
 
 
@@ -100,9 +107,7 @@ class _QuantizeLayers:
     name = "quantize linear layers"
     adds = (_op,)
 
-    def __init__(
-        self, recipe: Recipe, weights: Mapping[tuple[str, Rule], QuantizedTensor], scales: Mapping[Node, Scales]
-    ) -> None:
+    def __init__(self, recipe: Recipe, weights: Mapping[Key, QuantizedTensor], scales: Mapping[Node, Scales]) -> None:
         self.recipe, self.weights, self.scales = recipe, weights, scales
 
     def matches(self, region: Region) -> Iterator[Match]:
@@ -119,10 +124,13 @@ class _QuantizeLayers:
                     refusal = "no rule matches its weight"
                 elif rule.weight is None:
                     refusal = f"rule {rule.match!r} keeps its weight"
+                else:
+                    refusal = untold(node)
             yield Match(node, refusal, partial(self._put, region, node, layer, rule))
 
     def _put(self, region: Region, node: Node, layer: Any, rule: Any) -> None:
-        weight, edit, stem = self.weights[layer.name, rule], Editor(region, node, node), layer.name.replace(".", "_")
+        weight, edit = self.weights[layer.name, layer.turned, rule], Editor(region, node, node)
+        stem = layer.name.replace(".", "_") + ("_turned" if layer.turned else "")
         # Graphs hold e8m0 scales as bytes: see `lowbit.ops`.
         scale = weight.scale if weight.scale_bits is None else weight.scale_bits
         parts: dict[str, Tensor | None] = {

@@ -8,18 +8,26 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+Told = Callable[[GraphModule, Node, Any], None]
+
 
 class Watching(Interpreter):
-    """Runs a graph node by node, and those that it calls; `take` is told each node's graph, the node and its value."""
+    """Runs a graph node by node, and those that it calls.
 
-    def __init__(self, graph: GraphModule, take: Callable[[GraphModule, Node, Any], None]) -> None:
+    `before` is told each node's graph, the node, and the values of all that ran; `after`, in their place, its own.
+    """
+
+    def __init__(self, graph: GraphModule, *, before: Told | None = None, after: Told | None = None) -> None:
         super().__init__(graph)
-        self.watched, self.take = graph, take
+        self.watched, self.before, self.after = graph, before, after
 
     def run_node(self, n: Node) -> Any:
-        """Run one, and note what it gives."""
+        """Run one, and tell of it."""
+        if self.before is not None:
+            self.before(self.watched, n, self.env)
         value = super().run_node(n)
-        self.take(self.watched, n, value)
+        if self.after is not None:
+            self.after(self.watched, n, value)
         return value
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -29,7 +37,7 @@ class Watching(Interpreter):
         return _CONTROL[target.name()](self._run, *args)
 
     def _run(self, graph: GraphModule, *inputs: Any) -> tuple[Any, ...]:
-        given = Watching(graph, self.take).run(*inputs, enable_io_processing=False)
+        given = Watching(graph, before=self.before, after=self.after).run(*inputs, enable_io_processing=False)
         return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
@@ -62,6 +70,24 @@ def _invoke(run: Any, graph: GraphModule, name: Any, *operands: Any) -> tuple[An
     return run(graph, *operands)
 
 
+def _with_grad(run: Any, enabled: bool, graph: GraphModule, *operands: Any) -> tuple[Any, ...]:  # noqa: FBT001 - as the operator has it
+    with torch.set_grad_enabled(enabled):
+        return run(graph, *operands)
+
+
+def _with_autocast(
+    run: Any,
+    device: str,
+    dtype: Any,
+    enabled: bool,  # noqa: FBT001 - as above
+    cached: Any,
+    graph: GraphModule,
+    *operands: Any,
+) -> tuple[Any, ...]:
+    with torch.autocast(device, dtype, enabled, cached):
+        return run(graph, *operands)
+
+
 def _stacked(rows: list[tuple[Any, ...]]) -> tuple[Any, ...]:
     return tuple(torch.stack(each) for each in zip(*rows, strict=True))
 
@@ -72,4 +98,6 @@ _CONTROL: dict[str, Callable[..., tuple[Any, ...]]] = {
     "scan": _scan,
     "map_impl": _map,
     "invoke_subgraph": _invoke,
+    "wrap_with_set_grad_enabled": _with_grad,
+    "wrap_with_autocast": _with_autocast,
 }
