@@ -31,6 +31,7 @@ FORMATS = (
     *("int4:1x*:float32:zero=int4", "int5:1x*:float16", "int3:1x256:float16", "e3m2:1x16:e4m3fn"),
     *("e4m3fn:1x*:e8m0", "e5m2:*x*:e8m0", "e4m3fn:128x128:e8m0"),
     *("e2m1:16x16:e4m3fn:tensor", "int4:16x16:bfloat16:zero=int4", "int8:128x128:bfloat16"),
+    "e2m1:128x128:e4m3fn:tensor",
 )
 PLAIN = (None, None, None)
 # They have tests of their own.

@@ -220,6 +220,8 @@ def test_an_input_of_another_format_is_refused():
     ):
         with pytest.raises(FormatError, match=match):
             linear(x, w[:, : x.shape[1]], recipe=recipe)
+    with pytest.raises(FormatError, match="weight is quantized, to e4m3fn:1x32:e8m0; training needs a plain one"):
+        linear(normal(50, 128), lowbit.quantize(w, "MXFP8"))
 
 
 @names

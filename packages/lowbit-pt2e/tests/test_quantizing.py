@@ -180,3 +180,19 @@ def test_an_activation_that_does_not_fit_is_refused_before():
     with pytest.raises(FormatError, match="last dimension 48 .* is not a multiple of block 32"):
         quantize_layers(graph, Recipe((Rule.of("*", "FP8_ROW", activation="dynamic:MXFP8"),)))
     assert graph.code == before
+
+
+def test_products_of_integers_are_left():
+    class Integers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(32, 16)
+            self.register_buffer("codes", torch.ones(4, 4, dtype=torch.int64))
+
+        def forward(self, x, i):
+            return self.linear(x), i @ self.codes
+
+    x, i = torch.randn(2, 32), torch.ones(2, 4, dtype=torch.int64)
+    graph = exported(Integers().eval(), x, i)
+    report = quantize_layers(graph, Recipe((Rule.of("*", "INT8_ROW"),)))
+    assert [each.reason for each in report.findings] == [None, "its layer's weight is torch.int64"]

@@ -106,6 +106,8 @@ def _check_operands(x: Tensor, weight: Tensor, recipe: TrainRecipe) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
         if not tensor.dtype.is_floating_point or tensor.dtype.itemsize not in {2, 4}:
             raise FormatError(f"{name} is float32, bfloat16 or float16; this is {tensor.dtype}")
+    if isinstance(weight, QuantizedTensor):
+        raise FormatError(f"weight is quantized, to {weight.storage_layout.format}; training needs a plain one")
     if isinstance(x, QuantizedTensor) and x.numel():
         found, takes = x.storage_layout.format, "numbers that are not rounded"
         if recipe.forward is not None:

@@ -47,6 +47,8 @@ def linear_of(region: Region, node: Node) -> Linear | str:
         held = None if held is None else held.T
     if held is None or held.dim() != 2 or not isinstance(x, Node):
         return "its layer's weight is computed or changed in the graph"
+    if not held.is_floating_point():
+        return f"its layer's weight is {held.dtype}"
     added = region.constant(bias)
     if bias is not None and (added is None or added.dim() != 1):
         return "its layer's bias is computed or changed in the graph"
