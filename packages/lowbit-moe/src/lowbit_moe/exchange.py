@@ -17,7 +17,7 @@ from lowbit.numerics import Scales
 from lowbit_moe.experts import combine
 from lowbit_moe.operands import Operand, Rounded, filled
 from lowbit_moe.recipe import TrainRecipe
-from lowbit_moe.routing import Routing
+from lowbit_moe.routing import Routing, over_tokens
 
 
 class Exchange:
@@ -190,8 +190,7 @@ class _Dispatch(torch.autograd.Function):
         way: Exchange = ctx.way
         rows, places = way.to_tokens(grads[0]), way.routing.places
         rows = torch.nn.functional.pad(rows, (0, 0, 0, places.numel() - rows.shape[0]))
-        picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, rows.shape[1])
-        return picked.sum(1, dtype=torch.float32).to(rows.dtype), None, None
+        return over_tokens(rows, places), None, None
 
 
 class _Return(torch.autograd.Function):

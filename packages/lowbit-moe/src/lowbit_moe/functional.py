@@ -14,7 +14,7 @@ from lowbit.format import Format
 from lowbit_moe.gathering import CodesTravel, GatheredWeight, plain
 from lowbit_moe.operands import Operand, Rounded, as_dtype, counted, filled, grouped, product
 from lowbit_moe.recipe import BF16, Operands, TrainRecipe
-from lowbit_moe.routing import Routing
+from lowbit_moe.routing import Routing, over_tokens
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainRecipe | str = "MXFP8") -> Tensor:
@@ -186,9 +186,7 @@ class _Layer(torch.autograd.Function):
             elif wants_x:
                 to_x = _plain(grad, weight.mT.to(grad.dtype), offs).to(ctx.dtype)
             if to_x is not None and places is not None:
-                # Of each token in one order.
-                picked = to_x.index_select(0, places.reshape(-1)).view(*places.shape, to_x.shape[1])
-                to_x = picked.sum(1, dtype=torch.float32).to(ctx.dtype)
+                to_x = over_tokens(to_x, places)
             if by_column is not None:
                 found = ways.by_column(by_column, Operand(tuple(saved), *ctx.kept), grad.dtype)
                 # Rows and columns that were filled up have gradients of zero.

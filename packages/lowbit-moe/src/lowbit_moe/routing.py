@@ -38,3 +38,9 @@ class Routing(NamedTuple):
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         offs = torch.searchsorted(ordered, each, right=True).to(torch.int32)
         return Routing(order // max(chosen.shape[1], 1), places.view(chosen.shape), offs)
+
+
+def over_tokens(rows: Tensor, places: Tensor) -> Tensor:
+    """Sums (T, K) over the rows (M, K) of each token, at `places` (T, k), in one order, of rows' dtype."""
+    picked = rows.index_select(0, places.reshape(-1)).view(*places.shape, rows.shape[1])
+    return picked.sum(1, dtype=torch.float32).to(rows.dtype)

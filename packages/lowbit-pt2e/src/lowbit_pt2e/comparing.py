@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from lowbit.table import align
-from lowbit_pt2e.graphs import WAS, regions, source
+from lowbit_pt2e.graphs import WAS, place, regions
 from lowbit_pt2e.passes import Difference, copied, difference, unchanged
 from lowbit_pt2e.running import Watching
 
@@ -66,7 +66,7 @@ def compare(before: nn.Module, after: nn.Module, *inputs: Any) -> Comparison:
         exact, found = all_exact[:rounds], all_found[:rounds]
         if rounds and node.op == "call_function" and [one.shape for one in exact] == [one.shape for one in found]:
             how = difference(exact, found)
-            rows.append(Compared(graph, node.name, was, str(node.target), how, source(node).lstrip(", ")))
+            rows.append(Compared(graph, node.name, was, str(node.target), how, place(node)))
     return Comparison(tuple(rows))
 
 
@@ -77,10 +77,9 @@ def _values(model: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, str], 
     values: dict[tuple[str, str], tuple[Node, list[Tensor]]] = {}
 
     def take(graph: GraphModule, node: Node, value: Any) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            values.setdefault((names[graph], node.meta.get(WAS, node.name)), (node, []))[1].append(
-                value.detach().clone()
-            )
+        was = node.meta.get(WAS, node.name)
+        if was is not None and isinstance(value, Tensor) and value.is_floating_point():
+            values.setdefault((names[graph], was), (node, []))[1].append(value.detach().clone())
 
     with torch.no_grad(), unchanged(model):
         Watching(found[0].module, after=take).run(*copied(inputs))

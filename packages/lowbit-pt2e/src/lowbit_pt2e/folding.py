@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from lowbit_pt2e.graphs import WAS, Editor, Region, untold
 from lowbit_pt2e.layers import LINEARS, TURNS, Linear, linear_of
-from lowbit_pt2e.passes import Match, Pass, Report, run_passes
+from lowbit_pt2e.passes import Match, Report, run_passes
 
 _aten: Any = torch.ops.aten
 
@@ -94,9 +94,7 @@ class NormAfter:
 
     def _fold(self, region: Region, norm: Node, layer: Node, way: list[Node], x: Any, parts: Any) -> None:
         edit = Editor(region, layer, layer)
-        weight, bias = (
-            edit.constant(f"{layer.name}_{name}", part) for name, part in zip(("weight", "bias"), parts, strict=True)
-        )
+        weight, bias = _constants(edit, parts)
         if layer.target in _CONVOLUTIONS:
             made = edit.call(layer.target, x, weight, bias, *layer.args[3:], **layer.kwargs)  # pyright: ignore[reportArgumentType] - an operator
         else:
@@ -141,14 +139,18 @@ class NormBefore:
 
     def _fold(self, region: Region, norm: Node, node: Node, way: list[Node], linear: Any, parts: Any) -> None:
         edit = Editor(region, node, node)
-        weight, bias = (
-            edit.constant(f"{node.name}_{name}", part) for name, part in zip(("weight", "bias"), parts, strict=True)
-        )
+        weight, bias = _constants(edit, parts)
         node.replace_all_uses_with(edit.call(_aten.linear.default, linear.x, weight, bias))
         region.module.graph.erase_node(node)
         for each in way:
             each.meta[WAS] = None
         _leave_out(region, norm)
+
+
+def _constants(edit: Editor, parts: tuple[Tensor, Tensor]) -> tuple[Node, Node]:
+    """The weight and the bias of the layer that is new."""
+    weight, bias = parts
+    return edit.constant(f"{edit.like.name}_weight", weight), edit.constant(f"{edit.like.name}_bias", bias)
 
 
 def _norm(region: Region, node: Node) -> _Norm | str:
@@ -295,6 +297,3 @@ def _overflow(parts: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor | None]) -
         if (before is None or bool(before.isfinite().all())) and not bool(part.isfinite().all()):
             return f"folded parameters would be too large for {part.dtype}"
     return None
-
-
-_: tuple[type[Pass], ...] = (NormAfter, NormBefore)

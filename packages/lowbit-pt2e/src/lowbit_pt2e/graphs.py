@@ -34,8 +34,8 @@ class GraphError(LowbitError):
 # Where the arguments of a call are that each of its graphs is given as they are, after what is computed anew.
 _GIVEN = {"cond": 3, "while_loop": 3, "scan": 3, "map_impl": 2}
 _ANEW = {"cond": (), "while_loop": (2,), "scan": (1, 2), "map_impl": (1,)}
-FROM = {"invoke_subgraph": 2, "wrap_with_set_grad_enabled": 2, "wrap_with_autocast": 5}
-"""Operators that run one graph once, and from where on their arguments are what it is given."""
+# Of those that run one graph once, from where on its arguments are what it is given.
+_FROM = {"invoke_subgraph": 2, "wrap_with_set_grad_enabled": 2, "wrap_with_autocast": 5}
 
 
 @dataclass(eq=False)
@@ -49,25 +49,29 @@ class Call:
     @property
     def operands(self) -> list[Any]:
         """What each graph's placeholders stand for; None: what is computed anew each time."""
-        name, args = _name(self.node), self.node.args
-        if name in FROM:
-            return list(args[FROM[name] :])
-        anew: list[Any] = [None for at in _ANEW[name] for _ in args[at]]  # pyright: ignore - tuples of nodes
-        return [*anew, *args[_GIVEN[name]]]  # pyright: ignore - as above
+        name = _name(self.node)
+        args: Any = self.node.args
+        return list(args[_FROM[name] :]) if name in _FROM else [*(None,) * self.computed, *args[_GIVEN[name]]]
+
+    @property
+    def computed(self) -> int:
+        """How many of the operands are computed anew; they are the first."""
+        args: Any = self.node.args
+        return sum(len(args[at]) for at in _ANEW.get(_name(self.node), ()))
 
     def give(self, operand: Node) -> None:
         """One operand more."""
         self._operate(lambda held: (*held, operand))
 
-    def take(self, place: int) -> None:
+    def take(self, at: int) -> None:
         """One operand less, which is not computed anew."""
-        first = self.operands.count(None)
-        self._operate(lambda held: (*held[: place - first], *held[place - first + 1 :]))
+        at -= self.computed
+        self._operate(lambda held: (*held[:at], *held[at + 1 :]))
 
     def _operate(self, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> None:
         name, args = _name(self.node), list(self.node.args)
-        if name in FROM:
-            args[FROM[name] :] = change(tuple(args[FROM[name] :]))
+        if name in _FROM:
+            args[_FROM[name] :] = change(tuple(args[_FROM[name] :]))
         else:
             held: Any = args[_GIVEN[name]]
             args[_GIVEN[name]] = change(tuple(held))
@@ -106,7 +110,7 @@ class Region:
             return None
         if node.op == "get_attr":
             found = _attribute(self.module, str(node.target))
-            return found if isinstance(found, Tensor) and _place(found) not in self.written else None
+            return found if isinstance(found, Tensor) and _memory(found) not in self.written else None
         if node.op != "placeholder" or not self.callers:
             return None
         given = [region.constant(each) for region, each in self.given(node)]
@@ -119,8 +123,8 @@ class Region:
 
     def given(self, placeholder: Node) -> list[tuple[Region, Any]]:
         """What calls give for it, each with the graph that the call is in; None: what is computed anew."""
-        place = self.placeholders.index(placeholder)
-        return [(call.region, call.operands[place]) for call in self.callers]
+        at = self.placeholders.index(placeholder)
+        return [(call.region, call.operands[at]) for call in self.callers]
 
     def path(self, node: Node) -> str:
         """The name of an attribute of the whole model that a constant is."""
@@ -156,7 +160,7 @@ def regions(model: nn.Module) -> list[Region]:
                 inner.callers.append(call)
                 call.graphs.append(inner)
     found[0].written.update(
-        _place(held)
+        _memory(held)
         for region in found
         for node in region.nodes
         for each in changed_by(node)
@@ -165,7 +169,7 @@ def regions(model: nn.Module) -> list[Region]:
     return found
 
 
-def _place(tensor: Tensor) -> int:
+def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
@@ -221,7 +225,7 @@ def _graphs(region: Region, node: Node) -> list[tuple[str, GraphModule]]:
     names = [str(each.target) for each in node.args if isinstance(each, Node) and each.op == "get_attr"]
     parts = [(name, _attribute(region.module, name)) for name in names]
     graphs = [(name, part) for name, part in parts if isinstance(part, GraphModule)]
-    if graphs and _name(node) not in {*_GIVEN, *FROM}:
+    if graphs and _name(node) not in {*_GIVEN, *_FROM}:
         # What it does with them is not known: they stay as they are.
         region.unknown.append(node)
         return []
@@ -238,7 +242,12 @@ def _attribute(module: nn.Module, path: str) -> Any:
 
 
 def source(node: Node) -> str:
-    """Where in a user's program a node comes from, as the end of a sentence; nothing where that is not known.
+    """Where in a user's program a node comes from, as the end of a sentence; nothing where that is not known."""
+    return f", {found}" if (found := place(node)) else ""
+
+
+def place(node: Node) -> str:
+    """Where in a user's program a node comes from; nothing where that is not known.
 
     That is the last line outside torch; of what runs in a loop or a branch, where the loop begins.
     """
@@ -248,7 +257,7 @@ def source(node: Node) -> str:
     if not places:
         return ""
     code = lines[places[-1] + 1 :][:1]
-    return f", from {lines[places[-1]]}" + (f": {code[0]}" if code else "")
+    return f"from {lines[places[-1]]}" + (f": {code[0]}" if code else "")
 
 
 def lacks(node: Node) -> list[str]:
@@ -378,12 +387,11 @@ def tidy(model: nn.Module) -> None:
 def _take_unused(region: Region) -> None:
     """Leave out operands that no graph uses which is given them."""
     calls, graphs = _together(region)
-    computed = calls[0].operands.count(None)
-    for place in reversed(range(computed, len(region.placeholders))):
-        nodes = [each.placeholders[place] for each in graphs]
+    for at in reversed(range(calls[0].computed, len(region.placeholders))):
+        nodes = [each.placeholders[at] for each in graphs]
         if not any(node.users for node in nodes):
             for each, node in zip(graphs, nodes, strict=True):
                 each.module.graph.erase_node(node)
                 each.module.recompile()
             for call in calls:
-                call.take(place)
+                call.take(at)

@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from lowbit.table import align
-from lowbit_pt2e.graphs import GraphError, Region, lacks, regions, source, tidy
+from lowbit_pt2e.graphs import GraphError, Region, lacks, place, regions, source, tidy
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,9 +111,7 @@ def run_passes(model: nn.Module, passes: Sequence[Pass], inputs: tuple[Any, ...]
     """
     differences: dict[str, Difference] = {}
     findings = [
-        Finding(
-            "-", region.name, node.name, f"{node.target} runs graphs, which stay as they are", source(node).lstrip(", ")
-        )
+        Finding("-", region.name, node.name, f"{node.target} runs graphs, which stay as they are", place(node))
         for region in regions(model)
         for node in region.unknown
     ]
@@ -123,9 +121,7 @@ def run_passes(model: nn.Module, passes: Sequence[Pass], inputs: tuple[Any, ...]
         for region in regions(model):
             known = set(region.nodes)
             for match in each.matches(region):
-                findings.append(
-                    Finding(each.name, region.name, match.node.name, match.refusal, source(match.node).lstrip(", "))
-                )
+                findings.append(Finding(each.name, region.name, match.node.name, match.refusal, place(match.node)))
                 if match.refusal is None:
                     match.rewrite()
                     changed = True
