@@ -210,6 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="dense")
     parser.add_argument("--recipes", default="BF16,FP8_ROW,MXFP8,NVFP4")
+    parser.add_argument("--seeds", default="0", help="of recipes; BF16 has 0 and 1, which bound the noise")
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=600)
@@ -222,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for name in options.recipes.split(","):
-        for seed in (0, 1) if name == "BF16" else (0,):
+        for seed in (0, 1) if name == "BF16" else map(int, options.seeds.split(",")):
             runs.append(train(name, seed, options))
             if options.json:
                 options.json.write_text(json.dumps(told(options, runs), indent=1) + "\n")

@@ -206,10 +206,13 @@ def test_channels_are_rotated_before_they_are_rounded(spec, size, device):
         ("MXFP4", "NVFP4"),
         ("NVFP4", "NVFP4"),
         ("MXFP8", "INT8_ROW"),
+        ("FP8_TENSOR", "e5m2:*x*:e8m0"),
+        ("INT8_TENSOR_ASYM", "INT8_TENSOR_ASYM"),
+        ("FP8_TENSOR", "INT8_TENSOR_ASYM"),
     ],
 )
 def test_both_directions_are_those_of_quantize(spec, other, device):
-    blocked = other != "UINT4_G128"
+    blocked = other != "UINT4_G128" and "TENSOR" not in spec
     for i, (_, x) in enumerate(views((128, 128) if blocked else (2, 128, 128), torch.bfloat16)):
         rounding = ("nearest", "stochastic", "nearest")[i]
         arguments = (x, None, spec, other, "even", rounding, 3, blocked)

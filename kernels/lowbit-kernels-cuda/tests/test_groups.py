@@ -51,6 +51,7 @@ def test_rows_are_where_the_reference_has_them(sizes, dtype, k, align, device):
         ("FP8_ROW", None, False, "nearest"),
         ("FP8_1x128", "INT8_ROW", False, "stochastic"),
         ("FP8_TENSOR", None, False, "nearest"),
+        ("FP8_TENSOR", "e4m3fn:*x*:e8m0", False, "nearest"),
         (None, "MXFP8", False, "stochastic"),
         (None, "e4m3fn:1x*:e8m0", False, "nearest"),
     ],

@@ -19,7 +19,7 @@ from lowbit.format import WHOLE, Format
 from lowbit.tensor import QuantizedTensor
 from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.inputs import Producer, overlaps, quantized
-from lowbit_kernels_cuda.library import FEW, Side, by_library, in_library, of_matrices
+from lowbit_kernels_cuda.library import FEW, Side, by_library, in_float, in_library, of_matrices
 from lowbit_kernels_cuda.linear import counters
 from lowbit_kernels_cuda.programs import blocks_of_tokens
 from lowbit_kernels_cuda.scaling import raw, spec
@@ -45,7 +45,7 @@ class _Plan:
 
 def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     """The weight's inner tensors, scales and zero points as `_side` has them, and sums if inputs have zero points."""
-    side = _side(weight.qdata, weight.scale, weight.zero, weight.format)
+    side = in_float(_side(weight.qdata, weight.scale, weight.zero, weight.format))
     rest = (weight.act_scale, weight.act_zero, weight.pre_scale)
     packed = [side.codes, side.scale, *(part for part in (side.zero, *rest) if part is not None)]
     if weight.activation is not None and weight.activation.format.zero is not None:
@@ -75,7 +75,7 @@ def _side(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: Format) -> Sid
     scale = repeated(scale, over, experts)
     if zero is not None:
         zero = repeated(zero, (*over, rows), (*experts, n)).reshape(-1).contiguous()
-    return Side(codes.flatten(0, -2).contiguous(), scale.flatten(0, -2).float().contiguous(), zero)
+    return Side(codes.flatten(0, -2).contiguous(), scale.flatten(0, -2), zero)
 
 
 def _sums(codes: Tensor) -> Tensor:
@@ -188,9 +188,9 @@ def scaled_mm(
     of_a, of_b = Format.parse(a_format), Format.parse(b_format)
     if not len(a_qdata):
         return a_qdata.new_empty(0, len(b_qdata), dtype=dtype)
-    left = Side(a_qdata.contiguous(), a_scale.float().contiguous(), a_zero)
+    left = Side(a_qdata.contiguous(), a_scale, a_zero)
     if of_a.element != of_b.element:
-        return of_matrices(left, Side(b_qdata.contiguous(), b_scale.float()), bias, dtype)
+        return of_matrices(left, Side(b_qdata.contiguous(), b_scale), bias, dtype)
     right = _side(b_qdata, b_scale, b_zero, of_b)
     right = replace(right, sums=None if a_zero is None else _sums(right.codes))
     return _multiply(left, right, of_a, of_b, bias, dtype, None)
@@ -215,7 +215,7 @@ def scaled_grouped_mm(
     del a_tensor_scale, b_tensor_scale, k
     if not len(a_qdata):
         return a_qdata.new_empty(0, b_qdata.shape[1], dtype=dtype)
-    left = Side(a_qdata.contiguous(), a_scale.float().contiguous(), a_zero)
+    left = Side(a_qdata.contiguous(), a_scale, a_zero)
     right = _side(b_qdata, b_scale, b_zero, Format.parse(b_format))
     right = replace(right, sums=None if a_zero is None else _sums(right.codes))
     return _multiply(left, right, Format.parse(a_format), Format.parse(b_format), None, dtype, offs.contiguous())
@@ -241,11 +241,12 @@ def _multiply(
         most = _in_blocks(n, group, rows, left.codes.device, library=library)
         if FEW < m <= most and not experts and _aligned(n, dtype):
             blocks = import_module("lowbit_kernels_cuda.hopper_blocks")
-            return (blocks.of_blocks if group else blocks.of_rows)(left, right, bias, dtype)
+            return (blocks.of_blocks if group else blocks.of_rows)(in_float(left), in_float(right), bias, dtype)
         if library:
             if shared and rows == WHOLE:
                 return of_matrices(left, right, bias, dtype)
             return by_library(left, right, bias, dtype, group, rows)
+    left, right = in_float(left), in_float(right)
     sums = None
     if right.zero is not None:
         sums = _sums(left.codes)

@@ -53,6 +53,15 @@ class _Way:
     # Whether scales are short, see `divide`: those of blocks, unless one is given for the tensor.
     short: bool
 
+    @property
+    def of_matrix(self) -> str | None:
+        """What is measured of a whole matrix, if anything is."""
+        if self.tensor == "amax":
+            return "amax"
+        if self.source == "extent" and self.height == WHOLE:
+            return "range" if self.spec.zero else "magnitude"
+        return None
+
     def pieces(self, columns: int) -> bool:
         """Whether tiles of so many columns have all of what they write of tiles of 128x4 scales, if of enough rows."""
         return self.blocked and self.height == 1 and self.group != WHOLE and columns % (4 * self.group) == 0
@@ -370,7 +379,9 @@ def in_one_row(fmt: Format) -> bool:
 
 def _read_once(formats: Sequence[Format]) -> bool:
     """Whether one kernel writes both directions; it is slower than two where codes have 6 bits."""
-    return all(in_one_row(each) and each.element.bits != 6 for each in formats)
+    if any(each.element.bits == 6 for each in formats):
+        return False
+    return all(map(in_one_row, formats)) or all(each.block_for(2) == (WHOLE, WHOLE) for each in formats)
 
 
 class _Out:
@@ -426,11 +437,13 @@ class _Out:
         found = (self.data, self.scale, self.zero, self.tensor_scale)
         return [part for part in found if part is not None]
 
-    def pointers(self, x: Tensor, high: Tensor | None = None) -> tuple[Any, ...]:
-        """What kernels take as their `out`, given x as (batch, rows, columns); `high`: where its amax is already."""
-        low = None
-        if self.way.tensor == "amax":
-            high = high if high is not None else x.new_zeros(x.shape[0], dtype=torch.int32)
+    def pointers(self, x: Tensor, measured: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Any, ...]:
+        """What kernels take as their `out`, given x as (batch, rows, columns); `measured`: where its extent is."""
+        high, low = measured or (None, None)
+        if measured is not None:
+            pass
+        elif self.way.tensor == "amax":
+            high = x.new_zeros(x.shape[0], dtype=torch.int32)
         elif self.way.source == "extent":
             count = x.shape[0] if self.way.height == WHOLE else x.shape[0] * x.shape[1]
             high = x.new_zeros(count, dtype=torch.int32)
@@ -474,8 +487,8 @@ def _run(
         x = x.view(x.shape[0], *launch.size)
     pointers, second = out.pointers(x), None
     if other is not None:
-        # The amax of a matrix is found once.
-        second = other.pointers(x, pointers[6] if launch.shared else None)
+        # What is measured of a matrix is measured once.
+        second = other.pointers(x, pointers[6:8] if launch.shared else None)
     for each, zeros in zip(outs, launch.zeros, strict=False):
         if each.padded and zeros:
             raw(each.scale).zero_()
@@ -506,7 +519,7 @@ class _Launch:
     flat: bool
     per: int
     signs: int
-    # Whether both directions share the amax of a matrix.
+    # Whether both directions share what is measured of a matrix.
     shared: bool
     # Whether scales of tiles that go beyond their end have zeros there only if they are written first.
     zeros: tuple[bool, bool]
@@ -543,7 +556,7 @@ def _launch(
     else:
         tile = _tile_both(columns, way, other)
         tile = _spread_both(tile, batch, rows, columns, way, other) if gpu else tile
-    shared = other is not None and way.tensor == other.tensor == "amax"
+    shared = other is not None and way.of_matrix is not None and way.of_matrix == other.of_matrix
     # Of a tile that is read twice, the rows must be the same.
     spread = not across and way.pieces(tile.columns) and (other is None or tile.rows == 128)
     zeros = (

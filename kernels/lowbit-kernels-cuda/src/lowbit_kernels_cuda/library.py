@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,13 +14,21 @@ FEW = 32
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side of a product: codes, those of experts one below another, float32 scales, and zero points if any."""
+    """One side of a product: codes, those of experts one below another, scales, and zero points if any.
+
+    Scales are as they are stored until a kernel is chosen, see `in_float`.
+    """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None = None
     # Int32 sums of rows: of a weight's codes, of an input's less their zero points.
     sums: Tensor | None = None
+
+
+def in_float(side: Side) -> Side:
+    """The side with float32 scales, as lowbit's kernels take them."""
+    return replace(side, scale=side.scale.float().contiguous())
 
 
 def in_library(
@@ -51,16 +59,17 @@ def by_library(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype,
         # The library has tokens side by side, by the four, and the blocks of a weight's rows, too.
         if m % 4:
             codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -m % 4)).view(codes.dtype)
-        of_tokens = torch.nn.functional.pad(left.scale, (0, 0, 0, -m % 4)).T.contiguous().T
+        of_tokens = _turned(left.scale, m + -m % 4).T
         if rows == 1:
-            of_rows, recipes = right.scale.T.contiguous(), (kinds.BlockWise1x128, kinds.BlockWise1x128)
+            of_rows, recipes = _turned(right.scale, n), (kinds.BlockWise1x128, kinds.BlockWise1x128)
         else:
-            of_rows, recipes = right.scale, (kinds.BlockWise1x128, kinds.BlockWise128x128)
+            of_rows, recipes = right.scale.float(), (kinds.BlockWise1x128, kinds.BlockWise128x128)
             if of_rows.shape[1] % 4:
                 of_rows = torch.nn.functional.pad(of_rows, (0, -of_rows.shape[1] % 4))
     else:
-        of_tokens, recipes = left.scale.expand(m, 1).contiguous(), (kinds.RowWise, kinds.RowWise)
-        of_rows = right.scale if rows == 1 else right.scale.expand(n, 1).contiguous()
+        of_tokens, of_rows = (in_float(side).scale for side in (left, right))
+        of_tokens, recipes = of_tokens.expand(m, 1).contiguous(), (kinds.RowWise, kinds.RowWise)
+        of_rows = of_rows if rows == 1 else of_rows.expand(n, 1).contiguous()
     found = torch.nn.functional.scaled_mm(
         *(codes, right.codes.T, of_tokens, recipes[0], of_rows.T, recipes[1]),
         bias=bias,
@@ -70,13 +79,22 @@ def by_library(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype,
     return found if len(found) == m else found[:m].clone()
 
 
+def _turned(scale: Tensor, count: int) -> Tensor:
+    """Scales (R, G) as (G, `count`) in float32, by one kernel; zeros beyond R."""
+    rows, groups = scale.shape
+    new = scale.new_empty if rows == count else scale.new_zeros
+    found = new(groups, count, dtype=torch.float32)
+    found[:, :rows].copy_(scale.T)
+    return found
+
+
 def of_matrices(left: Side, right: Side, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product of two matrices with one scale each by torch's `scaled_mm`: e4m3 by e4m3, or e5m2 by e4m3."""
     kind, n = torch.nn.functional.ScalingType.TensorWise, len(right.codes)
     codes = right.codes
     if n % 16:
         codes = torch.nn.functional.pad(codes.view(torch.uint8), (0, 0, 0, -n % 16)).view(codes.dtype)
-    of_left, of_right = (side.scale.reshape(-1)[:1] for side in (left, right))
+    of_left, of_right = (side.scale.reshape(-1)[:1].float() for side in (left, right))
     later = bias is not None and (n % 16 != 0 or bias.dtype != dtype)
     found = torch.nn.functional.scaled_mm(
         *(left.codes, codes.T, of_left, kind, of_right, kind),
