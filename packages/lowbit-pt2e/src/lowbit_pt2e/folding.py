@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from lowbit_pt2e.graphs import WAS, Editor, Region, untold
-from lowbit_pt2e.layers import LINEARS, TURNS, Linear, linear_of
+from lowbit_pt2e.layers import CONVOLUTIONS, LINEARS, TURNS, Linear, geometry, linear_of
 from lowbit_pt2e.passes import Match, Report, run_passes
 
 _aten: Any = torch.ops.aten
@@ -28,19 +28,6 @@ _NORMS: dict[Any, tuple[int | None, int]] = {
     _aten.native_batch_norm.default: (5, 7),
     _aten._native_batch_norm_legit.default: (5, 7),  # noqa: SLF001 - operators' names
     _aten._native_batch_norm_legit_no_training.default: (None, 6),  # noqa: SLF001
-}
-# Whether they are transposed, if that is no argument.
-_CONVOLUTIONS: dict[Any, bool] = {
-    _aten.conv1d.default: False,
-    _aten.conv2d.default: False,
-    _aten.conv3d.default: False,
-    _aten.conv1d.padding: False,
-    _aten.conv2d.padding: False,
-    _aten.conv3d.padding: False,
-    _aten.conv_transpose1d.default: True,
-    _aten.conv_transpose2d.input: True,
-    _aten.conv_transpose3d.input: True,
-    _aten.convolution.default: False,
 }
 _VIEWS = (_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default)  # noqa: SLF001
 
@@ -69,17 +56,17 @@ class NormAfter:
     """A convolution or linear layer, and the norm of its output channels."""
 
     name = "fold the norm after a layer"
-    adds = (*_CONVOLUTIONS, _aten.linear.default)
+    adds = (*CONVOLUTIONS, _aten.linear.default)
 
     def matches(self, region: Region) -> Iterator[Match]:
         """Norms whose input, but for turns and views, is a layer's output."""
         for node in region.nodes:
             layer, way = _up(node.args[0]) if node.target in _NORMS else (None, [])
-            if layer is None or layer.target not in {*_CONVOLUTIONS, *LINEARS}:
+            if layer is None or layer.target not in {*CONVOLUTIONS, *LINEARS}:
                 continue
             norm = _norm(region, node)
             refusal = norm if isinstance(norm, str) else _shared([layer, *way]) or untold(layer)
-            if layer.target in _CONVOLUTIONS:
+            if layer.target in CONVOLUTIONS:
                 refusal = refusal or _convolution_misfit(region, layer, way)
                 x, held, old = layer.args[0], *map(region.constant, (*layer.args, None)[1:3])
             else:
@@ -95,7 +82,7 @@ class NormAfter:
     def _fold(self, region: Region, norm: Node, layer: Node, way: list[Node], x: Any, parts: Any) -> None:
         edit = Editor(region, layer, layer)
         weight, bias = _constants(edit, parts)
-        if layer.target in _CONVOLUTIONS:
+        if layer.target in CONVOLUTIONS:
             made = edit.call(layer.target, x, weight, bias, *layer.args[3:], **layer.kwargs)  # pyright: ignore[reportArgumentType] - an operator
         else:
             made = edit.call(_aten.linear.default, x, weight, bias)
@@ -263,17 +250,12 @@ def _leave_out(region: Region, norm: Node) -> None:
 def _scaled(weight: Tensor, scale: Tensor, layer: Node) -> Tensor:
     """A layer's weight with its output channels scaled, in float64."""
     wide = weight.detach().double()
-    if layer.target not in _CONVOLUTIONS:
+    if layer.target not in CONVOLUTIONS:
         return wide * scale[:, None]
-    transposed = _CONVOLUTIONS[layer.target]
-    if layer.target is _aten.convolution.default:
-        transposed, at = layer.args[6], 8
-    else:
-        at = 6
+    transposed, groups = geometry(layer)[-2:]
     windows = (1,) * (weight.dim() - 2)
     if not transposed:
         return wide * scale.view(-1, 1, *windows)
-    groups: Any = layer.args[at] if len(layer.args) > at else layer.kwargs.get("groups", 1)
     # (I, O / groups, ..), of group after group.
     parts = wide.view(groups, -1, *weight.shape[1:]) * scale.view(groups, 1, -1, *windows)
     return parts.view(weight.shape)

@@ -278,11 +278,11 @@ def untold(node: Node) -> str | None:
 class Editor:
     """New nodes before a node of a region, which say all of themselves that exported ones do.
 
-    They stand for what `like` did, and say that they come from where it came.
+    They stand for what `like` did, unless that stays, and say that they come from where it came.
     """
 
-    def __init__(self, region: Region, before: Node, like: Node) -> None:
-        self.region, self.before, self.like = region, before, like
+    def __init__(self, region: Region, before: Node, like: Node, *, stays: bool = False) -> None:
+        self.region, self.before, self.like, self.stays = region, before, like, stays
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         """A call of an operator."""
@@ -292,7 +292,7 @@ class Editor:
         with _mode(self.like):
             node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
         node.meta |= {name: self.like.meta[name] for name in _COPIED if name in self.like.meta}
-        node.meta[WAS] = self.like.meta.get(WAS, self.like.name)
+        node.meta[WAS] = None if self.stays else self.like.meta.get(WAS, self.like.name)
         return node
 
     def constant(self, name: str, value: Tensor) -> Node:

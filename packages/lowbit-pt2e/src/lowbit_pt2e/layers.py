@@ -1,4 +1,4 @@
-"""Products of exported graphs with constants, in whatever operators they were written."""
+"""Layers of exported graphs: products and convolutions with constants, in whatever operators they were written."""
 
 from __future__ import annotations
 
@@ -9,12 +9,25 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from lowbit_pt2e.graphs import Region
+from lowbit_pt2e.graphs import Editor, Region
 
 _aten: Any = torch.ops.aten
 
 LINEARS = (_aten.linear.default, _aten.addmm.default, _aten.mm.default, _aten.matmul.default)
 """Operators that a product with a constant may be."""
+CONVOLUTIONS: dict[Any, bool] = {
+    _aten.conv1d.default: False,
+    _aten.conv2d.default: False,
+    _aten.conv3d.default: False,
+    _aten.conv1d.padding: False,
+    _aten.conv2d.padding: False,
+    _aten.conv3d.padding: False,
+    _aten.conv_transpose1d.default: True,
+    _aten.conv_transpose2d.input: True,
+    _aten.conv_transpose3d.input: True,
+    _aten.convolution.default: False,
+}
+"""Operators that convolve, and whether they are transposed, if that is no argument."""
 TURNS = (_aten.t.default, _aten.transpose.int, _aten.permute.default)
 """Operators that exchange dimensions."""
 
@@ -31,6 +44,67 @@ class Linear:
     bias: Tensor | None
     # The node that is the bias.
     added: Node | None
+
+
+@dataclass(frozen=True, slots=True)
+class Convolution:
+    """A convolution with a constant, which as a matrix has a row of its own for each output channel."""
+
+    x: Node
+    # (O, I / groups * ..), and as the operator takes it.
+    weight: Tensor
+    shape: tuple[int, ...]
+    name: str
+    # The groups of a transposed one, whose weight is (I, O / groups, ..); 0: it is none.
+    turned: int
+    bias: Tensor | None
+    added: Node | None
+
+    def in_place(self, rows: Node, edit: Editor) -> Node:
+        """What the operator takes, of a node that is the matrix."""
+        if not self.turned:
+            return edit.call(_aten.view.default, rows, list(self.shape))
+        ins, outs, *window = self.shape
+        parts = edit.call(_aten.view.default, rows, [self.turned, outs, ins // self.turned, *window])
+        turned = edit.call(_aten.transpose.int, parts, 1, 2)
+        return edit.call(_aten.reshape.default, turned, list(self.shape))
+
+
+IN_PLACE = (_aten.view.default, _aten.transpose.int, _aten.reshape.default)
+"""Operators that `Convolution.in_place` adds."""
+
+
+def layer_of(region: Region, node: Node) -> Linear | Convolution | str:
+    """A layer's constants, or why it has none."""
+    return convolution_of(region, node) if node.target in CONVOLUTIONS else linear_of(region, node)
+
+
+def convolution_of(region: Region, node: Node) -> Convolution | str:
+    """A convolution's constants, or why it has none."""
+    x, weight, bias = (*node.args, None)[:3]
+    held, added = region.constant(weight), region.constant(bias)
+    if held is None or not isinstance(x, Node):
+        return "its layer's weight is computed or changed in the graph"
+    if not held.is_floating_point():
+        return f"its layer's weight is {held.dtype}"
+    if bias is not None and added is None:
+        return "its layer's bias is computed or changed in the graph"
+    transposed, groups = geometry(node)[-2:]
+    shape, matrix = tuple(held.shape), held
+    if transposed:
+        matrix = held.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    name = region.path(weight)  # pyright: ignore[reportArgumentType] - a node, if a constant
+    return Convolution(x, matrix.flatten(1), shape, name, groups * transposed, added, bias)  # pyright: ignore[reportArgumentType] - as above
+
+
+def geometry(node: Node) -> tuple[Any, Any, Any, bool, int]:
+    """Stride, padding, dilation, whether it is transposed, and groups, of a convolution."""
+    named: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    schema: Any = node.target
+    names = [argument.name for argument in schema._schema.arguments]  # noqa: SLF001 - no public name
+    named |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    transposed = bool(named.get("transposed", CONVOLUTIONS[node.target]))
+    return named["stride"], named["padding"], named["dilation"], transposed, named["groups"]
 
 
 def linear_of(region: Region, node: Node) -> Linear | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -12,9 +12,8 @@ from lowbit import Activation, FormatError, Recipe
 from lowbit.numerics import Scales
 from lowbit.observer import MinMax, Observer
 from lowbit_pt2e.graphs import GraphError, Region, source
-from lowbit_pt2e.layers import Linear
 from lowbit_pt2e.passes import Report
-from lowbit_pt2e.quantizing import Wanted, put_weights, wanted
+from lowbit_pt2e.quantizing import Wanted, put_weights, sums, wanted
 from lowbit_pt2e.running import Watching
 
 
@@ -32,14 +31,11 @@ class Prepared(nn.Module):
         # By graph and input, which layers take alike; and by layer.
         shared: dict[tuple[GraphModule, Node], int] = {}
         self.places: dict[tuple[GraphModule, Node], tuple[Node, int]] = {}
-        for region, node, layer, rule in asked.layers:
-            if rule.activation is None or rule.activation.scaling == "dynamic":
-                continue
-            key = (region.module, layer.x)
-            if key not in shared:
-                shared[key] = len(self.observers)
+        for region, node, x, _ in _observed(asked):
+            if (region.module, x) not in shared:
+                shared[region.module, x] = len(self.observers)
                 self.observers.append(observer())
-            self.places[region.module, node] = layer.x, shared[key]
+            self.places[region.module, node] = x, shared[region.module, x]
 
     def forward(self, *inputs: Any) -> Any:
         """What the graph gives."""
@@ -57,8 +53,8 @@ class Prepared(nn.Module):
             observer: Any = self.observers[place]
             observer.update(values[x])
 
-    def scales(self, region: Region, node: Node, layer: Linear, activation: Activation) -> Scales:
-        """The scales of a layer's input.
+    def scales(self, region: Region, node: Node, activation: Activation) -> Scales:
+        """The scales of what a layer or a sum takes.
 
         Raises:
             GraphError: it never ran, or was given a NaN or an infinity.
@@ -67,19 +63,31 @@ class Prepared(nn.Module):
         try:
             return observer.qparams(activation.format)
         except FormatError as error:
-            raise GraphError(
-                f"the input of {node.name}, by {layer.name}, has no scale: {error}{source(node)}"
-            ) from error
+            layer = next((layer for _, each, layer, _ in self.asked.layers if each is node), None)
+            by = f", by {layer.name}," if layer else ""
+            raise GraphError(f"the input of {node.name}{by} has no scale: {error}{source(node)}") from error
+
+
+def _observed(asked: Wanted) -> Iterator[tuple[Region, Node, Node, Activation]]:
+    """Nodes that take values by stored scales, and these values."""
+    for region, node, layer, rule in asked.layers:
+        if rule.activation is not None and rule.activation.scaling != "dynamic":
+            yield region, node, layer.x, rule.activation
+    for region, node, at, rule in sums(asked):
+        assert rule.activation is not None
+        yield region, node, node.args[at], rule.activation  # pyright: ignore[reportReturnType] - a node
 
 
 def prepare(model: nn.Module, recipe: Recipe, *, observer: Callable[[], Observer] = MinMax) -> Prepared:
-    """An exported `model` that watches inputs of linear layers whose activations, by `recipe`, store scales.
+    """An exported `model` that watches inputs of layers whose activations, by `recipe`, store scales.
+
+    What is added to the output of such a convolution is watched, too.
 
     Run it on data that is like what will come, then `convert` it. `observer` makes what remembers: see
     `lowbit.observer`. The graph given is the one that is run, and is changed only by `convert`.
 
     Raises:
-        RecipeError: a rule matches no weight of a linear layer.
+        RecipeError: a rule matches no weight of a layer.
         FormatError: a weight does not fit its format.
         GraphError: `model` is none that was exported.
     """
@@ -100,7 +108,6 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
     found: dict[Node, Scales] = {}
     if any(node not in region.module.graph.nodes for region, node, _, _ in prepared.asked.layers):
         raise GraphError("the graph was changed after it was prepared; prepare it once more, after other passes")
-    for region, node, layer, rule in prepared.asked.layers:
-        if rule.activation is not None and rule.activation.scaling != "dynamic":
-            found[node] = prepared.scales(region, node, layer, rule.activation)
+    for region, node, _, activation in _observed(prepared.asked):
+        found[node] = prepared.scales(region, node, activation)
     return put_weights(prepared.model, prepared.recipe, prepared.asked, found, inputs)

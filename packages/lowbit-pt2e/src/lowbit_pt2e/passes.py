@@ -25,7 +25,7 @@ class Match:
     # Why the pass may not change it; None: it may.
     refusal: str | None
     # Puts something else in its place.
-    rewrite: Callable[[], None]
+    rewrite: Callable[[], object]
 
 
 class Pass(Protocol):
