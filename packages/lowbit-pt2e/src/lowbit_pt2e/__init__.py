@@ -4,6 +4,7 @@ from lowbit_pt2e.comparing import Compared, Comparison, compare
 from lowbit_pt2e.folding import fold_norms
 from lowbit_pt2e.graphs import GraphError
 from lowbit_pt2e.observing import Prepared, convert, prepare
+from lowbit_pt2e.onednn import lower_to_onednn
 from lowbit_pt2e.passes import Difference, Finding, Match, Pass, Report, run_passes
 from lowbit_pt2e.quantizing import quantize_layers
 
@@ -20,6 +21,7 @@ __all__ = [
     "compare",
     "convert",
     "fold_norms",
+    "lower_to_onednn",
     "prepare",
     "quantize_layers",
     "run_passes",

@@ -77,9 +77,15 @@ class _Functional:
         """Such operators."""
         for node in region.nodes:
             if node.target in _DROPOUTS and not node.args[2]:
-                yield Match(node, None, partial(node.replace_all_uses_with, node.args[0]))  # pyright: ignore[reportArgumentType] - a node
+                yield Match(node, None, partial(_leave_out, region, node))
             elif node.target in _IN_PLACE:
                 yield Match(node, _read_later(region, node), partial(setattr, node, "target", _IN_PLACE[node.target]))
+
+
+def _leave_out(region: Region, node: Node) -> None:
+    node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType] - a node
+    # It could draw random numbers, so that it would stay.
+    region.module.graph.erase_node(node)
 
 
 def _read_later(region: Region, node: Node) -> str | None:
@@ -144,7 +150,7 @@ def _misfit(inputs: Format | None, weight: str, x: Node) -> str | None:
     if fmt.element.name != "int8" or fmt.block != (1, WHOLE) or not plain:
         return f"oneDNN has weights in INT8_ROW; this is {weight}"
     if inputs is None:
-        return "its inputs are not rounded by a scale that is known"
+        return "its inputs are not rounded to 8-bit integers by a scale that is known"
     if inputs.element.kind != "int" or refuses(Activation(inputs, "static")):
         return f"oneDNN has inputs in INT8_TENSOR and INT8_TENSOR_ASYM; these are {inputs}"
     if x.meta["val"].dtype != torch.float32:
@@ -201,6 +207,8 @@ class _Early:
         for each in rounds:
             each.replace_all_uses_with(made)
             region.module.graph.erase_node(each)
+        # It uses what comes before it no more, which may be next.
+        region.module.graph.erase_node(node)
 
 
 def _moves(node: Node) -> bool:
@@ -254,7 +262,8 @@ class _Fuse:
 
     def _refusal(self, region: Region, node: Node, rows: Node) -> str | None:
         x: Any = node.args[0]
-        inputs = Format.parse(_UNSIGNED) if x.target is DECODE and x.args[3] == torch.float32 else None
+        known = x.target is DECODE and x.args[0].meta["val"].dtype == torch.uint8
+        inputs = Format.parse(_UNSIGNED) if known and x.args[3] == torch.float32 else None
         reason = _misfit(inputs, str(rows.args[4]), node)
         if reason is None and any(region.constant(each) is None for each in rows.args[:2]):
             reason = "its weight's codes are computed or changed in the graph"

@@ -176,7 +176,10 @@ class _QuantizeLayers:
     """A layer with a weight that a rule names."""
 
     name = "quantize layers"
-    adds = (_LINEAR, ENCODE, DECODE, _QUANTIZE, _DEQUANTIZE, operator.getitem, *IN_PLACE)
+    adds = (
+        *(_LINEAR, ENCODE, DECODE, _QUANTIZE, _DEQUANTIZE, operator.getitem),
+        *(_aten.flatten.using_ints, _aten.view_as.default, *IN_PLACE),
+    )
 
     def __init__(self, recipe: Recipe, weights: Mapping[Key, QuantizedTensor], scales: Mapping[Node, Scales]) -> None:
         self.recipe, self.weights, self.scales = recipe, weights, scales
@@ -236,10 +239,13 @@ class _QuantizeLayers:
 
 def _rounded_as_it_comes(edit: Editor, x: Any, fmt: Format, mode: str) -> Node:
     """A value rounded by a scale that it has when it comes."""
-    parts = edit.call(_QUANTIZE, x, None, None, None, str(fmt), mode, "nearest", 0)
+    # A matrix: of more dimensions each last two would have a scale.
+    rows = edit.call(_aten.flatten.using_ints, x, 1)
+    parts = edit.call(_QUANTIZE, rows, None, None, None, str(fmt), mode, "nearest", 0)
     codes, scale, *zero = (edit.call(operator.getitem, parts, i) for i in range(2 + (fmt.zero is not None)))
-    known = x.meta["val"]
-    return edit.call(_DEQUANTIZE, codes, scale, *(zero or [None]), None, str(fmt), known.shape[-1], known.dtype)
+    known = rows.meta["val"]
+    value = edit.call(_DEQUANTIZE, codes, scale, *(zero or [None]), None, str(fmt), known.shape[-1], known.dtype)
+    return edit.call(_aten.view_as.default, value, x)
 
 
 def _classes(node: Node) -> list[str]:
