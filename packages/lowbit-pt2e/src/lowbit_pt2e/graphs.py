@@ -34,6 +34,8 @@ class GraphError(LowbitError):
 # Where the arguments of a call are that each of its graphs is given as they are, after what is computed anew.
 _GIVEN = {"cond": 3, "while_loop": 3, "scan": 3, "map_impl": 2}
 _ANEW = {"cond": (), "while_loop": (2,), "scan": (1, 2), "map_impl": (1,)}
+# Of loops, where what they carry begins.
+_CARRIES = {"while_loop": 2, "scan": 1}
 # Of those that run one graph once, from where on its arguments are what it is given.
 _FROM = {"invoke_subgraph": 2, "wrap_with_set_grad_enabled": 2, "wrap_with_autocast": 5}
 
@@ -58,6 +60,37 @@ class Call:
         """How many of the operands are computed anew; they are the first."""
         args: Any = self.node.args
         return sum(len(args[at]) for at in _ANEW.get(_name(self.node), ()))
+
+    @property
+    def begun(self) -> list[Any]:
+        """What each graph's placeholders stand for, or begin with where it is carried; None: rows of something."""
+        begins: Any = self.node.args[_CARRIES[_name(self.node)]] if self.carried else []
+        return [*begins, *(None,) * (self.computed - len(begins)), *self.operands[self.computed :]]
+
+    @property
+    def carried(self) -> bool:
+        """Whether what its graph gives is what it is given in the next round."""
+        return _name(self.node) in _CARRIES
+
+    @property
+    def returned(self) -> int:
+        """How many of its results, from the first, are what its graph gives as it is."""
+        if self.carried:
+            return len(self.node.args[_CARRIES[_name(self.node)]])  # pyright: ignore[reportArgumentType] - a list
+        return 0 if _name(self.node) == "map_impl" else len(self.graphs[0].outputs)
+
+    @property
+    def giving(self) -> list[Region]:
+        """The graphs that give what it gives: not a loop's condition."""
+        return self.graphs[1:] if _name(self.node) == "while_loop" else self.graphs
+
+    def regive(self, instead: dict[Node, Node]) -> None:
+        """Give other nodes in the place of some, but for rows."""
+        name, args = _name(self.node), list(self.node.args)
+        places = range(_FROM[name], len(args)) if name in _FROM else {_GIVEN[name], _CARRIES.get(name, _GIVEN[name])}
+        for at in places:
+            args[at] = map_arg(args[at], lambda node: instead.get(node, node))
+        self.node.args = tuple(args)
 
     def give(self, operand: Node) -> None:
         """One operand more."""
@@ -86,6 +119,8 @@ class Region:
     name: str
     module: GraphModule
     callers: list[Call] = field(default_factory=list)
+    # Calls that it makes.
+    calls: list[Call] = field(default_factory=list)
     # Nodes that run graphs in a way that is not known here.
     unknown: list[Node] = field(default_factory=list)
     # Where tensors lie that some graph of the model changes while it runs.
@@ -100,6 +135,19 @@ class Region:
     def placeholders(self) -> list[Node]:
         """What it is given."""
         return [node for node in self.nodes if node.op == "placeholder"]
+
+    @property
+    def outputs(self) -> list[Any]:
+        """What it gives."""
+        found: Any = self.nodes[-1].args[0]
+        return list(found) if isinstance(found, (tuple, list)) else [found]
+
+    def give(self, instead: dict[int, Node]) -> None:
+        """Give other nodes in some places."""
+        output = self.nodes[-1]
+        found: Any = output.args[0]
+        given = [instead.get(at, each) for at, each in enumerate(self.outputs)]
+        output.args = (type(found)(given) if isinstance(found, (tuple, list)) else given[0],)
 
     def constant(self, node: object) -> Tensor | None:
         """The tensor that a node is every time it runs: an attribute, here or where this graph is called; or None.
@@ -152,6 +200,8 @@ def regions(model: nn.Module) -> list[Region]:
         for node in region.nodes:
             modules = _graphs(region, node)
             call = Call(region, node, [])
+            if modules:
+                region.calls.append(call)
             for name, module in modules:
                 inner = next((each for each in found if each.module is module), None)
                 if inner is None:
@@ -289,11 +339,15 @@ class Editor:
         graph = self.region.module.graph
         with graph.inserting_before(self.before):
             node = graph.call_function(target, args, kwargs)
-        with _mode(self.like):
-            node.meta["val"] = target(*map_arg(args, _value), **map_arg(kwargs, _value))
+        node.meta["val"] = self.value(target, *map_arg(args, _value), **map_arg(kwargs, _value))
         node.meta |= {name: self.like.meta[name] for name in _COPIED if name in self.like.meta}
         node.meta[WAS] = None if self.stays else self.like.meta.get(WAS, self.like.name)
         return node
+
+    def value(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What an operator gives of what nodes say of their values."""
+        with _mode(self.like):
+            return target(*args, **kwargs)
 
     def constant(self, name: str, value: Tensor) -> Node:
         """A tensor as an attribute of the model, of a name that is free: `name`, or one with a number."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from lowbit import Activation, FormatError, Recipe
 from lowbit.numerics import Scales
 from lowbit.observer import MinMax, Observer
+from lowbit_pt2e.carrying import Carried, How, carried, edges
+from lowbit_pt2e.codes import numbers, refuses
 from lowbit_pt2e.graphs import GraphError, Region, source
 from lowbit_pt2e.passes import Report
 from lowbit_pt2e.quantizing import Wanted, put_weights, sums, wanted
@@ -21,21 +24,37 @@ class Prepared(nn.Module):
     """An exported graph that gives what it gave, and remembers what goes into layers whose activations store scales.
 
     Made by `prepare`; `convert` takes it. It runs node by node, the graphs of loops and branches too, as often as the
-    data has them run. Layers that take the same value share an observer.
+    data has them run. Layers that take the same value share an observer, as all do that a loop makes of one.
     """
 
-    def __init__(self, model: GraphModule, recipe: Recipe, asked: Wanted, observer: Callable[[], Observer]) -> None:
+    def __init__(
+        self, model: GraphModule, recipe: Recipe, asked: Wanted, observer: Callable[[], Observer], *, carry: bool
+    ) -> None:
         super().__init__()
         self.model, self.recipe, self.asked = model, recipe, asked
         self.observers = nn.ModuleList()
-        # By graph and input, which layers take alike; and by layer.
-        shared: dict[tuple[GraphModule, Node], int] = {}
-        self.places: dict[tuple[GraphModule, Node], tuple[Node, int]] = {}
-        for region, node, x, _ in _observed(asked):
-            if (region.module, x) not in shared:
-                shared[region.module, x] = len(self.observers)
+        takers = list(_observed(asked))
+        known = [((region.module, x), None if refuses(how) else how.format) for region, _, x, how in takers]
+        self.carried = carried(asked.regions, known) if carry else []
+        group = {value: each for each in self.carried for value in each.values}
+        # Layers that take the same value, or one that loops carry, share an observer; by node, all that it takes.
+        shared: dict[Any, int] = {}
+        self.places: dict[tuple[GraphModule, Node], dict[Node, int]] = {}
+        watched = [(region, node, x) for region, node, x, _ in takers]
+        watched += [
+            (region, *edge) for region in asked.regions for each in self.carried for edge in edges(region, each)
+        ]
+        for region, node, x in watched:
+            key = group.get((region.module, x), (region.module, x))
+            if key not in shared:
+                shared[key] = len(self.observers)
                 self.observers.append(observer())
-            self.places[region.module, node] = x, shared[region.module, x]
+            self.places.setdefault((region.module, node), {})[x] = shared[key]
+        self.shared = shared
+        # Which of these nodes ran: of what a branch is given more may be known than of the branch.
+        self.ran: Tensor
+        self.register_buffer("ran", torch.zeros(len(self.places), dtype=torch.bool))
+        self.order = {place: i for i, place in enumerate(self.places)}
 
     def forward(self, *inputs: Any) -> Any:
         """What the graph gives."""
@@ -48,23 +67,27 @@ class Prepared(nn.Module):
 
     def take(self, graph: GraphModule, node: Node, values: Any) -> None:
         """Note what a layer is about to take, if its scale is asked for."""
-        if (graph, node) in self.places:
-            x, place = self.places[graph, node]
+        taken = self.places.get((graph, node), {})
+        for x, place in taken.items():
             observer: Any = self.observers[place]
             observer.update(values[x])
+        if taken:
+            self.ran[self.order[graph, node]] = True
 
-    def scales(self, region: Region, node: Node, activation: Activation) -> Scales:
+    def scales(self, region: Region, node: Node, x: Node, activation: Activation) -> Scales:
         """The scales of what a layer or a sum takes.
 
         Raises:
             GraphError: it never ran, or was given a NaN or an infinity.
         """
-        observer: Any = self.observers[self.places[region.module, node][1]]
+        observer: Any = self.observers[self.places[region.module, node][x]]
+        layer = next((layer for _, each, layer, _ in self.asked.layers if each is node), None)
+        by = f", by {layer.name}," if layer else ""
+        if not self.ran[self.order[region.module, node]]:
+            raise GraphError(f"the input of {node.name}{by} has no scale: no data reached it{source(node)}")
         try:
             return observer.qparams(activation.format)
         except FormatError as error:
-            layer = next((layer for _, each, layer, _ in self.asked.layers if each is node), None)
-            by = f", by {layer.name}," if layer else ""
             raise GraphError(f"the input of {node.name}{by} has no scale: {error}{source(node)}") from error
 
 
@@ -78,13 +101,17 @@ def _observed(asked: Wanted) -> Iterator[tuple[Region, Node, Node, Activation]]:
         yield region, node, node.args[at], rule.activation  # pyright: ignore[reportReturnType] - a node
 
 
-def prepare(model: nn.Module, recipe: Recipe, *, observer: Callable[[], Observer] = MinMax) -> Prepared:
+def prepare(
+    model: nn.Module, recipe: Recipe, *, observer: Callable[[], Observer] = MinMax, carry: bool = True
+) -> Prepared:
     """An exported `model` that watches inputs of layers whose activations, by `recipe`, store scales.
 
     What is added to the output of such a convolution is watched, too.
 
     Run it on data that is like what will come, then `convert` it. `observer` makes what remembers: see
-    `lowbit.observer`. The graph given is the one that is run, and is changed only by `convert`.
+    `lowbit.observer`. With `carry`, what goes into loops and branches, around and out of them has one scale and goes as
+    codes where a layer there takes it; otherwise it stays as it is, and each layer has its own scale. The graph given
+    is the one that is run, and is changed only by `convert`.
 
     Raises:
         RecipeError: a rule matches no weight of a layer.
@@ -93,7 +120,7 @@ def prepare(model: nn.Module, recipe: Recipe, *, observer: Callable[[], Observer
     """
     asked = wanted(model, recipe)
     assert isinstance(model, GraphModule)
-    return Prepared(model, recipe, asked, observer)
+    return Prepared(model, recipe, asked, observer, carry=carry)
 
 
 def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report:
@@ -108,6 +135,10 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
     found: dict[Node, Scales] = {}
     if any(node not in region.module.graph.nodes for region, node, _, _ in prepared.asked.layers):
         raise GraphError("the graph was changed after it was prepared; prepare it once more, after other passes")
-    for region, node, _, activation in _observed(prepared.asked):
-        found[node] = prepared.scales(region, node, activation)
-    return put_weights(prepared.model, prepared.recipe, prepared.asked, found, inputs)
+    for region, node, x, activation in _observed(prepared.asked):
+        found[node] = prepared.scales(region, node, x, activation)
+    carries: list[tuple[Carried, How]] = []
+    for each in prepared.carried:
+        observer: Any = prepared.observers[prepared.shared[each]]
+        carries.append((each, (*numbers(observer.qparams(each.format)), str(each.format))))
+    return put_weights(prepared.model, prepared.recipe, prepared.asked, found, inputs, carries)

@@ -2,7 +2,7 @@
 
 Values that are rounded to int8 become uint8, which is what oneDNN's convolutions take: codes and zero points are 128
 more, and stand for the same numbers. Roundings move to where values are made, before pools, views and concatenations;
-a layer then takes what follows it, a sum, an activation and a rounding, into itself.
+a layer then takes what follows it, a sum, an activation and a rounding, into itself. What loops carry stays int8.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ _aten: Any = torch.ops.aten
 _lowbit: Any = torch.ops.lowbit
 _LINEAR, _DEQUANTIZE = _lowbit.linear.default, _lowbit.dequantize.default
 _UNSIGNED = "uint8:*x*:float32:zero=uint8"
+_INTEGERS = (torch.uint8, torch.int8)
 
 # What writes to its first argument, and what gives the same instead.
 _IN_PLACE: dict[Any, Any] = {
@@ -63,7 +64,7 @@ def lower_to_onednn(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> 
         GraphError: `model` is none that was exported.
     """
     ops.register()
-    passes = (_Functional(), _Split(), _Unsigned(), _Early(), _Same(), _Fuse())
+    passes = (_Functional(), _Split(), _Same(), _Unsigned(), _Early(), _Same(), _Fuse())
     return run_passes(model, passes, inputs)
 
 
@@ -219,7 +220,7 @@ def _moves(node: Node) -> bool:
 
 
 class _Same:
-    """Roundings of one value by one scale, and values of the same codes."""
+    """Roundings of one value by one scale, values of the same codes, and roundings of what such codes stand for."""
 
     name = "one rounding of a value"
     adds = ()
@@ -229,7 +230,10 @@ class _Same:
         first: dict[tuple[Any, ...], Node] = {}
         for node in region.nodes:
             if node.target in {ENCODE, DECODE}:
-                known = first.setdefault((node.target, *node.args), node)
+                known: Any = first.setdefault((node.target, *node.args), node)
+                x: Any = node.args[0]
+                if node.target is ENCODE and x.target is DECODE and x.args[1:3] == node.args[1:3]:
+                    known = x.args[0] if x.args[0].meta["val"].dtype == node.meta["val"].dtype else known
                 if known is not node:
                     yield Match(node, None, partial(node.replace_all_uses_with, known))
 
@@ -262,7 +266,8 @@ class _Fuse:
 
     def _refusal(self, region: Region, node: Node, rows: Node) -> str | None:
         x: Any = node.args[0]
-        known = x.target is DECODE and x.args[0].meta["val"].dtype == torch.uint8
+        takes = {torch.uint8} if node.target in CONVOLUTIONS else set(_INTEGERS)
+        known = x.target is DECODE and x.args[0].meta["val"].dtype in takes
         inputs = Format.parse(_UNSIGNED) if known and x.args[3] == torch.float32 else None
         reason = _misfit(inputs, str(rows.args[4]), node)
         if reason is None and any(region.constant(each) is None for each in rows.args[:2]):
@@ -292,7 +297,7 @@ class _Fuse:
         bias: Any = (*node.args, None)[2]
         out: tuple[Any, ...] = (1.0, 0, torch.float32)
         if chain.rounds is not None:
-            out = *chain.rounds.args[1:3], torch.uint8
+            out = *chain.rounds.args[1:3], chain.rounds.meta["val"].dtype
         given = _shape(codes)
         if node.target in CONVOLUTIONS:
             # A view of an operator's result, of which the weight's own shape is left.
@@ -367,7 +372,8 @@ def _chain(region: Region, node: Node) -> _Chain:
         if found is not None:
             chain.last, chain.activation = after, found
     users = list(chain.last.users)
-    if len(users) == 1 and users[0].target is ENCODE and users[0].args[3] == _UNSIGNED:
+    gives = _INTEGERS[:1] if convolves else _INTEGERS
+    if len(users) == 1 and users[0].target is ENCODE and users[0].meta["val"].dtype in gives:
         chain.rounds = users[0]
     if chain.other is not None and chain.rounds is None:
         # Sums are made where what is added lies, in its codes.

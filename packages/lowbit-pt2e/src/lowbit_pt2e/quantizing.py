@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch.fx import Node
 from lowbit import QuantizedTensor, Recipe, RecipeError, Rule, quantize
 from lowbit.format import Format
 from lowbit.numerics import Scales
+from lowbit_pt2e.carrying import Carried, Carry, How
 from lowbit_pt2e.codes import DECODE, ENCODE, numbers, refuses
 from lowbit_pt2e.graphs import Editor, Region, regions, untold
 from lowbit_pt2e.layers import CONVOLUTIONS, IN_PLACE, LINEARS, Convolution, Linear, layer_of
@@ -62,6 +63,7 @@ Key = tuple[str, int, Rule]
 class Wanted:
     """What a recipe says of a model's layers."""
 
+    regions: list[Region]
     # Each with its graph, its node and the rule that gives it a format.
     layers: list[tuple[Region, Node, Layer, Rule]]
     weights: dict[Key, QuantizedTensor]
@@ -75,7 +77,8 @@ def wanted(model: nn.Module, recipe: Recipe) -> Wanted:
         FormatError: a weight does not fit its format.
         GraphError: `model` is none that was exported.
     """
-    nodes = [(region, node) for region in regions(model) for node in region.nodes if node.target in LAYERS]
+    everywhere = regions(model)
+    nodes = [(region, node) for region in everywhere for node in region.nodes if node.target in LAYERS]
     found = [(region, node, layer_of(region, node)) for region, node in nodes]
     layers = [(region, node, layer) for region, node, layer in found if not isinstance(layer, str)]
     known = [(layer.name, _classes(node)) for _, node, layer in layers]
@@ -97,18 +100,25 @@ def wanted(model: nn.Module, recipe: Recipe) -> Wanted:
             rule.activation.format.scale_shape((1, layer.weight.shape[1]))
         if (layer.name, layer.turned, rule) not in weights:
             weights[layer.name, layer.turned, rule] = quantize(layer.weight.detach(), rule.weight)
-    return Wanted(asked, weights)
+    return Wanted(everywhere, asked, weights)
 
 
 def put_weights(
-    model: nn.Module, recipe: Recipe, asked: Wanted, scales: Mapping[Node, Scales], inputs: tuple[Any, ...] | None
+    model: nn.Module,
+    recipe: Recipe,
+    asked: Wanted,
+    scales: Mapping[Node, Scales],
+    inputs: tuple[Any, ...] | None,
+    carries: Sequence[tuple[Carried, How]] = (),
 ) -> Report:
     """Put what is asked into a model's graphs, with the scales of inputs of layers' nodes where activations store some.
+
+    `carries`: values that loops carry in codes.
 
     Raises:
         GraphError: as `run_passes`.
     """
-    passes = (_RoundSums(asked, scales), _QuantizeLayers(recipe, asked.weights, scales))
+    passes = (Carry(carries), _RoundSums(asked, scales), _QuantizeLayers(recipe, asked.weights, scales))
     return run_passes(model, passes, inputs)
 
 
