@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,9 +19,9 @@ from torch.fx import GraphModule, Node
 from lowbit.errors import LowbitError
 from lowbit.figures import count
 from lowbit.format import Format
-from lowbit.markup import Markup, element, join, plain
+from lowbit.markup import Markup, element, plain
 from lowbit_pt2e.graphs import Call, Region, place, regions
-from lowbit_pt2e.layering import BELOW, Box, Segment, arrange
+from lowbit_pt2e.layering import Box, Segment, arrange
 
 # Of Okabe and Ito's colours, which those see apart who see few; and what is read on them.
 _KINDS: Final = {
@@ -40,6 +40,8 @@ _LINE: Final = 15
 _SQUARE: Final = 9
 _BY_ROW: Final = (_WIDTH - 2 * _SIDE) // (_SQUARE + 3)
 _PAD: Final = 14
+_BELOW_8: Final = re.compile(r"torch\.(u?int|float)[1-7](?!\d)")
+_TIMES: Final = "\N{MULTIPLICATION SIGN}"
 _BEYOND_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -66,7 +68,7 @@ class _Plan:
             self._fill(part)
             if region.callers:
                 parts[region.callers[0].region].inner.append((part, region.callers))
-        self.whole = parts[found[0]]
+        self.parts, self.whole = list(parts.values()), parts[found[0]]
         nodes = [(region, node) for region in found for node in region.nodes]
         self.number = {node: i for i, (_, node) in enumerate(nodes)}
         self.value = {node: _value(region, node) for region, node in nodes}
@@ -74,23 +76,22 @@ class _Plan:
 
     def _fill(self, part: _Part) -> None:
         region = part.region
-        calling = {call.node for inner in regions_of(region) for call in inner.callers}
-        held: set[Node] = set()
+        constants: set[Node] = set()
+        graphs: set[Node] = set()
         home: dict[Node, Node] = {}
         for node in region.nodes:
             given = node.all_input_nodes
             if node.op in {"get_attr", "placeholder"}:
-                constant = region.constant(node) is not None
-                if constant or isinstance(_attribute(region, node), GraphModule):
-                    held.add(node)
-            elif node.op == "call_function" and given and not node.is_impure() and node not in calling:
-                held.update([node] if all(each in held for each in given) else [])
+                constants.update([node] if region.constant(node) is not None else [])
+                graphs.update([node] if isinstance(_attribute(region, node), GraphModule) else [])
+            elif node.op == "call_function" and given and not node.is_impure() and constants.issuperset(given):
+                constants.add(node)
         for node in reversed(region.nodes):
             users = {home.get(user, user) for user in node.users}
             given = node.op == "placeholder" and bool(region.callers)
             if not users and (given or node.op == "get_attr"):
                 part.unused.insert(0, node)
-            elif len(users) == 1 and node in held:
+            elif len(users) == 1 and (node in constants or node in graphs):
                 home[node] = users.pop()
         skipped = set(part.unused)
         part.boxes = {node: [] for node in region.nodes if node not in home and node not in skipped}
@@ -130,6 +131,8 @@ def _dot(plan: _Plan, part: _Part, indent: str) -> Iterator[str]:
         _, fill, ink = _KINDS[plan.kind[node]]
         label = [node.name, operator_of(node), told(plan.value[node])]
         label += [f"{each.name}: {told(plan.value[each]) or operator_of(each)}" for each in within]
+        # Fonts whose widths Graphviz knows have few letters.
+        label = [line.replace(_TIMES, "x") for line in label]
         yield (
             f"{indent}n{plan.number[node]} [label={_quoted(line for line in label if line)}, "
             f'tooltip={_quoted(plan.words(node))}, fillcolor="{fill}", fontcolor="{ink}"];'
@@ -144,7 +147,7 @@ def _dot(plan: _Plan, part: _Part, indent: str) -> Iterator[str]:
         for call in callers:
             yield f"{indent}n{plan.number[call.node]} -> n{head} [lhead={name}, style=dashed];"
     for node in part.boxes:
-        users = dict.fromkeys(where[user] for user in node.users)
+        users = sorted({where[user] for user in node.users}, key=plan.number.__getitem__)
         yield from (f"{indent}n{plan.number[node]} -> n{plan.number[user]};" for user in users)
 
 
@@ -176,7 +179,7 @@ def picture(model: nn.Module, marked: Collection[tuple[str, str]], *, alone: boo
     plan = _Plan(model)
     sheet = _Sheet(plan, plan.whole, set(marked))
     legend = _legend(plan, marked=bool(marked))
-    width = max(sheet.width, 230) + 2 * _PAD
+    width = max(sheet.width, 330) + 2 * _PAD
     down = _PAD + len(legend) * 18 + _PAD
     height = down + sheet.height + _PAD
     drawn = sheet.draw((width - sheet.width) / 2, down)
@@ -208,9 +211,7 @@ def anchors(model: nn.Module) -> dict[tuple[str, str], str]:
     """By graph and name, the id of the box in `picture` that a node is, or stands within; those that have one."""
     plan = _Plan(model)
     found: dict[tuple[str, str], str] = {}
-    parts = [plan.whole]
-    for part in parts:
-        parts += [inner for inner, _ in part.inner]
+    for part in plan.parts:
         for node, within in part.boxes.items():
             found |= {(part.region.name, each.name): f"node-{plan.number[node]}" for each in (node, *within)}
     return found
@@ -226,7 +227,7 @@ class _Sheet:
         edges = [
             (box, self.boxes[user])
             for node, box in self.boxes.items()
-            for user in dict.fromkeys(where[user] for user in node.users)
+            for user in sorted({where[user] for user in node.users}, key=plan.number.__getitem__)
         ]
         self.frames: list[tuple[Box, _Sheet]] = []
         # Calls from other graphs than the one that a frame is in.
@@ -240,26 +241,27 @@ class _Sheet:
             framed.setdefault(last, []).append(frame)
             edges += [(self.boxes[call.node], frame) for call in callers if call.node in self.boxes]
             self.far += [(call, frame) for call in callers if call.node not in self.boxes] + sheet.far
-        given = {node for node in self.boxes if node.op in {"get_attr", "placeholder"}}
-        late = set(given)
-        for node in self.boxes:
-            if node.op == "call_function" and node.all_input_nodes and node not in framed:
-                late.update([node] if all(where.get(each) in late for each in node.all_input_nodes) else [])
+        # What is given, and what is computed of constants alone, is wanted near to where it is used.
+        fixed: set[Node] = set()
+        for node in part.boxes:
+            made = node.op == "call_function" and node not in framed
+            if node.op == "get_attr" or (made and all(where.get(each) in fixed for each in node.all_input_nodes)):
+                fixed.add(node)
+        late = [box for node, box in self.boxes.items() if node in fixed or node.op == "placeholder"]
         order = [each for node, box in self.boxes.items() for each in (box, *framed.get(node, ()))]
-        width, height, self.segments = arrange(order, edges, {self.boxes[node] for node in late - _flowing(late)})
-        self.unused = _unused_rows(len(part.unused))
+        width, height, self.segments = arrange(order, edges, set(late))
+        self.unused = -(-len(part.unused) // _BY_ROW) + bool(part.unused)
         self.width, self.height = max(width, _WIDTH), height + self.unused * _LINE
         self.shift = (self.width - width) / 2
-        for frame, sheet in self.frames:
+        for _, sheet in self.frames:
             self.boxes |= sheet.boxes
-            del frame
 
     def draw(self, x: float, y: float) -> list[Markup]:
         """All of it, from a left upper corner on; boxes are then where they are on the whole sheet."""
         drawn: list[Markup] = []
         if self.part.unused:
-            drawn.append(element("text", "not used:", x=x, y=y + 9, class_="soft"))
-            drawn += self._squares(self.part.unused, x + 70, y + 1)
+            drawn.append(element("text", "not used:", x=x, y=y + 10, class_="soft"))
+            drawn += self._squares(self.part.unused, x, y + _LINE)
         x, y = x + self.shift, y + self.unused * _LINE
         lines = list(_lines(self.segments, {frame for frame, _ in self.frames}, x, y))
         for frame, sheet in self.frames:
@@ -294,7 +296,7 @@ class _Sheet:
                 element("text", _short(text), x=box.x + _SIDE, y=box.y + _LINE * (i + 1), class_=None if i else "name")
                 for i, text in enumerate(texts)
             ),
-            *self._squares(within, box.x + _SIDE, box.y + 3 * _LINE + 6),
+            *self._squares(within, box.x + _SIDE, box.y + 3 * _LINE + 7),
             id=f"node-{self.plan.number[node]}",
             class_=f"node {kind}{' marked' if marked else ''}",
         )
@@ -313,4 +315,185 @@ class _Sheet:
 
 
 def _height(within: list[Node]) -> float:
-    return 3 * _LINE + 6 + _LINE * -(-len(within) // _BY_ROW)
+    return 3 * _LINE + 8 + _LINE * -(-len(within) // _BY_ROW)
+
+
+def _lines(segments: list[Segment], frames: set[Box], x: float, y: float) -> Iterator[Markup]:
+    """A path for each box that lines come from, one for those that lead to graphs that it runs, and their heads."""
+    paths: dict[tuple[Box, bool], str] = {}
+    heads = ""
+    for each in segments:
+        start, ends, to = y + each.y, y + each.row_ends, y + each.to_y
+        middle = (ends + to) / 2
+        path = f"M{x + each.x:.1f} {start:.1f}" + (f"V{ends:.1f}" if ends > start else "")
+        path += f"C{x + each.x:.1f} {middle:.1f} {x + each.to_x:.1f} {middle:.1f} {x + each.to_x:.1f} {to:.1f}"
+        key = each.source, each.target in frames
+        paths[key] = paths.get(key, "") + path
+        if each.target is not None:
+            heads += f"M{x + each.to_x:.1f} {to:.1f}l-3-6h6z"
+    for (_, runs), path in paths.items():
+        yield element("path", d=path, class_="edge runs" if runs else "edge")
+    if heads:
+        yield element("path", d=heads, class_="head")
+
+
+def _legend(plan: _Plan, *, marked: bool) -> list[Callable[[float, float], Markup]]:
+    """Lines of the legend, which draw themselves from a left upper corner on."""
+
+    def line(kind: str | None, words: str) -> Callable[[float, float], Markup]:
+        def draw(x: float, y: float) -> Markup:
+            text = element("text", words, x=x + 22, y=y + 10)
+            if kind is None:
+                path = element("path", d=f"M{x:.1f} {y + 6:.1f}h16", class_="edge runs")
+                return element("g", path, text)
+            wide, tall = (_SQUARE, _SQUARE) if kind == "small" else (16, 12)
+            sides = {"x": x, "y": y + (12 - tall) / 2, "width": wide, "height": tall}
+            return element("g", element("rect", **sides, class_=f"within {kind}"), text)
+
+        return draw
+
+    used = set(plan.kind.values())
+    lines = [line(kind, words) for kind, (words, *_) in _KINDS.items() if kind in used]
+    if any(part.unused or any(part.boxes.values()) for part in plan.parts):
+        lines.append(line("small", "constants, within the node that takes them"))
+    if plan.whole.inner:
+        lines.append(line(None, "runs the graph in a frame"))
+    if marked:
+        lines.append(line("worst", "among the worst"))
+    return lines
+
+
+def style() -> str:
+    """The style of pictures, whose selectors meet nothing else on a page."""
+    return plain(f"{_rules(_LIGHT)}\n@media (prefers-color-scheme: dark) {{\n{_rules(_DARK)}\n}}\n{_STYLE}")
+
+
+def _rules(colors: dict[str, str]) -> str:
+    # Not every program that shows SVG knows variables.
+    rules = [
+        (".ground", f"fill: {colors['page']}"),
+        ("text", f"fill: {colors['text']}"),
+        (".soft", f"fill: {colors['soft']}"),
+        (".box, .graph .within", f"stroke: {colors['line']}"),
+        (".edge, .graph .frame", f"stroke: {colors['line']}"),
+        (".head", f"fill: {colors['line']}"),
+        (".marked .box, .graph .worst", f"stroke: {colors['warning']}"),
+        (".node:target .box", f"stroke: {colors['text']}"),
+    ]
+    return "\n".join(f".graph {selector} {{ {rule}; }}" for selector, rule in rules)
+
+
+# Those of the report's page.
+_LIGHT: Final = {"page": "#ffffff", "text": "#1b1f24", "soft": "#59616c", "line": "#767e89", "warning": "#b3261e"}
+_DARK: Final = {"page": "#14171b", "text": "#e4e7eb", "soft": "#a3abb6", "line": "#8b939e", "warning": "#ff9c91"}
+_MONOSPACE: Final = 'ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace'
+_STYLE: Final = "\n".join(
+    [
+        f".graph text {{ font: 11px {_MONOSPACE}; }}",
+        ".graph .name { font-weight: 700; }",
+        ".graph .frame, .graph .edge { fill: none; }",
+        ".graph .runs { stroke-dasharray: 4 3; }",
+        ".graph .box { fill-opacity: 0.2; }",
+        ".graph .marked .box, .graph .node:target .box, .graph .worst { stroke-width: 3; }",
+        ".graph .worst, .graph .small { fill: none; }",
+        *(
+            f".graph .{kind} .box, .graph .{kind} .stripe, .graph .within.{kind} {{ fill: {color}; }}"
+            for kind, (_, color, _) in _KINDS.items()
+        ),
+    ]
+)
+
+
+def kind_of(value: Any) -> str:
+    """How precise a value is; several are as their first tensor."""
+    if isinstance(value, (tuple, list)):
+        value = next((each for each in value if isinstance(each, Tensor)), None)
+    if not isinstance(value, Tensor):
+        return "other"
+    if _BELOW_8.match(str(value.dtype)):
+        return "packed"
+    if value.is_floating_point() and value.dtype.itemsize > 1:
+        return "wide" if value.dtype.itemsize > 2 else "half"
+    return "codes" if value.is_floating_point() or value.dtype in {torch.int8, torch.uint8} else "other"
+
+
+def told(value: Any) -> str:
+    """What a value is, in a few words; nothing of what is none."""
+    if isinstance(value, Tensor):
+        shape = _TIMES.join(map(str, value.shape)) or "number"
+        return f"{str(value.dtype).removeprefix('torch.')} {shape}"
+    if isinstance(value, (tuple, list)):
+        return count(len(value), "value")
+    return "" if value is None else type(value).__name__
+
+
+def operator_of(node: Node) -> str:
+    """The name of what a node does; of an operator's only form, without it."""
+    if node.op == "get_attr":
+        return str(node.target)
+    if node.op != "call_function":
+        return node.op
+    target: Any = node.target
+    name = str(target) if hasattr(target, "_schema") else getattr(target, "__name__", str(target))
+    return str(name).removesuffix(".default")
+
+
+def _attribute(region: Region, node: Node) -> Any:
+    return operator.attrgetter(str(node.target))(region.module) if node.op == "get_attr" else None
+
+
+def _value(region: Region, node: Node) -> Any:
+    """An example of what a node gives."""
+    if node.op == "output":
+        given: Any = [each.meta.get("val") for each in node.all_input_nodes]
+        return given[0] if len(given) == 1 else given
+    if "val" in node.meta:
+        return node.meta["val"]
+    held = _attribute(region, node)
+    return held if isinstance(held, Tensor) else None
+
+
+def _packed(found: list[Region]) -> set[Node]:
+    """Nodes whose bytes hold several numbers each, as the operators say that take them."""
+    packed: set[Node] = set()
+    for region in found:
+        for node in region.nodes:
+            given = arguments(node)
+            codes, fmt = given.get("qdata"), given.get("format")
+            if isinstance(codes, Node) and isinstance(fmt, str) and _bits(fmt) < 8:
+                packed.update(_given(region, codes))
+    return packed
+
+
+def _given(region: Region, node: Node) -> Iterator[Node]:
+    """A node, and what calls give for it."""
+    yield node
+    if node.op == "placeholder" and region.callers:
+        for outer, each in region.given(node):
+            if isinstance(each, Node):
+                yield from _given(outer, each)
+
+
+def _bits(fmt: str) -> int:
+    try:
+        return Format.parse(fmt).element.bits
+    except LowbitError:
+        return 8
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """What an operator is given, by its arguments' names."""
+    schema: Any = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return {}
+    names = [each.name for each in schema.arguments]
+    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+
+
+def _short(text: str, room: int = _ROOM) -> str:
+    """Text with its middle left out if there is no room for it: names end in what tells them apart."""
+    text = _BEYOND_XML.sub("\ufffd", text)
+    if len(text) <= room:
+        return text
+    end = (room - 1) // 2
+    return f"{text[: room - 1 - end]}…{text[len(text) - end :]}"

@@ -57,6 +57,8 @@ class Finding:
     reason: str | None
     # Where it comes from in the user's program.
     source: str
+    # Names of the nodes that were put in its place.
+    made: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +123,14 @@ def run_passes(model: nn.Module, passes: Sequence[Pass], inputs: tuple[Any, ...]
         for region in regions(model):
             known = set(region.nodes)
             for match in each.matches(region):
-                findings.append(Finding(each.name, region.name, match.node.name, match.refusal, place(match.node)))
+                about = each.name, region.name, match.node.name, match.refusal, place(match.node)
+                made: tuple[str, ...] = ()
                 if match.refusal is None:
+                    there = set(region.nodes)
                     match.rewrite()
+                    made = tuple(node.name for node in region.nodes if node not in there)
                     changed = True
+                findings.append(Finding(*about, made))
             _check(each, region, [node for node in region.nodes if node not in known])
         tidy(model)
         if before is not None and changed:
