@@ -10,6 +10,7 @@ from lowbit_pt2e.onednn import lower_to_onednn
 from lowbit_pt2e.passes import Difference, Finding, Match, Pass, Report, run_passes
 from lowbit_pt2e.quantizing import quantize_layers
 from lowbit_pt2e.showing import to_html
+from lowbit_pt2e.training import Learning, prepare_qat
 
 __all__ = [
     "Compared",
@@ -18,6 +19,7 @@ __all__ = [
     "Explanation",
     "Finding",
     "GraphError",
+    "Learning",
     "Match",
     "Pass",
     "Prepared",
@@ -28,6 +30,7 @@ __all__ = [
     "fold_norms",
     "lower_to_onednn",
     "prepare",
+    "prepare_qat",
     "quantize_layers",
     "run_passes",
     "to_dot",

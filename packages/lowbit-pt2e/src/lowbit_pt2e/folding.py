@@ -134,6 +134,14 @@ class NormBefore:
         _leave_out(region, norm)
 
 
+def frozen(node: Node, *, freeze: bool = False) -> bool:
+    """Whether a node is no norm that normalizes by the statistics of each batch; `freeze` makes it so."""
+    trains, _ = _NORMS.get(node.target, (None, 0))
+    if trains is not None and node.args[trains] and freeze:
+        node.args = (*node.args[:trains], False, *node.args[trains + 1 :])
+    return trains is None or not node.args[trains]
+
+
 def _constants(edit: Editor, parts: tuple[Tensor, Tensor]) -> tuple[Node, Node]:
     """The weight and the bias of the layer that is new."""
     weight, bias = parts

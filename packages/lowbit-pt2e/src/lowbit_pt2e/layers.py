@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,9 +41,23 @@ class Linear:
     # The name of the attribute that it is, or, if `turned`, is the transpose of.
     name: str
     turned: bool
+    # Whether the operator takes (K, N).
+    across: bool
     bias: Tensor | None
     # The node that is the bias.
     added: Node | None
+
+    def given(self, node: Node) -> Node:
+        """What a layer's node takes as its weight."""
+        return node.args[1 + (node.target is _aten.addmm.default)]  # pyright: ignore[reportReturnType] - a node
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """What it takes, as a matrix (N, K); `back` is the way back."""
+        return weight.T if self.across else weight
+
+    def back(self, rows: Tensor) -> Tensor:
+        """The way back."""
+        return rows.T if self.across else rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +73,23 @@ class Convolution:
     turned: int
     bias: Tensor | None
     added: Node | None
+
+    def given(self, node: Node) -> Node:
+        """What a layer's node takes as its weight."""
+        return node.args[1]  # pyright: ignore[reportReturnType] - a node
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """What it takes, as the matrix; `back` is the way back."""
+        if self.turned:
+            weight = weight.unflatten(0, (self.turned, -1)).transpose(1, 2).flatten(0, 1)
+        return weight.flatten(1)
+
+    def back(self, rows: Tensor) -> Tensor:
+        """The way back."""
+        if not self.turned:
+            return rows.view(self.shape)
+        ins, outs, *window = self.shape
+        return rows.view(self.turned, outs, ins // self.turned, *window).transpose(1, 2).reshape(self.shape)
 
     def in_place(self, rows: Node, edit: Editor) -> Node:
         """What the operator takes, of a node that is the matrix."""
@@ -90,11 +121,9 @@ def convolution_of(region: Region, node: Node) -> Convolution | str:
     if bias is not None and added is None:
         return "its layer's bias is computed or changed in the graph"
     transposed, groups = geometry(node)[-2:]
-    shape, matrix = tuple(held.shape), held
-    if transposed:
-        matrix = held.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     name = region.path(weight)  # pyright: ignore[reportArgumentType] - a node, if a constant
-    return Convolution(x, matrix.flatten(1), shape, name, groups * transposed, added, bias)  # pyright: ignore[reportArgumentType] - as above
+    layer = Convolution(x, held, tuple(held.shape), name, groups * transposed, added, bias)  # pyright: ignore[reportArgumentType] - as above
+    return replace(layer, weight=layer.rows(held))
 
 
 def geometry(node: Node) -> tuple[Any, Any, Any, bool, int]:
@@ -128,7 +157,8 @@ def linear_of(region: Region, node: Node) -> Linear | str:
         return "its layer's bias is computed or changed in the graph"
     attribute = region.constant(origin)
     turned = attribute is not None and (attribute.shape, attribute.stride()) != (held.shape, held.stride())
-    return Linear(x, held, region.path(origin), turned, added, bias)  # pyright: ignore[reportArgumentType] - a node, if a constant
+    across = node.target is not _aten.linear.default
+    return Linear(x, held, region.path(origin), turned, across, added, bias)  # pyright: ignore[reportArgumentType] - a node, if a constant
 
 
 def _matrix(region: Region, node: Any) -> tuple[Tensor | None, Any]:

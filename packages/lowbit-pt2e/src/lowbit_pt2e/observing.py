@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from lowbit import Activation, FormatError, Recipe
+from lowbit import Activation, FormatError, QuantizedTensor, Recipe
+from lowbit.format import Format
 from lowbit.numerics import Scales
 from lowbit.observer import MinMax, Observer
 from lowbit_pt2e.carrying import Carried, How, carried, edges
 from lowbit_pt2e.codes import numbers, refuses
 from lowbit_pt2e.graphs import GraphError, Region, source
 from lowbit_pt2e.passes import Report
-from lowbit_pt2e.quantizing import Wanted, put_weights, sums, wanted
+from lowbit_pt2e.quantizing import Key, Wanted, put_weights, sums, wanted
 from lowbit_pt2e.running import Watching
 
 
@@ -39,17 +41,16 @@ class Prepared(nn.Module):
         group = {value: each for each in self.carried for value in each.values}
         # Layers that take the same value, or one that loops carry, share an observer; by node, all that it takes.
         shared: dict[Any, int] = {}
-        self.places: dict[tuple[GraphModule, Node], dict[Node, int]] = {}
-        watched = [(region, node, x) for region, node, x, _ in takers]
-        watched += [
-            (region, *edge) for region in asked.regions for each in self.carried for edge in edges(region, each)
-        ]
-        for region, node, x in watched:
+        self.places: dict[tuple[GraphModule, Node], dict[Node, tuple[int, Format]]] = {}
+        watched = [(region, node, x, how.format) for region, node, x, how in takers]
+        for each in self.carried:
+            watched += [(region, *edge, each.format) for region in asked.regions for edge in edges(region, each)]
+        for region, node, x, fmt in watched:
             key = group.get((region.module, x), (region.module, x))
             if key not in shared:
                 shared[key] = len(self.observers)
                 self.observers.append(observer())
-            self.places.setdefault((region.module, node), {})[x] = shared[key]
+            self.places.setdefault((region.module, node), {})[x] = shared[key], fmt
         self.shared = shared
         # Which of these nodes ran: of what a branch is given more may be known than of the branch.
         self.ran: Tensor
@@ -68,7 +69,7 @@ class Prepared(nn.Module):
     def take(self, graph: GraphModule, node: Node, values: Any) -> None:
         """Note what a layer is about to take, if its scale is asked for."""
         taken = self.places.get((graph, node), {})
-        for x, place in taken.items():
+        for x, (place, _) in taken.items():
             observer: Any = self.observers[place]
             observer.update(values[x])
         if taken:
@@ -80,15 +81,28 @@ class Prepared(nn.Module):
         Raises:
             GraphError: it never ran, or was given a NaN or an infinity.
         """
-        observer: Any = self.observers[self.places[region.module, node][x]]
+        place, _ = self.places[region.module, node][x]
         layer = next((layer for _, each, layer, _ in self.asked.layers if each is node), None)
         by = f", by {layer.name}," if layer else ""
         if not self.ran[self.order[region.module, node]]:
             raise GraphError(f"the input of {node.name}{by} has no scale: no data reached it{source(node)}")
         try:
-            return observer.qparams(activation.format)
+            return self.scales_of(place, activation.format)
         except FormatError as error:
             raise GraphError(f"the input of {node.name}{by} has no scale: {error}{source(node)}") from error
+
+    def scales_of(self, place: int, fmt: Format) -> Scales:
+        """What an observer tells.
+
+        Raises:
+            FormatError: it has seen nothing, or a NaN or an infinity.
+        """
+        observer: Any = self.observers[place]
+        return observer.qparams(fmt)
+
+    def quantized(self) -> Mapping[Key, QuantizedTensor]:
+        """The weights that are asked for."""
+        return self.asked.weights
 
 
 def _observed(asked: Wanted) -> Iterator[tuple[Region, Node, Node, Activation]]:
@@ -139,6 +153,7 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
         found[node] = prepared.scales(region, node, x, activation)
     carries: list[tuple[Carried, How]] = []
     for each in prepared.carried:
-        observer: Any = prepared.observers[prepared.shared[each]]
-        carries.append((each, (*numbers(observer.qparams(each.format)), str(each.format))))
-    return put_weights(prepared.model, prepared.recipe, prepared.asked, found, inputs, carries)
+        how = numbers(prepared.scales_of(prepared.shared[each], each.format))
+        carries.append((each, (*how, str(each.format))))
+    asked = replace(prepared.asked, weights=prepared.quantized())
+    return put_weights(prepared.model, prepared.recipe, asked, found, inputs, carries)

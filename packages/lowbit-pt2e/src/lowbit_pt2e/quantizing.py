@@ -66,7 +66,7 @@ class Wanted:
     regions: list[Region]
     # Each with its graph, its node and the rule that gives it a format.
     layers: list[tuple[Region, Node, Layer, Rule]]
-    weights: dict[Key, QuantizedTensor]
+    weights: Mapping[Key, QuantizedTensor]
 
 
 def wanted(model: nn.Module, recipe: Recipe) -> Wanted:

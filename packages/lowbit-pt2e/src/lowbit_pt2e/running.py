@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.node import map_arg
 
 Told = Callable[[GraphModule, Node, Any], None]
 
@@ -15,11 +16,19 @@ class Watching(Interpreter):
     """Runs a graph node by node, and those that it calls.
 
     `before` is told each node's graph, the node, and the values of all that ran; `after`, in their place, its own.
+    `instead` is told what `before` is, and gives what the node takes in the place of other nodes' values.
     """
 
-    def __init__(self, graph: GraphModule, *, before: Told | None = None, after: Told | None = None) -> None:
+    def __init__(
+        self,
+        graph: GraphModule,
+        *,
+        before: Told | None = None,
+        after: Told | None = None,
+        instead: Callable[[GraphModule, Node, dict[Node, Any]], dict[Node, Any]] | None = None,
+    ) -> None:
         super().__init__(graph)
-        self.watched, self.before, self.after = graph, before, after
+        self.watched, self.before, self.after, self.instead = graph, before, after, instead
 
     def run_node(self, n: Node) -> Any:
         """Run one, and tell of it."""
@@ -30,6 +39,14 @@ class Watching(Interpreter):
             self.after(self.watched, n, value)
         return value
 
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[Any, Any]:
+        """What a node is given."""
+        others = {} if self.instead is None else self.instead(self.watched, n, self.env)
+        if not others:
+            return super().fetch_args_kwargs_from_env(n)
+        given: Any = map_arg((n.args, n.kwargs), lambda node: others.get(node, self.env[node]))
+        return given
+
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Call an operator; of one that takes graphs, run these."""
         if not isinstance(target, torch._ops.HigherOrderOperator) or target.name() not in _CONTROL:  # noqa: SLF001 # pyright: ignore - no public name
@@ -37,7 +54,8 @@ class Watching(Interpreter):
         return _CONTROL[target.name()](self._run, *args)
 
     def _run(self, graph: GraphModule, *inputs: Any) -> tuple[Any, ...]:
-        given = Watching(graph, before=self.before, after=self.after).run(*inputs, enable_io_processing=False)
+        inner = Watching(graph, before=self.before, after=self.after, instead=self.instead)
+        given = inner.run(*inputs, enable_io_processing=False)
         return tuple(given) if isinstance(given, (tuple, list)) else (given,)
 
 
