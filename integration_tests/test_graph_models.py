@@ -14,6 +14,7 @@ import torch
 import transformers
 from graph_models import GRU, LSTM, Basic, Bottleneck, MobileNet, ResNet
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional
 
 import lowbit_hf
@@ -132,6 +133,44 @@ def test_compiled_and_packaged_graphs_give_the_same(tmp_path, monkeypatch):
         packaged = torch._inductor.aoti_load_package(path)
         for x in (inputs(9), more):
             assert sqnr(graph(x), packaged(x)) > 60
+
+
+class Sums(nn.Module):
+    """Sums with what nothing reads later, what is read later, and what a view of is."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(9))
+
+    def forward(self, x):
+        a, b, c, d, e, f, g, h, i = self.layers
+        first = a(x).relu()
+        plain = b((c(first) + first).relu())
+        second = d(x).relu()
+        later = e((f(second) + second).relu()) + g(second).tanh()
+        third = h(x).relu()
+        turned = third.transpose(2, 3)
+        return plain, later, (i(third) + third).relu(), a(turned)
+
+
+def test_compiled_sums_write_only_where_nothing_reads_later(monkeypatch):
+    monkeypatch.setattr(torch._inductor.config, "freezing", True)
+    inputs = lambda seed: torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    torch.manual_seed(0)
+    model, x = Sums().eval(), inputs(9)
+    with torch.no_grad():
+        graph = torch.export.export(model, (x,)).module()
+        prepared = prepare(graph, STATIC)
+        prepared(x)
+        convert(prepared)
+        lower_to_onednn(graph)
+        exact = graph(x)
+        found, (code,) = run_and_get_code(torch.compile(graph), x)
+    for one, other in zip(exact, found, strict=True):
+        assert torch.equal(one, other)
+    # Two of the sums are made in codes, one of them in copies of these.
+    assert sum(str(node.target) == "lowbit.convolution_sum.default" for node in graph.graph.nodes) == 2
+    assert len(re.findall(r"^ +cpp_fused_convolution_sum_\d+\(", code, re.MULTILINE)) == 1
 
 
 @pytest.mark.slow

@@ -242,6 +242,25 @@ def test_values_that_are_read_after_they_are_written_stay_so():
     assert sqnr(before, after) > 60
 
 
+def test_views_of_what_is_written_are_rounded_where_they_were():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+
+        def forward(self, x):
+            y = self.one(x)
+            turned = y.transpose(2, 3)
+            y.neg_()
+            return self.two(turned)
+
+    x = drawn(2, 8, 5, 5)
+    graph = converted(Model(), x)
+    before, after, report = lowered(graph, x)
+    assert "changed in place" in next(each.reason for each in report.refused)
+    assert sqnr(before, after) > 60
+
+
 def test_pools_and_moves_of_codes_are_those_of_values():
     class Model(nn.Module):
         def __init__(self):

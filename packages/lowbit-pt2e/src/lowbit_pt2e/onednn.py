@@ -194,7 +194,9 @@ class _Early:
             users = list(node.users)
             rounds = [each for each in users if each.target is ENCODE and each.args[1:] == users[0].args[1:]]
             if users and len(rounds) == len(users) and _moves(node):
-                yield Match(node, untold(node), partial(self._put, region, node, rounds))
+                written = any(region.changes(each) for each in (node, *node.all_input_nodes))
+                refusal = f"what {node.name} takes is changed in place" if written else untold(node)
+                yield Match(node, refusal, partial(self._put, region, node, rounds))
 
     def _put(self, region: Region, node: Node, rounds: list[Node]) -> None:
         edit, how = Editor(region, node, node, stays=True), rounds[0].args[1:]

@@ -147,12 +147,9 @@ def _lowered(in_place: Any, lowering: Any) -> Any:
         x, x_scale, x_zero, weight, w_scale, w_zero, other, other_scale, other_zero, bias, *rest = args
         *window, scale, zero, activation = rest
         node = lowering.V.graph.current_node
-        codes = node.args[6]
-        order = list(node.graph.nodes)
-        last = all(order.index(each) <= order.index(node) for each in codes.users)
-        # What is a view shares memory that is not seen here.
-        own = codes.target in {CONVOLUTION, CONVOLUTION_SUM}
-        if not (last and own):
+        # What is a view, or an input, is not this graph's own to write to.
+        own = isinstance(other.data, lowering.ir.StorageBox) and node.args[6].op == "call_function"
+        if not (own and _used_last(node.args[6], node)):
             other = lowering.lowerings[_aten.clone.default](other)
         return in_place(
             *(x, x_scale, x_zero, weight, w_scale, w_zero, other, bias, *window, scale, zero, torch.uint8),
@@ -160,3 +157,14 @@ def _lowered(in_place: Any, lowering: Any) -> Any:
         )
 
     return lower
+
+
+def _used_last(value: Node, node: Node) -> bool:
+    """Whether nothing that runs after a node uses a value, nor a view of it."""
+    order = {each: i for i, each in enumerate(node.graph.nodes)}
+    for user in value.users:
+        schema: Any = getattr(user.target, "_schema", None)
+        views = schema is not None and any(each.alias_info for each in schema.returns)
+        if user.op == "output" or views or order[user] > order[node]:
+            return False
+    return True
