@@ -196,8 +196,8 @@ def test_a_node_is_found_by_what_it_was_at_any_pass():
 def test_a_layer_is_found_by_the_activation_that_it_took_into_itself():
     graph, reports, _ = passed()
     found = explain(graph, "relu_2", *reports)
-    assert (found.operator, found.made_for) == ("onednn.qlinear_pointwise", "relu_2")
-    assert ", made for relu_2: onednn.qlinear_pointwise" in str(found)
+    assert (found.operator, found.was) == ("onednn.qlinear_pointwise", "relu_2")
+    assert ", in the place of relu_2: onednn.qlinear_pointwise" in str(found)
 
 
 def test_what_is_gone_tells_what_was_said():

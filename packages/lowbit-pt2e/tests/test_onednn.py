@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -35,12 +36,12 @@ def converted(model, x, activation=STATIC, dynamic=None):
     return graph
 
 
-def lowered(graph, x):
+def lowered(graph, x, **how):
     """What the graph gives, before and after, and the report."""
     with torch.no_grad():
-        before = graph(x)
-        report = lower_to_onednn(graph)
-        return before, graph(x), report
+        before = graph(x.clone())
+        report = lower_to_onednn(graph, **how)
+        return before, graph(x.clone()), report
 
 
 def operators(graph):
@@ -261,6 +262,86 @@ def test_views_of_what_is_written_are_rounded_where_they_were():
     assert sqnr(before, after) > 60
 
 
+class Later(nn.Module):
+    """Programs that write to values between their uses; what they give is that of their order."""
+
+    def __init__(self, program):
+        super().__init__()
+        torch.manual_seed(0)
+        self.program = program
+        self.one, self.two, self.three = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.register_buffer("state", torch.zeros(2, 8, 6, 6))
+
+    def forward(self, x):
+        return self.program(self, x)
+
+
+def between(model, x):
+    y = model.one(x).relu()
+    first = model.two(y)
+    y[:, :4] = 0
+    return first + model.two(y).tanh()
+
+
+def before_the_view(model, x):
+    y = model.one(x).relu()
+    turned = y.permute(0, 1, 3, 2)
+    y.add_(1.0)
+    return model.two(turned) + y
+
+
+def into_a_buffer(model, x):
+    model.state.add_(model.one(x))
+    return model.state * 1.0
+
+
+def into_an_input(model, x):
+    x.add_(model.one(x))
+    return model.two(x)
+
+
+def through_views(model, x):
+    y = model.one(x)
+    return model.two(y.relu().view(2, 8, 6, 6)).view(2, -1)
+
+
+@pytest.mark.parametrize("program", [between, before_the_view, into_a_buffer, into_an_input, through_views])
+def test_what_is_written_between_uses_is_written_between_them(program):
+    model, x = Later(program), drawn(2, 8, 6, 6)
+    graph = converted(model, x)
+    with torch.no_grad():
+        model.state.zero_()
+        exact = model(x.clone())
+        model.state.zero_()
+        graph.get_buffer("state").zero_() if program is into_a_buffer else None
+        found = graph(x.clone())
+        assert sqnr(exact, found) > 30
+        graph.get_buffer("state").zero_() if program is into_a_buffer else None
+        lower_to_onednn(graph)
+        assert sqnr(found, graph(x.clone())) > 50
+
+
+def test_sums_of_other_dtypes_stay_theirs():
+    model = Later(lambda model, x: model.one(x) + (x * 9).long())
+    x = drawn(2, 8, 6, 6)
+    graph = converted(model, x)
+    with torch.no_grad():
+        assert sqnr(model(x), graph(x)) > 40
+    doubles = Later(lambda model, x: model.one(x).add_(x.double()))
+    graph = converted(doubles, x)
+    before, after, report = lowered(graph, x)
+    assert after.dtype == before.dtype == torch.float32
+    assert "another dtype" in next(each.reason for each in report.refused)
+
+
+def test_pools_of_other_codes_stay():
+    x = drawn(2, 8, 10, 10)
+    graph = converted(convolutions(nn.MaxPool2d(2)), x, "static:FP8_TENSOR")
+    before, after, report = lowered(graph, x)
+    assert torch.equal(before, after)
+    assert len(report.refused) == 2
+
+
 def test_pools_and_moves_of_codes_are_those_of_values():
     class Model(nn.Module):
         def __init__(self):
@@ -295,7 +376,10 @@ def test_layers_in_loops_are_lowered():
 
     x = drawn(4, 32)
     graph = converted(Model(), x)
-    before, after, report = lowered(graph, x)
+    kept = lower_to_onednn(copy.deepcopy(graph))
+    assert sum(each.name == "layers of oneDNN" for each in kept.changed) == 1
+    assert "in a loop or a branch" in next(each.reason for each in kept.refused)
+    before, after, report = lowered(graph, x, inner=True)
     assert sum(each.name == "layers of oneDNN" for each in report.changed) == 2
     inner = [node for part in graph.children() if hasattr(part, "graph") for node in part.graph.nodes]
     assert sum(node.target is LINEAR for node in inner) == 1

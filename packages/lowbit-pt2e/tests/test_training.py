@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from test_carrying import carried, exported, sqnr
@@ -17,6 +19,7 @@ from lowbit_pt2e.training import FakeQuantize
 
 INT4_ROW = "int4:1x*:float32"
 STATIC = "static:INT8_TENSOR_ASYM"
+UNSIGNED = "uint8:*x*:float32:zero=uint8"
 
 
 @pytest.mark.parametrize("spec", ["INT8_TENSOR", "INT8_TENSOR_ASYM", "FP8_TENSOR"])
@@ -185,6 +188,27 @@ def test_loops_and_branches_are_trained_with_what_they_carry_in_codes():
         assert found["scan"][0] == found["scan"][-2] == "int8"
         assert found["true"][0] == found["true"][-1] == found["false"][-1] == "int8"
         assert sqnr(exact, graph(x)) > 60
+
+
+def test_unsigned_codes_empty_batches_and_copies():
+    torch.manual_seed(0)
+    x = torch.randn(16, 4, 6, 6) - 2
+    graph = exported(nn.Conv2d(4, 4, 3), x)
+    learning = prepare_qat(graph, Recipe((Rule.of("*", "INT8_ROW", activation=f"static:{UNSIGNED}"),)))
+    with torch.no_grad():
+        learning(x)
+        other = copy.deepcopy(learning)
+        assert torch.equal(other(x), learning(x))
+        (rounds,) = learning.inputs
+        assert rounds(x[:0]).shape == (0, 4, 6, 6)
+        learning.freeze_observers()
+        exact = learning(x)
+        convert(learning)
+        assert sqnr(exact, graph(x)) > 100
+        with pytest.raises(GraphError, match="converted before"):
+            convert(learning)
+        convert(other)
+        assert torch.equal(other.model(x), graph(x))
 
 
 def test_norms_train_until_they_are_frozen():

@@ -37,8 +37,8 @@ class Carried:
 def carried(regions: Sequence[Region], takers: Iterable[tuple[Value, Format | None]]) -> list[Carried]:
     """The values of loops and branches that layers take; `takers`: what each takes, and the format, None if not stored.
 
-    A value is left where layers take it in two formats, or where one of its nodes is no floating-point tensor or is
-    changed in place.
+    A value is left where layers take it in two formats, or where one of its nodes is no floating-point tensor, is
+    changed in place, or goes to or comes from a graph as rows, too.
     """
     # Each value with all that are the same, in one list for them.
     alike: dict[Value, list[Value]] = {}
@@ -52,11 +52,13 @@ def carried(regions: Sequence[Region], takers: Iterable[tuple[Value, Format | No
         if value in alike:
             formats.setdefault(id(alike[value]), set()).add(fmt)
     by_module = {region.module: region for region in regions}
+    both = {value for region in regions for value in _both(region)}
     found: list[Carried] = []
     for values in {id(each): each for each in alike.values()}.values():
         asked = formats.get(id(values), set())
         fmt = next(iter(asked), None)
-        if len(asked) == 1 and fmt is not None and all(_may(by_module[module], node) for module, node in values):
+        may = all(_may(by_module[module], node) and (module, node) not in both for module, node in values)
+        if len(asked) == 1 and fmt is not None and may:
             found.append(Carried(frozenset(values), fmt))
     return found
 
@@ -98,6 +100,15 @@ def _returned(region: Region) -> list[tuple[int, Any]]:
     """What a graph gives that is one value to who runs it, by place."""
     count = min((call.returned for call in region.callers if region in call.giving), default=0)
     return list(enumerate(region.outputs[:count]))
+
+
+def _both(region: Region) -> Iterator[Value]:
+    """Nodes that go to another graph, or to who runs this one, as a value and as rows."""
+    for call in region.calls:
+        whole = [given for given, _ in _given(call)]
+        yield from ((region.module, each) for each in call.rows if each in whole)
+    count = len(_returned(region))
+    yield from ((region.module, each) for each in region.outputs[:count] if each in region.outputs[count:])
 
 
 def _may(region: Region, node: Any) -> bool:

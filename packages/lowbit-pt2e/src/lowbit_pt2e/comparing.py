@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from lowbit.table import align
-from lowbit_pt2e.graphs import WAS, place, regions
+from lowbit_pt2e.codes import DECODE
+from lowbit_pt2e.graphs import CODES, WAS, place, regions
 from lowbit_pt2e.passes import Difference, copied, difference, unchanged
 from lowbit_pt2e.running import Watching
 
@@ -52,8 +53,8 @@ class Comparison:
 def compare(before: nn.Module, after: nn.Module, *inputs: Any) -> Comparison:
     """What nodes of `after` give for `inputs` beside those of `before`, the exported graph that it was before passes.
 
-    A node stands for the one of its name, or the one in whose place a pass put it. Of a loop, all rounds are taken
-    together, as many as both ran.
+    A node stands for the one of its name, or the one in whose place a pass put it; codes for what they are of. Of a
+    loop, all rounds are taken together, as many as both ran.
 
     Raises:
         GraphError: one of them is no graph that was exported.
@@ -78,6 +79,8 @@ def _values(model: nn.Module, inputs: tuple[Any, ...]) -> dict[tuple[str, str], 
 
     def take(graph: GraphModule, node: Node, value: Any) -> None:
         was = node.meta.get(WAS, node.name)
+        if CODES in node.meta:
+            value = DECODE(value, *node.meta[CODES], torch.float32)
         if was is not None and isinstance(value, Tensor) and value.is_floating_point():
             values.setdefault((names[graph], was), (node, []))[1].append(value.detach().clone())
 

@@ -24,6 +24,8 @@ META = ("val", "stack_trace", "nn_module_stack")
 """What a node of an exported graph says of itself; of constants, the first."""
 WAS = "lowbit_was"
 """Of a new node, the name of the exported one that it stands for; None: of none."""
+CODES = "lowbit_codes"
+"""Of a node that gives codes of the value that it stands for, their scale and zero point."""
 _COPIED = ("stack_trace", "nn_module_stack", "torch_fn", "from_node")
 
 
@@ -36,6 +38,7 @@ _GIVEN = {"cond": 3, "while_loop": 3, "scan": 3, "map_impl": 2}
 _ANEW = {"cond": (), "while_loop": (2,), "scan": (1, 2), "map_impl": (1,)}
 # Of loops, where what they carry begins.
 _CARRIES = {"while_loop": 2, "scan": 1}
+_ROWS = {"scan": 2, "map_impl": 1}
 # Of those that run one graph once, from where on its arguments are what it is given.
 _FROM = {"invoke_subgraph": 2, "wrap_with_set_grad_enabled": 2, "wrap_with_autocast": 5}
 
@@ -66,6 +69,12 @@ class Call:
         """What each graph's placeholders stand for, or begin with where it is carried; None: rows of something."""
         begins: Any = self.node.args[_CARRIES[_name(self.node)]] if self.carried else []
         return [*begins, *(None,) * (self.computed - len(begins)), *self.operands[self.computed :]]
+
+    @property
+    def rows(self) -> list[Any]:
+        """What its graph is given row by row."""
+        at: Any = _ROWS.get(_name(self.node))
+        return [] if at is None else list(self.node.args[at])  # pyright: ignore[reportArgumentType] - a list
 
     @property
     def carried(self) -> bool:

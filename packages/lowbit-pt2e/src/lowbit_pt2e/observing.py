@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Prepared(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.recipe, self.asked = model, recipe, asked
+        self.how, self.converted = (observer, carry), False
         self.observers = nn.ModuleList()
         takers = list(_observed(asked))
         known = [((region.module, x), None if refuses(how) else how.format) for region, _, x, how in takers]
@@ -60,6 +62,19 @@ class Prepared(nn.Module):
     def forward(self, *inputs: Any) -> Any:
         """What the graph gives."""
         return Watching(self.model, before=self.take).run(*inputs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """One of a graph of its own, that knows what this one does.
+
+        Raises:
+            GraphError: it was converted.
+        """
+        if self.converted:
+            raise GraphError("what was converted is the graph, `model`; copy that")
+        model, (observer, carry) = deepcopy(self.model, memo), self.how
+        found = type(self)(model, self.recipe, wanted(model, self.recipe), observer, carry=carry)
+        found.load_state_dict(self.state_dict())
+        return found
 
     def train(self, mode: bool = True) -> Prepared:  # noqa: FBT001, FBT002 - nn.Module's
         """Nothing changes: exported graphs are in the mode that they were exported in."""
@@ -144,9 +159,11 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
 
     Raises:
         GraphError: a layer's input was never seen, or was not finite; the message names the layer. Or the graph was
-            changed since. Nothing is changed then.
+            changed or converted since. Nothing is changed then.
     """
     found: dict[Node, Scales] = {}
+    if prepared.converted:
+        raise GraphError("the graph was converted before; prepare another")
     if any(node not in region.module.graph.nodes for region, node, _, _ in prepared.asked.layers):
         raise GraphError("the graph was changed after it was prepared; prepare it once more, after other passes")
     for region, node, x, activation in _observed(prepared.asked):
@@ -156,4 +173,5 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
         how = numbers(prepared.scales_of(prepared.shared[each], each.format))
         carries.append((each, (*how, str(each.format))))
     asked = replace(prepared.asked, weights=prepared.quantized())
+    prepared.converted = True
     return put_weights(prepared.model, prepared.recipe, asked, found, inputs, carries)

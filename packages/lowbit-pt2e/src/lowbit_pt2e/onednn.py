@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from lowbit.activation import Activation
 from lowbit.format import WHOLE, Format
 from lowbit_pt2e import onednn_ops as ops
 from lowbit_pt2e.codes import DECODE, ENCODE, refuses
-from lowbit_pt2e.graphs import WAS, Editor, Region, origin, untold
+from lowbit_pt2e.graphs import CODES, Editor, Region, origin, untold
 from lowbit_pt2e.layers import CONVOLUTIONS, geometry
 from lowbit_pt2e.passes import Match, Report, run_passes
 
@@ -51,25 +51,26 @@ _MOVES = (
 _POOL = _aten.max_pool2d.default
 
 
-def lower_to_onednn(model: nn.Module, inputs: tuple[Any, ...] | None = None) -> Report:
+def lower_to_onednn(model: nn.Module, inputs: tuple[Any, ...] | None = None, *, inner: bool = False) -> Report:
     """Run layers of an exported `model` whose weights and inputs are int8 by oneDNN's operators, in place.
 
     These are convolutions and linear layers with weights in INT8_ROW and static inputs of one scale, as `convert` makes
     them. Sums, activations and roundings that follow are taken into them, so that what goes from one layer to the next
     are codes where layers alone take it. A layer that stays as it is has its reason in the report. Weights are packed
-    within the graph: compile it with Inductor's `freezing`, which does so once. With example `inputs` the report has
-    how far outputs moved.
+    within the graph: compile it with Inductor's `freezing`, which does so once. Layers in loops and branches stay
+    unless `inner` ones are wanted, too: Inductor of torch 2.15 does not compile these operators there. What
+    convolutions give has channels last. With example `inputs` the report has how far outputs moved.
 
     Raises:
         GraphError: `model` is none that was exported.
     """
     ops.register()
-    passes = (_Functional(), _Split(), _Same(), _Unsigned(), _Early(), _Same(), _Fuse())
+    passes = (_Functional(), _Split(inner=inner), _Same(), _Unsigned(), _Early(), _Same(), _Fuse(inner=inner))
     return run_passes(model, passes, inputs)
 
 
 class _Functional:
-    """Operators that write to what nothing reads any more, and dropout that drops nothing."""
+    """Operators that write to what nothing reads any more, dropout that drops nothing, and views of one layout."""
 
     name = "values that are not written"
     adds = ()
@@ -79,6 +80,9 @@ class _Functional:
         for node in region.nodes:
             if node.target in _DROPOUTS and not node.args[2]:
                 yield Match(node, None, partial(_leave_out, region, node))
+            elif node.target is _aten.view.default and not region.changes(node):
+                # Of what has channels last later.
+                yield Match(node, None, partial(setattr, node, "target", _aten.reshape.default))
             elif node.target in _IN_PLACE:
                 yield Match(node, _read_later(region, node), partial(setattr, node, "target", _IN_PLACE[node.target]))
 
@@ -92,6 +96,9 @@ def _leave_out(region: Region, node: Node) -> None:
 def _read_later(region: Region, node: Node) -> str | None:
     """Why what a node writes to is more than its argument."""
     x: Any = node.args[0]
+    given = [each.meta.get("val") for each in node.all_input_nodes]
+    if any(isinstance(each, Tensor) and each.dtype != x.meta["val"].dtype for each in given):
+        return "its result would have another dtype"
     if x.op != "call_function" or origin(x) is not x:
         return f"it writes to {x.name}, which is not the graph's own"
     order = region.nodes
@@ -107,11 +114,15 @@ class _Split:
     name = "roundings apart from layers"
     adds = (ENCODE, DECODE, _DEQUANTIZE, _aten.linear.default)
 
+    def __init__(self, *, inner: bool) -> None:
+        self.inner = inner
+
     def matches(self, region: Region) -> Iterator[Match]:
         """Quantized linear layers."""
         for node in region.nodes:
             if node.target is _LINEAR:
-                yield Match(node, _linear_misfit(region, node) or untold(node), partial(self._put, region, node))
+                refusal = _inner(region, wanted=self.inner) or _linear_misfit(region, node) or untold(node)
+                yield Match(node, refusal, partial(self._put, region, node))
 
     def _put(self, region: Region, node: Node) -> None:
         x, *weight, act_scale, act_zero, _, bias, fmt, activation = _arguments(node)
@@ -122,6 +133,11 @@ class _Split:
         value = known.call(DECODE, codes, *how, torch.float32)
         rows = known.call(_DEQUANTIZE, *weight, fmt, x.meta["val"].shape[-1], torch.float32)
         node.replace_all_uses_with(edit.call(_aten.linear.default, value, rows, bias))
+
+
+def _inner(region: Region, *, wanted: bool) -> str | None:
+    """Why a graph's layers stay."""
+    return None if wanted or not region.callers else "it is in a loop or a branch, where Inductor cannot compile it"
 
 
 def _arguments(node: Node) -> list[Any]:
@@ -150,12 +166,12 @@ def _misfit(inputs: Format | None, weight: str, x: Node) -> str | None:
     plain = fmt.zero is None and not fmt.tensor_scale and fmt.scale.name == "float32"
     if fmt.element.name != "int8" or fmt.block != (1, WHOLE) or not plain:
         return f"oneDNN has weights in INT8_ROW; this is {weight}"
+    if x.meta["val"].dtype != torch.float32:
+        return f"oneDNN's layers are of float32 here; this one is of {x.meta['val'].dtype}"
     if inputs is None:
         return "its inputs are not rounded to 8-bit integers by a scale that is known"
     if inputs.element.kind != "int" or refuses(Activation(inputs, "static")):
         return f"oneDNN has inputs in INT8_TENSOR and INT8_TENSOR_ASYM; these are {inputs}"
-    if x.meta["val"].dtype != torch.float32:
-        return f"oneDNN's layers are of float32 here; this one is of {x.meta['val'].dtype}"
     return None
 
 
@@ -166,12 +182,11 @@ class _Unsigned:
     adds = (ENCODE, DECODE)
 
     def matches(self, region: Region) -> Iterator[Match]:
-        """Roundings to int8 that nothing but values are made of."""
+        """Roundings to int8 that nothing but values are made of: loops carry others."""
         for node in region.nodes:
-            if node.target is ENCODE and Format.parse(node.args[3]).element.name == "int8":  # pyright: ignore[reportArgumentType] - a string
-                other = next((each for each in node.users if each.target is not DECODE), None)
-                refusal = f"its codes are used by {other.name}" if other else untold(node)
-                yield Match(node, refusal, partial(self._put, region, node))
+            alone = all(each.target is DECODE for each in node.users)
+            if node.target is ENCODE and alone and node.meta["val"].dtype == torch.int8:
+                yield Match(node, untold(node), partial(self._put, region, node))
 
     def _put(self, region: Region, node: Node) -> None:
         x, scale, zero, _ = node.args
@@ -193,7 +208,7 @@ class _Early:
         for node in reversed(region.nodes):
             users = list(node.users)
             rounds = [each for each in users if each.target is ENCODE and each.args[1:] == users[0].args[1:]]
-            if users and len(rounds) == len(users) and _moves(node):
+            if users and len(rounds) == len(users) and _moves(node, rounds[0]):
                 written = any(region.changes(each) for each in (node, *node.all_input_nodes))
                 refusal = f"what {node.name} takes is changed in place" if written else untold(node)
                 yield Match(node, refusal, partial(self._put, region, node, rounds))
@@ -214,10 +229,10 @@ class _Early:
         region.module.graph.erase_node(node)
 
 
-def _moves(node: Node) -> bool:
+def _moves(node: Node, rounds: Node) -> bool:
     if node.target is _POOL:
         # Neither dilated nor with windows beyond the end.
-        return len(node.args) < 5 and not node.kwargs
+        return len(node.args) < 5 and not node.kwargs and rounds.meta["val"].dtype in _INTEGERS
     return node.target in _MOVES or node.target is _aten.cat.default
 
 
@@ -232,8 +247,11 @@ class _Same:
         first: dict[tuple[Any, ...], Node] = {}
         for node in region.nodes:
             if node.target in {ENCODE, DECODE}:
-                known: Any = first.setdefault((node.target, *node.args), node)
                 x: Any = node.args[0]
+                if region.changes(x):
+                    # One before and one after are not the same.
+                    continue
+                known: Any = first.setdefault((node.target, *node.args), node)
                 if node.target is ENCODE and x.target is DECODE and x.args[1:3] == node.args[1:3]:
                     known = x.args[0] if x.args[0].meta["val"].dtype == node.meta["val"].dtype else known
                 if known is not node:
@@ -259,19 +277,24 @@ class _Fuse:
     name = "layers of oneDNN"
     adds = (*ops.LAYERS, DECODE)
 
+    def __init__(self, *, inner: bool) -> None:
+        self.inner = inner
+
     def matches(self, region: Region) -> Iterator[Match]:
         """Convolutions and linear layers with weights of codes."""
         for node in region.nodes:
             rows = _rows(node)
             if rows is not None:
-                yield Match(node, self._refusal(region, node, rows) or untold(node), partial(self._put, region, node))
+                refusal = _inner(region, wanted=self.inner) or self._refusal(region, node, rows) or untold(node)
+                yield Match(node, refusal, partial(self._put, region, node))
 
     def _refusal(self, region: Region, node: Node, rows: Node) -> str | None:
         x: Any = node.args[0]
-        takes = {torch.uint8} if node.target in CONVOLUTIONS else set(_INTEGERS)
-        known = x.target is DECODE and x.args[0].meta["val"].dtype in takes
-        inputs = Format.parse(_UNSIGNED) if known and x.args[3] == torch.float32 else None
+        codes = x.args[0].meta["val"].dtype if x.target is DECODE else None
+        inputs = Format.parse(_UNSIGNED) if codes in _INTEGERS else None
         reason = _misfit(inputs, str(rows.args[4]), node)
+        if reason is None and codes == torch.int8 and node.target in CONVOLUTIONS:
+            reason = "a loop carries its input as int8, and oneDNN's convolutions take uint8"
         if reason is None and any(region.constant(each) is None for each in rows.args[:2]):
             reason = "its weight's codes are computed or changed in the graph"
         bias: Any = (*node.args, None)[2]
@@ -286,8 +309,7 @@ class _Fuse:
         chain, rows = _chain(region, node), _rows(node)
         assert rows is not None
         end = chain.last if chain.rounds is None else chain.rounds
-        # What is not the value of a node of the exported graph stands for none.
-        edit = Editor(region, end, chain.last, stays=chain.rounds is not None)
+        edit = Editor(region, end, chain.last)
         value: Any = node.args[0]
         codes, x_scale, x_zero, _ = value.args
         held, scale = (region.constant(each) for each in rows.args[:2])
@@ -318,8 +340,7 @@ class _Fuse:
             made = edit.call(ops.LINEAR, codes, x_scale, x_zero, packed, *constants, bias, *out, *chain.activation)
         end.replace_all_uses_with(made)
         if chain.rounds is not None:
-            for value in [each for each in made.users if each.target is DECODE]:
-                value.meta[WAS] = chain.last.meta.get(WAS, chain.last.name)
+            made.meta[CODES] = out[:2]
 
 
 def _rows(node: Node) -> Node | None:

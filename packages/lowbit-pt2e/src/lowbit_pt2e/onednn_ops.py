@@ -162,6 +162,9 @@ def _lowered(in_place: Any, lowering: Any) -> Any:
 def _used_last(value: Node, node: Node) -> bool:
     """Whether nothing that runs after a node uses a value, nor a view of it."""
     order = {each: i for i, each in enumerate(node.graph.nodes)}
+    # It reads what it takes while it writes.
+    if node.args.count(value) > 1:
+        return False
     for user in value.users:
         schema: Any = getattr(user.target, "_schema", None)
         views = schema is not None and any(each.alias_info for each in schema.returns)

@@ -145,8 +145,11 @@ def sums(asked: Wanted) -> Iterator[tuple[Region, Node, int, Rule]]:
             if node.target not in SUMS or node.kwargs or not all(isinstance(each, Node) for each in node.args):
                 continue
             both: Any = node.args
-            alike = both[0] is not both[1] and both[0].meta["val"].shape == both[1].meta["val"].shape
-            ends = [i for i in (0, 1) if alike and both[i] in convolved and len(both[i].users) == 1]
+            known = [each.meta["val"] for each in both]
+            alike = both[0] is not both[1] and known[0].shape == known[1].shape and known[0].dtype == known[1].dtype
+            # What is written to stays what it is.
+            may = (0,) if node.target is _aten.add_.Tensor else (0, 1)
+            ends = [i for i in may if alike and both[i] in convolved and len(both[i].users) == 1]
             if ends:
                 # Of two convolutions the later one ends in it.
                 last = max(ends, key=lambda i: region.nodes.index(both[i]))

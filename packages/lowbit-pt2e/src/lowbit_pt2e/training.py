@@ -20,6 +20,9 @@ from lowbit_pt2e.observing import Prepared
 from lowbit_pt2e.quantizing import Key, Layer, Wanted, wanted
 from lowbit_pt2e.running import Watching
 
+# Of a scale, far below what any has: gradients of smaller ones are not finite.
+_LEAST = 1e-12
+
 
 class FakeQuantize(nn.Module):
     """Values rounded and given back: `(clamp(round(x / s) + z) - z) s`, with a learned scale `s`; z stays.
@@ -48,6 +51,8 @@ class FakeQuantize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape by one scale, or (R, K) by blocks of rows; rounded."""
+        if not x.numel():
+            return x
         scale = self._observed(x.detach()) if self.observing else self.positive()
         element, (low, high) = self.format.element, self._ends()
         blocks = x.float()
@@ -63,11 +68,13 @@ class FakeQuantize(nn.Module):
 
     def positive(self) -> Tensor:
         """The scale, which training may have led below zero."""
-        return self.scale.abs().clamp_min(torch.finfo(torch.float32).tiny)
+        return self.scale.abs().clamp_min(_LEAST)
 
     def scales(self) -> Scales:
         """What the scale is now."""
-        return Scales(self.positive().detach(), None if self.format.zero is None else self.zero.to(torch.int8))
+        return Scales(
+            self.positive().detach(), None if self.format.zero is None else self.zero.to(self.format.zero.code_dtype)
+        )
 
     def _ends(self) -> tuple[Any, Any]:
         element = self.format.element
@@ -140,7 +147,7 @@ class Learning(Prepared):
             if fmt.tensor_scale:
                 observer: Any = self.observers[place]
                 observer.update(values[x].detach())
-                found[x] = straight(values[x], fmt)
+                found[x] = straight(values[x].reshape(-1, values[x].shape[-1]), fmt).view(values[x].shape)
             else:
                 found[x] = self.rounds[place, fmt](values[x])
         if taken:
@@ -148,8 +155,9 @@ class Learning(Prepared):
         if (graph, node) in self.layers:
             layer, rule, rounds = self.layers[graph, node]
             if rule.activation is not None and rule.activation.scaling == "dynamic":
-                rows = values[layer.x] if isinstance(layer, Linear) else values[layer.x].flatten(1)
-                found[layer.x] = straight(rows, rule.activation.format).view_as(values[layer.x])
+                x = values[layer.x]
+                rows = x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else x.flatten(1)
+                found[layer.x] = straight(rows, rule.activation.format).view(x.shape)
             assert rule.weight is not None
             weight = layer.given(node)
             rows = layer.rows(values[weight])
@@ -204,6 +212,7 @@ def prepare_qat(
     Train its parameters as any module's; scales are what observers tell until `freeze_observers()`, and learned from
     then on; `freeze_norms()` where the graph was exported in train mode, and `convert` in the end. Weights in integers
     with a float32 scale a row or group, and inputs with one scale, have learned scales, others those of their values.
+    Scales want no weight decay.
     `carry` as of `prepare`. Norms are best folded before, by `fold_norms`.
 
     Raises:
