@@ -147,7 +147,7 @@ class Sums(nn.Module):
     def forward(self, x):
         a, b, c, d, e, f, g, h, i = self.layers
         first = a(x).relu()
-        plain = b((c(first) + first).relu())
+        plain = b((c(self.own[0](first).relu()) + first).relu())
         second = d(x).relu()
         later = e((f(second) + second).relu()) + g(second).tanh()
         third = h(x).relu()
