@@ -262,6 +262,32 @@ def test_views_of_what_is_written_are_rounded_where_they_were():
     assert sqnr(before, after) > 60
 
 
+def test_layers_of_one_input_are_one():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.k, self.v = nn.Linear(32, 32), nn.Linear(32, 16, bias=False), nn.Linear(32, 16)
+            self.gate, self.out = nn.Linear(32, 32), nn.Linear(32, 8)
+
+        def forward(self, x):
+            q, k, v = (
+                part(x).view(2, -1, 4, part.out_features // 4).transpose(1, 2) for part in (self.q, self.k, self.v)
+            )
+            y = functional.scaled_dot_product_attention(q[..., :4], k, v).transpose(1, 2).reshape(2, -1, 16)
+            return self.out(torch.cat((y, y), -1) * self.gate(x).relu())
+
+    x = drawn(2, 7, 32)
+    graph = converted(Attention(), x)
+    before, after, report = lowered(graph, x)
+    assert not report.refused
+    # The gate has an activation of its own.
+    assert operators(graph)[str(LINEAR)] == 3
+    widths = [node.meta["val"].shape[-1] for node in graph.graph.nodes if node.target is LINEAR]
+    assert sorted(widths) == [8, 32, 64]
+    assert sqnr(before, after) > 60
+
+
 class Later(nn.Module):
     """Programs that write to values between their uses; what they give is that of their order."""
 

@@ -65,7 +65,10 @@ def lower_to_onednn(model: nn.Module, inputs: tuple[Any, ...] | None = None, *, 
         GraphError: `model` is none that was exported.
     """
     ops.register()
-    passes = (_Functional(), _Split(inner=inner), _Same(), _Unsigned(), _Early(), _Same(), _Fuse(inner=inner))
+    passes = (
+        *(_Functional(), _Split(inner=inner), _Same(), _Unsigned(), _Early(), _Same()),
+        *(_Together(inner=inner), _Fuse(inner=inner)),
+    )
     return run_passes(model, passes, inputs)
 
 
@@ -271,6 +274,56 @@ class _Chain:
     rounds: Node | None = None
 
 
+class _Together:
+    """Linear layers of one input, as queries, keys and values are, that nothing is taken into."""
+
+    name = "layers of one input together"
+    adds = (_DEQUANTIZE, _aten.linear.default, _aten.slice.Tensor)
+
+    def __init__(self, *, inner: bool) -> None:
+        self.inner = inner
+
+    def matches(self, region: Region) -> Iterator[Match]:
+        """Such layers, by the first."""
+        groups: dict[Any, list[Node]] = {}
+        for node in region.nodes:
+            rows = _rows(node) if node.target is _aten.linear.default else None
+            may = rows is not None and not _inner(region, wanted=self.inner) and not untold(node)
+            if rows is None or not may or _refusal(region, node, rows):
+                continue
+            chain = _chain(region, node)
+            if chain.last is node and chain.rounds is None:
+                groups.setdefault(node.args[0], []).append(node)
+        for nodes in groups.values():
+            if len(nodes) > 1:
+                yield Match(nodes[0], None, partial(self._put, region, nodes))
+
+    def _put(self, region: Region, nodes: list[Node]) -> None:
+        edit, decoded = Editor(region, nodes[0], nodes[0], stays=True), [_rows(node) for node in nodes]
+        codes, scales = (
+            torch.cat([region.constant(rows.args[i]) for rows in decoded])  # pyright: ignore[reportArgumentType, reportCallIssue, reportOptionalMemberAccess] - constants
+            for i in (0, 1)
+        )
+        first: Any = decoded[0]
+        held = (edit.constant(f"{first.args[0]}_{name}", part) for name, part in (("all", codes), ("scale", scales)))
+        rows = edit.call(_DEQUANTIZE, *held, *first.args[2:])
+        counts = [node.meta["val"].shape[-1] for node in nodes]
+        given = [region.constant((*node.args, None)[2]) for node in nodes]
+        bias = None
+        if any(each is not None for each in given):
+            parts = [
+                scales.new_zeros(n) if each is None else each.detach() for n, each in zip(counts, given, strict=True)
+            ]
+            bias = edit.constant(f"{first.args[0]}_bias", torch.cat(parts))
+        out, start = edit.call(_aten.linear.default, nodes[0].args[0], rows, bias), 0
+        for node, count in zip(nodes, counts, strict=True):
+            part = Editor(region, nodes[0], node).call(_aten.slice.Tensor, out, -1, start, start + count)
+            node.replace_all_uses_with(part)
+            start += count
+        for node in nodes:
+            region.module.graph.erase_node(node)
+
+
 class _Fuse:
     """A layer of decoded inputs and weights."""
 
@@ -285,25 +338,8 @@ class _Fuse:
         for node in region.nodes:
             rows = _rows(node)
             if rows is not None:
-                refusal = _inner(region, wanted=self.inner) or self._refusal(region, node, rows) or untold(node)
+                refusal = _inner(region, wanted=self.inner) or _refusal(region, node, rows) or untold(node)
                 yield Match(node, refusal, partial(self._put, region, node))
-
-    def _refusal(self, region: Region, node: Node, rows: Node) -> str | None:
-        x: Any = node.args[0]
-        codes = x.args[0].meta["val"].dtype if x.target is DECODE else None
-        inputs = Format.parse(_UNSIGNED) if codes in _INTEGERS else None
-        reason = _misfit(inputs, str(rows.args[4]), node)
-        if reason is None and codes == torch.int8 and node.target in CONVOLUTIONS:
-            reason = "a loop carries its input as int8, and oneDNN's convolutions take uint8"
-        if reason is None and any(region.constant(each) is None for each in rows.args[:2]):
-            reason = "its weight's codes are computed or changed in the graph"
-        bias: Any = (*node.args, None)[2]
-        if reason is None and bias is not None and region.constant(bias) is None:
-            reason = "its bias is computed or changed in the graph"
-        if reason is None and node.target in CONVOLUTIONS:
-            stride = _window(node)
-            reason = stride if isinstance(stride, str) else None
-        return reason
 
     def _put(self, region: Region, node: Node) -> None:
         chain, rows = _chain(region, node), _rows(node)
@@ -341,6 +377,25 @@ class _Fuse:
         end.replace_all_uses_with(made)
         if chain.rounds is not None:
             made.meta[CODES] = out[:2]
+
+
+def _refusal(region: Region, node: Node, rows: Node) -> str | None:
+    """Why a layer of decoded codes is none of oneDNN's."""
+    x: Any = node.args[0]
+    codes = x.args[0].meta["val"].dtype if x.target is DECODE else None
+    inputs = Format.parse(_UNSIGNED) if codes in _INTEGERS else None
+    reason = _misfit(inputs, str(rows.args[4]), node)
+    if reason is None and codes == torch.int8 and node.target in CONVOLUTIONS:
+        reason = "a loop carries its input as int8, and oneDNN's convolutions take uint8"
+    if reason is None and any(region.constant(each) is None for each in rows.args[:2]):
+        reason = "its weight's codes are computed or changed in the graph"
+    bias: Any = (*node.args, None)[2]
+    if reason is None and bias is not None and region.constant(bias) is None:
+        reason = "its bias is computed or changed in the graph"
+    if reason is None and node.target in CONVOLUTIONS:
+        stride = _window(node)
+        reason = stride if isinstance(stride, str) else None
+    return reason
 
 
 def _rows(node: Node) -> Node | None:
