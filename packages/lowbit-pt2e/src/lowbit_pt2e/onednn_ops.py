@@ -126,9 +126,10 @@ for _key in ("CPU", "MkldnnCPU"):
 @cache
 def register() -> None:
     """Tell torch's tracing of packed weights, and Inductor of sums; once."""
-    # A later torch may tell of it.
-    with suppress(RuntimeError):
-        torch.library.register_fake("onednn::qconv_prepack", _packed)
+    for name in ("qconv_prepack", "qlinear_prepack"):
+        # Some versions of torch tell of one or both themselves.
+        with suppress(RuntimeError):
+            torch.library.register_fake(f"onednn::{name}", _packed)
     from torch._inductor import lowering  # noqa: PLC0415 - takes seconds, and is of use where graphs are compiled
 
     in_place = lowering.lowerings.get(_onednn.qconv2d_pointwise.binary)
@@ -138,8 +139,9 @@ def register() -> None:
 
 def _packed(weight: Tensor, *given: Any) -> Tensor:
     del given
-    # As torch tells the strides of what oneDNN packs.
-    return weight.new_empty_strided(weight.shape, (1, *(0,) * (weight.dim() - 1)))
+    # As torch tells the strides of what oneDNN packs; matrices are turned.
+    shape = weight.shape if weight.dim() > 2 else weight.shape[::-1]
+    return weight.new_empty_strided(shape, (1, *(0,) * (weight.dim() - 1)))
 
 
 def _lowered(in_place: Any, lowering: Any) -> Any:
