@@ -25,6 +25,7 @@ from lowbit_pt2e.graphs import regions
 
 STATIC = Recipe((Rule.of("*", "INT8_ROW", activation="static:INT8_TENSOR_ASYM"),))
 DYNAMIC = Recipe((Rule.of("*", "INT8_ROW", activation="dynamic:INT8_ROW"),))
+HERE = Path(__file__).parent
 FLOATS = ("conv", "linear", "addmm", "matmul", "aten.mm", "aten.bmm", "attention")
 
 
@@ -39,6 +40,25 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         return self.model(x).last_hidden_state
+
+
+class Language(nn.Module):
+    """A small language model that was trained on real text."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(HERE / "models" / "lm-tiny", dtype=torch.float32)
+
+    def forward(self, x):
+        return self.model(x, use_cache=False).logits
+
+
+def text(seed):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(HERE / "models" / "lm-tiny")
+    found = tokenizer((HERE / "models" / "calibration.txt").read_text("utf-8")[:40000], return_tensors="pt")[
+        "input_ids"
+    ]
+    return found[0, seed * 64 : seed * 64 + 128].view(2, 64)
 
 
 def image(size, count, seed):
@@ -60,6 +80,8 @@ MODELS = {
     "MobileNet-V3": (partial(MobileNet, 5), partial(image, 32, 4), 35),
     "ViT": (partial(Encoder, "ViT", **SMALL, image_size=32, patch_size=8), partial(image, 32, 4), 32),
     "BERT": (partial(Encoder, "Bert", **SMALL, vocab_size=1000), partial(tokens, 12, 4), 32),
+    # One scale for all tokens costs a language model much: values of the first are far larger than others'.
+    "lm-tiny": (Language, text, 12),
     "LSTM": (LSTM, rows, 35),
     "GRU": (GRU, rows, 32),
 }

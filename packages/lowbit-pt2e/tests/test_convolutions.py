@@ -107,6 +107,22 @@ def test_inputs_that_would_have_a_scale_each_row_are_refused():
     assert torch.equal(graph(x), exact)
 
 
+def test_layers_may_be_chosen_by_their_nodes():
+    x = drawn((2, 4, 6, 6), 0)
+    graph = exported(nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(128, 4)), x)
+    recipe = Recipe((Rule.of("*", "INT8_ROW", activation="static:INT8_TENSOR"),))
+
+    def convolves(node):
+        return node.target is torch.ops.aten.conv2d.default
+
+    prepared = prepare(graph, recipe, where=convolves)
+    assert len(prepared.observers) == 1
+    prepared(x)
+    report = convert(prepared)
+    assert [(each.node, each.reason) for each in report.findings] == [("conv2d", None), ("linear", "`where` leaves it")]
+    assert "2.weight" in dict(graph.named_parameters())
+
+
 class Residual(nn.Module):
     """Sums of a convolution and of what was before, of two convolutions, and in place."""
 

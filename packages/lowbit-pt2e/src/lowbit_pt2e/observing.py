@@ -19,7 +19,7 @@ from lowbit_pt2e.carrying import Carried, How, carried, edges
 from lowbit_pt2e.codes import numbers, refuses
 from lowbit_pt2e.graphs import GraphError, Region, source
 from lowbit_pt2e.passes import Report
-from lowbit_pt2e.quantizing import Key, Wanted, put_weights, sums, wanted
+from lowbit_pt2e.quantizing import Key, Wanted, Where, put_weights, sums, wanted
 from lowbit_pt2e.running import Watching
 
 
@@ -72,7 +72,7 @@ class Prepared(nn.Module):
         if self.converted:
             raise GraphError("what was converted is the graph, `model`; copy that")
         model, (observer, carry) = deepcopy(self.model, memo), self.how
-        found = type(self)(model, self.recipe, wanted(model, self.recipe), observer, carry=carry)
+        found = type(self)(model, self.recipe, wanted(model, self.recipe, self.asked.where), observer, carry=carry)
         found.load_state_dict(self.state_dict())
         return found
 
@@ -131,7 +131,12 @@ def _observed(asked: Wanted) -> Iterator[tuple[Region, Node, Node, Activation]]:
 
 
 def prepare(
-    model: nn.Module, recipe: Recipe, *, observer: Callable[[], Observer] = MinMax, carry: bool = True
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    observer: Callable[[], Observer] = MinMax,
+    carry: bool = True,
+    where: Where | None = None,
 ) -> Prepared:
     """An exported `model` that watches inputs of layers whose activations, by `recipe`, store scales.
 
@@ -139,15 +144,15 @@ def prepare(
 
     Run it on data that is like what will come, then `convert` it. `observer` makes what remembers: see
     `lowbit.observer`. With `carry`, what goes into loops and branches, around and out of them has one scale and goes as
-    codes where a layer there takes it; otherwise it stays as it is, and each layer has its own scale. The graph given
-    is the one that is run, and is changed only by `convert`.
+    codes where a layer there takes it; otherwise it stays as it is, and each layer has its own scale. `where` is that of
+    `quantize_layers`. The graph given is the one that is run, and is changed only by `convert`.
 
     Raises:
         RecipeError: a rule matches no weight of a layer.
         FormatError: a weight does not fit its format.
         GraphError: `model` is none that was exported.
     """
-    asked = wanted(model, recipe)
+    asked = wanted(model, recipe, where)
     assert isinstance(model, GraphModule)
     return Prepared(model, recipe, asked, observer, carry=carry)
 

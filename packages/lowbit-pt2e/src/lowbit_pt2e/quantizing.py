@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,7 +29,13 @@ LAYERS = {*LINEARS, *CONVOLUTIONS}
 SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
 
 
-def quantize_layers(model: nn.Module, recipe: Recipe, inputs: tuple[Any, ...] | None = None) -> Report:
+Where = Callable[[Node], bool]
+"""Whether a layer's node is for a recipe."""
+
+
+def quantize_layers(
+    model: nn.Module, recipe: Recipe, inputs: tuple[Any, ...] | None = None, *, where: Where | None = None
+) -> Report:
     """Give layers of an exported `model` the weights that `recipe` says, in every graph, in place.
 
     A rule's name is that of the parameter, its modules are classes of the module that the layer comes from (which are
@@ -37,7 +43,8 @@ def quantize_layers(model: nn.Module, recipe: Recipe, inputs: tuple[Any, ...] | 
     which any installed backend's kernel runs, and `lowbit.lower` replaces by one; its weight, codes and scales.
     Products with constants are layers, however they are written. A convolution takes what its weight's codes stand for,
     whose rows are output channels, and inputs that are rounded by one scale. Constants of several layers are kept once.
-    With example `inputs`, the report says how far outputs moved.
+    `where` is asked of each layer's node whether it is for the recipe; without it, all are. With example `inputs`, the
+    report says how far outputs moved.
 
     Raises:
         RecipeError: a rule matches no weight of a layer, or its activation has stored scales; nothing is changed
@@ -51,7 +58,7 @@ def quantize_layers(model: nn.Module, recipe: Recipe, inputs: tuple[Any, ...] | 
                 f"rule {rule.match!r} rounds inputs by stored scales ({rule.activation}), which data tell: "
                 "prepare(model, recipe), run what it gives on some, and convert that"
             )
-    return put_weights(model, recipe, wanted(model, recipe), {}, inputs)
+    return put_weights(model, recipe, wanted(model, recipe, where), {}, inputs)
 
 
 Layer = Linear | Convolution
@@ -67,9 +74,10 @@ class Wanted:
     # Each with its graph, its node and the rule that gives it a format.
     layers: list[tuple[Region, Node, Layer, Rule]]
     weights: Mapping[Key, QuantizedTensor]
+    where: Where | None
 
 
-def wanted(model: nn.Module, recipe: Recipe) -> Wanted:
+def wanted(model: nn.Module, recipe: Recipe, where: Where | None = None) -> Wanted:
     """The layers that `recipe` quantizes, and their weights.
 
     Raises:
@@ -92,7 +100,7 @@ def wanted(model: nn.Module, recipe: Recipe) -> Wanted:
     weights: dict[Key, QuantizedTensor] = {}
     for (region, node, layer), each in zip(layers, known, strict=True):
         rule = recipe.resolve(*each)
-        if rule is None or rule.weight is None or _misfit(layer, rule):
+        if rule is None or rule.weight is None or _misfit(layer, rule) or (where is not None and not where(node)):
             continue
         asked.append((region, node, layer, rule))
         if rule.activation is not None and isinstance(layer, Linear):
@@ -100,7 +108,7 @@ def wanted(model: nn.Module, recipe: Recipe) -> Wanted:
             rule.activation.format.scale_shape((1, layer.weight.shape[1]))
         if (layer.name, layer.turned, rule) not in weights:
             weights[layer.name, layer.turned, rule] = quantize(layer.weight.detach(), rule.weight)
-    return Wanted(everywhere, asked, weights)
+    return Wanted(everywhere, asked, weights, where)
 
 
 def put_weights(
@@ -118,7 +126,7 @@ def put_weights(
     Raises:
         GraphError: as `run_passes`.
     """
-    passes = (Carry(carries), _RoundSums(asked, scales), _QuantizeLayers(recipe, asked.weights, scales))
+    passes = (Carry(carries), _RoundSums(asked, scales), _QuantizeLayers(recipe, asked, scales))
     return run_passes(model, passes, inputs)
 
 
@@ -194,8 +202,8 @@ class _QuantizeLayers:
         *(_aten.flatten.using_ints, _aten.view_as.default, *IN_PLACE),
     )
 
-    def __init__(self, recipe: Recipe, weights: Mapping[Key, QuantizedTensor], scales: Mapping[Node, Scales]) -> None:
-        self.recipe, self.weights, self.scales = recipe, weights, scales
+    def __init__(self, recipe: Recipe, asked: Wanted, scales: Mapping[Node, Scales]) -> None:
+        self.recipe, self.asked, self.scales = recipe, asked, scales
 
     def matches(self, region: Region) -> Iterator[Match]:
         """Linear layers, products with constants, and convolutions."""
@@ -211,12 +219,14 @@ class _QuantizeLayers:
                     refusal = "no rule matches its weight"
                 elif rule.weight is None:
                     refusal = f"rule {rule.match!r} keeps its weight"
+                elif self.asked.where is not None and not self.asked.where(node):
+                    refusal = "`where` leaves it"
                 else:
                     refusal = _misfit(layer, rule) or untold(node)
             yield Match(node, refusal, partial(self._put, region, node, layer, rule))
 
     def _put(self, region: Region, node: Node, layer: Any, rule: Any) -> None:
-        weight, convolves = self.weights[layer.name, layer.turned, rule], isinstance(layer, Convolution)
+        weight, convolves = self.asked.weights[layer.name, layer.turned, rule], isinstance(layer, Convolution)
         edit = Editor(region, node, node, stays=convolves)
         stem = layer.name.replace(".", "_") + ("_turned" if layer.turned else "")
         # Graphs hold e8m0 scales as bytes: see `lowbit.ops`.

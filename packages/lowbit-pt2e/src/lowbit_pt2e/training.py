@@ -17,7 +17,7 @@ from lowbit_pt2e.folding import frozen
 from lowbit_pt2e.graphs import GraphError, source
 from lowbit_pt2e.layers import Linear, layer_of
 from lowbit_pt2e.observing import Prepared
-from lowbit_pt2e.quantizing import Key, Layer, Wanted, wanted
+from lowbit_pt2e.quantizing import Key, Layer, Wanted, Where, wanted
 from lowbit_pt2e.running import Watching
 
 # Of a scale, far below what any has: gradients of smaller ones are not finite.
@@ -205,7 +205,12 @@ class Learning(Prepared):
 
 
 def prepare_qat(
-    model: nn.Module, recipe: Recipe, *, observer: Callable[[], Observer] = MovingAverage, carry: bool = True
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    observer: Callable[[], Observer] = MovingAverage,
+    carry: bool = True,
+    where: Where | None = None,
 ) -> Learning:
     """An exported `model` to be trained with weights and inputs of layers rounded as `recipe` says.
 
@@ -213,13 +218,13 @@ def prepare_qat(
     then on; `freeze_norms()` where the graph was exported in train mode, and `convert` in the end. Weights in integers
     with a float32 scale a row or group, and inputs with one scale, have learned scales, others those of their values.
     Scales want no weight decay.
-    `carry` as of `prepare`. Norms are best folded before, by `fold_norms`.
+    `carry` and `where` as of `prepare`. Norms are best folded before, by `fold_norms`.
 
     Raises:
         RecipeError: a rule matches no weight of a layer.
         FormatError: a weight does not fit its format.
         GraphError: `model` is none that was exported.
     """
-    asked = wanted(model, recipe)
+    asked = wanted(model, recipe, where)
     assert isinstance(model, GraphModule)
     return Learning(model, recipe, asked, observer, carry=carry)
