@@ -144,7 +144,7 @@ def prepare(
 
     Run it on data that is like what will come, then `convert` it. `observer` makes what remembers: see
     `lowbit.observer`. With `carry`, what goes into loops and branches, around and out of them has one scale and goes as
-    codes where a layer there takes it; otherwise it stays as it is, and each layer has its own scale. `where` is that of
+    codes where a layer there takes it; otherwise it stays as it is, and each layer has its own scale. `where` is as for
     `quantize_layers`. The graph given is the one that is run, and is changed only by `convert`.
 
     Raises:
