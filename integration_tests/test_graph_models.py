@@ -195,7 +195,7 @@ def test_compiled_sums_write_only_where_nothing_reads_later():
     for one, other in zip(exact, found, strict=True):
         assert torch.equal(one, other)
     # Three of the sums are made in codes, two of them in copies of these.
-    assert sum(str(node.target) == "lowbit.convolution_sum.default" for node in graph.graph.nodes) == 3
+    assert sum(str(node.target) == "lowbit_pt2e.convolution_sum.default" for node in graph.graph.nodes) == 3
     assert len(re.findall(r"^ +cpp_fused_convolution_sum_\d+\(", code, re.MULTILINE)) == 2
 
 

@@ -164,8 +164,8 @@ def test_colours_tell_the_precision_of_what_was_lowered():
     picture = Picture(to_svg(graph))
     kinds = picture.kinds()
     by_operator = {lines[1]: kind for lines, kind, _ in picture.boxes.values()}
-    assert kinds["qconv_pointwise_default"] == by_operator["lowbit.convolution_sum"] == "codes"
-    assert by_operator["lowbit.encode"] == "codes"
+    assert kinds["qconv_pointwise_default"] == by_operator["lowbit_pt2e.convolution_sum"] == "codes"
+    assert by_operator["lowbit_pt2e.encode"] == "codes"
     # The one that a rule keeps, and the last one, which gives floats of codes.
     assert by_operator["aten.linear"] == by_operator["onednn.qlinear_pointwise"] == "wide"
     assert kinds["x"] == kinds["output"] == "wide"

@@ -143,7 +143,7 @@ def test_codes_go_from_layer_to_layer(dynamic):
     assert (found[str(CONVOLUTION)], found[str(CONVOLUTION_SUM)], found[str(LINEAR)]) == (4, 2, 1)
     # What comes in is rounded; all else stays codes to the end.
     assert (found[str(ENCODE)], found[str(MAX_POOL)], found["aten.cat.default"]) == (1, 1, 1)
-    assert not {*FLOAT, "aten.add.Tensor", "aten.relu.default", "lowbit.decode.default"} & set(found)
+    assert not {*FLOAT, "aten.add.Tensor", "aten.relu.default", "lowbit_pt2e.decode.default"} & set(found)
     assert sqnr(before, after) > 50
     if dynamic:
         more = drawn(5, 3, 16, 16, seed=1)

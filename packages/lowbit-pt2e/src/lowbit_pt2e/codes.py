@@ -15,7 +15,7 @@ from lowbit.activation import Activation
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import Scales
 
-_LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
+_LIBRARY = torch.library.Library("lowbit_pt2e", "FRAGMENT")
 _LIBRARY.define("encode(Tensor x, float scale, int zero, str format) -> Tensor")
 _LIBRARY.define("decode(Tensor codes, float scale, int zero, ScalarType dtype) -> Tensor")
 
@@ -34,9 +34,9 @@ def _decode(codes: Tensor, scale: float, zero: int, dtype: torch.dtype) -> Tenso
 _LIBRARY.impl("encode", _encode, "CompositeImplicitAutograd")
 _LIBRARY.impl("decode", _decode, "CompositeImplicitAutograd")
 
-ENCODE: Any = torch.ops.lowbit.encode.default
+ENCODE: Any = torch.ops.lowbit_pt2e.encode.default
 """`clamp(round(x / scale) + zero)` in a format's codes; those that are floats are rounded as they are stored."""
-DECODE: Any = torch.ops.lowbit.decode.default
+DECODE: Any = torch.ops.lowbit_pt2e.decode.default
 """`(codes - zero) * scale` in a dtype."""
 
 

@@ -1,7 +1,8 @@
 """Operators of oneDNN that torch has, what they lack for tracing, and two of lowbit's beside them.
 
-`lowbit::convolution_sum` is oneDNN's convolution that adds to codes, without writing to them; Inductor makes it the one
-that writes where nothing reads them later. `lowbit::max_pool` is a pool of codes, which torch has of floats alone.
+`lowbit_pt2e::convolution_sum` is oneDNN's convolution that adds to codes, without writing to them; Inductor makes it
+the one that writes where nothing reads them later. `lowbit_pt2e::max_pool` is a pool of codes, which torch has of
+floats alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.fx import Node
 _aten: Any = torch.ops.aten
 _onednn: Any = torch.ops.onednn
 
-_LIBRARY = torch.library.Library("lowbit", "FRAGMENT")
+_LIBRARY = torch.library.Library("lowbit_pt2e", "FRAGMENT")
 _LIBRARY.define(
     "max_pool(Tensor codes, int[] kernel_size, int[] stride=[], int[] padding=[0], int[] dilation=[1], "
     "bool ceil_mode=False) -> Tensor"
@@ -29,8 +30,8 @@ _LIBRARY.define(
     "float scale, int zero, str activation) -> Tensor"
 )
 
-MAX_POOL: Any = torch.ops.lowbit.max_pool.default
-CONVOLUTION_SUM: Any = torch.ops.lowbit.convolution_sum.default
+MAX_POOL: Any = torch.ops.lowbit_pt2e.max_pool.default
+CONVOLUTION_SUM: Any = torch.ops.lowbit_pt2e.convolution_sum.default
 PACK_CONVOLUTION: Any = _onednn.qconv_prepack.default
 PACK_LINEAR: Any = _onednn.qlinear_prepack.default
 CONVOLUTION: Any = _onednn.qconv_pointwise.default
@@ -117,7 +118,7 @@ def _convolution_sum(
 
 
 _LIBRARY.impl("max_pool", _max_pool, "CompositeImplicitAutograd")
-torch.library.register_fake("lowbit::convolution_sum", _convolution_sum_fake, lib=_LIBRARY)
+torch.library.register_fake("lowbit_pt2e::convolution_sum", _convolution_sum_fake, lib=_LIBRARY)
 # Packed weights have a dispatch key of their own.
 for _key in ("CPU", "MkldnnCPU"):
     _LIBRARY.impl("convolution_sum", _convolution_sum, _key)
