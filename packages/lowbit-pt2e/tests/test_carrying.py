@@ -113,6 +113,29 @@ def test_codes_go_through_a_branch_within_a_scan_within_a_loop():
         assert sqnr(model(batch), graph(batch)) > 20
 
 
+def test_a_loops_condition_is_quantized_where_it_is_asked_for():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.again, self.stops = nn.Linear(5, 5), nn.Linear(5, 1)
+
+        def forward(self, x):
+            def goes_on(i, v):
+                return (i < 3) & (self.stops(v).sum() < 1e9)
+
+            return torch.while_loop(goes_on, lambda i, v: (i + 1, self.again(v)), (torch.tensor(0), x))[1]
+
+    x = torch.rand(16, 5) - 0.5
+    for rules, count in (("*", 2), ("again.*", 1)):
+        recipe = Recipe((Rule.of(rules, "INT8_ROW", activation="static:INT8_TENSOR_ASYM"),))
+        graph, _ = quantized(Model().eval(), (x,), recipe=recipe)
+        layers = [node for part in regions(graph) for node in part.nodes if "lowbit.linear" in str(node.target)]
+        assert len(layers) == count
+        with torch.no_grad():
+            assert sqnr(Model()(x), graph(x)) > 35
+
+
 def test_values_that_layers_take_by_two_formats_or_by_none_stay_floats():
     class Model(nn.Module):
         def __init__(self):

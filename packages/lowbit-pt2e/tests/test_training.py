@@ -9,6 +9,7 @@ import torch
 from test_carrying import carried, exported, sqnr
 from test_passes import Nested
 from torch import nn
+from torch._higher_order_ops.scan import scan
 
 import lowbit
 from lowbit import Recipe, Rule
@@ -187,6 +188,32 @@ def test_loops_and_branches_are_trained_with_what_they_carry_in_codes():
         assert found["while_loop_body"][1] == found["while_loop_body"][-1] == "int8"
         assert found["scan"][0] == found["scan"][-2] == "int8"
         assert found["true"][0] == found["true"][-1] == found["false"][-1] == "int8"
+        assert sqnr(exact, graph(x)) > 60
+
+
+def test_rows_that_a_scan_carries_too_are_what_they_become():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one = nn.Linear(8, 8)
+
+        def forward(self, x):
+            def step(carry, row):
+                found = (self.one(carry) + row.sum()).tanh()
+                return found, found.clone()
+
+            return scan(step, x, x)[1]
+
+    x = torch.randn(8, 8)
+    graph = exported(Model(), x)
+    learning = prepare_qat(graph, Recipe((Rule.of("*", "INT8_ROW", activation=STATIC),)))
+    with torch.no_grad():
+        learning(x)
+        learning(3 * x)
+        learning.freeze_observers()
+        exact = learning(x)
+        convert(learning)
         assert sqnr(exact, graph(x)) > 60
 
 

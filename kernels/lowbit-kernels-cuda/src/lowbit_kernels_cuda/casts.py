@@ -440,11 +440,9 @@ class _Out:
     def pointers(self, x: Tensor, measured: tuple[Tensor | None, Tensor | None] | None = None) -> tuple[Any, ...]:
         """What kernels take as their `out`, given x as (batch, rows, columns); `measured`: where its extent is."""
         high, low = measured or (None, None)
-        if measured is not None:
-            pass
-        elif self.way.tensor == "amax":
+        if measured is None and self.way.tensor == "amax":
             high = x.new_zeros(x.shape[0], dtype=torch.int32)
-        elif self.way.source == "extent":
+        elif measured is None and self.way.source == "extent":
             count = x.shape[0] if self.way.height == WHOLE else x.shape[0] * x.shape[1]
             high = x.new_zeros(count, dtype=torch.int32)
             low = x.new_zeros(count, dtype=torch.int32) if self.way.spec.zero else None

@@ -31,21 +31,27 @@ _TIMES: Final = "\N{MULTIPLICATION SIGN}"
 
 def render(report: Report) -> str:
     """The whole page."""
+    title = f"{report.title}, {report.scheme}: quantization report"
+    return document(title, [each(report) for each in _SECTIONS])
+
+
+def document(title: str, sections: Sequence[Markup], style: str = "") -> str:
+    """A page of sections, in light and dark, that needs no other file and asks for none; `style`: rules of its own."""
     data = files("lowbit").joinpath("data")
-    style, script = (plain(data.joinpath(f"report.{kind}").read_text("utf-8")) for kind in ("css", "js"))
+    rules, script = (data.joinpath(f"report.{kind}").read_text("utf-8") for kind in ("css", "js"))
+    rules, script = plain(rules + style), plain(script)
     # This style and this script and nothing else, whatever else may have got into the page.
-    policy = f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; base-uri 'none'"
+    policy = f"default-src 'none'; style-src {_digest(rules)}; script-src {_digest(script)}; base-uri 'none'"
     head = element(
         "head",
         element("meta", charset="utf-8"),
         element("meta", http_equiv="Content-Security-Policy", content=policy),
         element("meta", name="viewport", content="width=device-width, initial-scale=1"),
         element("meta", name="color-scheme", content="light dark"),
-        element("title", f"{report.title}, {report.scheme}: quantization report"),
-        element("style", style),
+        element("title", title),
+        element("style", rules),
     )
-    main = element("main", *(section(report) for section in _SECTIONS))
-    page = element("html", head, element("body", main, element("script", script)), lang="en")
+    page = element("html", head, element("body", element("main", *sections), element("script", script)), lang="en")
     return f"<!doctype html>\n{page}\n"
 
 
@@ -53,7 +59,8 @@ def _digest(source: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
 
 
-def _section(title: str, *content: str) -> Markup:
+def section(title: str, *content: str) -> Markup:
+    """A part of a page, with its title."""
     return element("section", element("h2", title), *content)
 
 
@@ -119,7 +126,7 @@ def _measure(report: Report) -> tuple[str, list[tuple[Layer, float]]]:
 
 def _terms(report: Report) -> Markup:
     terms = (*_sqnr_terms(report), *_size_terms(report), *_calibration_terms(report))
-    return _section("What the terms mean", element("dl", *terms, class_="terms"))
+    return section("What the terms mean", element("dl", *terms, class_="terms"))
 
 
 def _term(name: str, *text: str) -> Markup:
@@ -205,7 +212,7 @@ def _block_plot(report: Report) -> Markup:
         return Markup()
     first, last = points[0], points[-1]
     words = f"{decibels(first.y)} after block {first.x}, {decibels(last.y)} after block {last.x}"
-    return _section(
+    return section(
         "Error by depth",
         element("p", f"Cumulative SQNR at the output of each decoder block: {words}. Higher is better."),
         line(points, label=f"Cumulative SQNR by decoder block: {words}", x_label="decoder block"),
@@ -237,7 +244,7 @@ def _layer_plot(report: Report) -> Markup:
     ]
     if not points:
         return Markup()
-    return _section(
+    return section(
         "Error by layer",
         element("p", "Output SQNR of each layer, in the order of the decoder blocks. Higher is better."),
         _legend(points, kinds),
@@ -307,7 +314,7 @@ def _worst(report: Report) -> Markup:
     first, second = (columns[key] for key in (("output", "weight") if what == "output" else ("weight", "output")))
     rest = (columns[key] for key in ("bits", "format", "notes"))
     shown = table("Worst layers", columns["name"], first, share, second, *rest)
-    return _section(f"Worst {count(len(worst), 'layer')}", element("p", f"By {what} SQNR, the lowest first."), shown)
+    return section(f"Worst {count(len(worst), 'layer')}", element("p", f"By {what} SQNR, the lowest first."), shown)
 
 
 def _experts(report: Report) -> Markup:
@@ -326,7 +333,7 @@ def _experts(report: Report) -> Markup:
         Column("Shared Hessian", [_brief(experts.fallback) for experts in listed]),
     )
     intro = element("p", "Calibration tokens that each expert saw, each row on a scale of its own.", *legend)
-    return _section("Experts", intro, _foldable(len(listed), "weight", shown))
+    return section("Experts", intro, _foldable(len(listed), "weight", shown))
 
 
 def _brief(numbers: Sequence[int]) -> str:
@@ -362,7 +369,7 @@ def _outlier_table(report: Report) -> Markup:
             hint="its amax over that of the median channel",
         ),
     )
-    return _section(
+    return section(
         "Outlier channels",
         element("p", "Input channels that peak highest against the median channel of their layer, over all layers."),
         shown,
@@ -373,7 +380,7 @@ def _layer_table(report: Report) -> Markup:
     if not report.layers:
         return Markup()
     shown = table("All layers", *_layer_columns(report.layers).values(), sortable=True)
-    return _section("All layers", _foldable(len(report.layers), "layer", shown))
+    return section("All layers", _foldable(len(report.layers), "layer", shown))
 
 
 def _kernels(report: Report) -> Markup:
@@ -385,7 +392,7 @@ def _kernels(report: Report) -> Markup:
         Column("Kernel", ["none that runs it" if kernel is None else code(kernel) for kernel, _ in uses]),
         Column("Layers", [f"{number:,}" for _, number in uses], numeric=True),
     )
-    return _section("Kernels", element("p", "What would run the layers on the machine that quantized them."), shown)
+    return section("Kernels", element("p", "What would run the layers on the machine that quantized them."), shown)
 
 
 def _sizes(report: Report) -> Markup:
@@ -407,7 +414,7 @@ def _sizes(report: Report) -> Markup:
         Column("Size", [bytesize(taken) for _, _, taken in rows], numeric=True),
         Column("Of before", [part(taken / max(report.bytes_before, 1)) for *_, taken in rows], numeric=True),
     )
-    return _section("Sizes", shown)
+    return section("Sizes", shown)
 
 
 def _kept(report: Report) -> Markup:
@@ -429,14 +436,14 @@ def _kept(report: Report) -> Markup:
         Column("Size", [bytesize(taken) for *_, taken, _ in rows], numeric=True),
         Column("Because", [reason for *_, reason in rows]),
     )
-    return _section("What was kept, and why", _foldable(len(rows), "row", shown))
+    return section("What was kept, and why", _foldable(len(rows), "row", shown))
 
 
 def _pairs(title: str, pairs: dict[str, str]) -> Markup:
     if not pairs:
         return Markup()
     listed = (part for name, value in pairs.items() for part in (element("dt", name), element("dd", value)))
-    return _section(title, element("dl", *listed, class_="pairs"))
+    return section(title, element("dl", *listed, class_="pairs"))
 
 
 def _calibration(report: Report) -> Markup:
@@ -453,7 +460,7 @@ def _environment(report: Report) -> Markup:
 def _command(report: Report) -> Markup:
     if not report.command:
         return Markup()
-    return _section("Command", element("pre", element("code", report.command), tabindex=0))
+    return section("Command", element("pre", element("code", report.command), tabindex=0))
 
 
 _SECTIONS: Final = (

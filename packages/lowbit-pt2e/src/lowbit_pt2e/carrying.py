@@ -7,7 +7,7 @@ what comes out. Where a layer takes it by a scale that is stored, all of these h
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +22,6 @@ from lowbit_pt2e.passes import Match
 
 Value = tuple[GraphModule, Any]
 """A node, or a number, and the graph that it is in."""
-How = tuple[float, int, str]
-"""The scale, the zero point and the format of codes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,34 +133,32 @@ class Carry:
     name = "carry codes"
     adds = (ENCODE, DECODE)
 
-    def __init__(self, found: Sequence[tuple[Carried, How]]) -> None:
+    def __init__(self, found: Mapping[Carried, tuple[float, int]]) -> None:
+        # Each with its scale and zero point.
         self.found = found
 
     def matches(self, region: Region) -> Iterator[Match]:
         """Such values that a graph is given, makes or gives on."""
-        for each, how in self.found:
+        for each, numbers in self.found.items():
             here = sorted(node for module, node in each.values if module is region.module)
             if here:
-                yield Match(here[0], None, partial(_put, region, here, how))
+                yield Match(here[0], None, partial(_put, region, here, (*numbers, str(each.format))))
 
 
-def _put(region: Region, here: list[Node], how: How) -> None:
+def _put(region: Region, here: list[Node], how: tuple[float, int, str]) -> None:
     comes = _comes(region)
     codes: dict[Node, Node] = {}
     for node in here:
         edit = Editor(region, _after(region, node), _told(node) or node, stays=True)
-        if node in comes and _passes(node):
-            node.meta["val"] = edit.value(ENCODE, node.meta["val"], *how)
-            codes[node] = node
-            continue
         if node not in comes:
             codes[node] = edit.call(ENCODE, node, *how)
             continue
-        dtype = node.meta["val"].dtype
-        node.meta["val"] = edit.value(ENCODE, node.meta["val"], *how)
-        value = edit.call(DECODE, node, *how[:2], dtype)
-        value.meta[WAS] = node.meta.get(WAS, node.name)
-        node.replace_all_uses_with(value, delete_user_cb=partial(operator.is_not, value))
+        dtype, node.meta["val"] = node.meta["val"].dtype, edit.value(ENCODE, node.meta["val"], *how)
+        value = node
+        if not _passes(node):
+            value = edit.call(DECODE, node, *how[:2], dtype)
+            value.meta[WAS] = node.meta.get(WAS, node.name)
+            node.replace_all_uses_with(value, delete_user_cb=partial(operator.is_not, value))
         codes[value] = node
     for call in region.calls:
         call.regive(codes)

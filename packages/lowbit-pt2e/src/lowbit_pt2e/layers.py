@@ -86,19 +86,23 @@ class Convolution:
 
     def back(self, rows: Tensor) -> Tensor:
         """The way back."""
-        if not self.turned:
-            return rows.view(self.shape)
-        ins, outs, *window = self.shape
-        return rows.view(self.turned, outs, ins // self.turned, *window).transpose(1, 2).reshape(self.shape)
+        for target, *args in self._way_back():
+            rows = target(rows, *args)
+        return rows
 
     def in_place(self, rows: Node, edit: Editor) -> Node:
-        """What the operator takes, of a node that is the matrix."""
+        """The way back, of a node."""
+        for target, *args in self._way_back():
+            rows = edit.call(target, rows, *args)
+        return rows
+
+    def _way_back(self) -> list[tuple[Any, ...]]:
+        view, turn, reshape = IN_PLACE
         if not self.turned:
-            return edit.call(_aten.view.default, rows, list(self.shape))
+            return [(view, list(self.shape))]
         ins, outs, *window = self.shape
-        parts = edit.call(_aten.view.default, rows, [self.turned, outs, ins // self.turned, *window])
-        turned = edit.call(_aten.transpose.int, parts, 1, 2)
-        return edit.call(_aten.reshape.default, turned, list(self.shape))
+        parts = [self.turned, outs, ins // self.turned, *window]
+        return [(view, parts), (turn, 1, 2), (reshape, list(self.shape))]
 
 
 IN_PLACE = (_aten.view.default, _aten.transpose.int, _aten.reshape.default)

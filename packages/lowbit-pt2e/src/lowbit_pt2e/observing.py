@@ -15,7 +15,7 @@ from lowbit import Activation, FormatError, QuantizedTensor, Recipe
 from lowbit.format import Format
 from lowbit.numerics import Scales
 from lowbit.observer import MinMax, Observer
-from lowbit_pt2e.carrying import Carried, How, carried, edges
+from lowbit_pt2e.carrying import carried, edges
 from lowbit_pt2e.codes import numbers, refuses
 from lowbit_pt2e.graphs import GraphError, Region, source
 from lowbit_pt2e.passes import Report
@@ -31,11 +31,13 @@ class Prepared(nn.Module):
     """
 
     def __init__(
-        self, model: GraphModule, recipe: Recipe, asked: Wanted, observer: Callable[[], Observer], *, carry: bool
+        self, model: nn.Module, recipe: Recipe, observer: Callable[[], Observer], *, carry: bool, where: Where | None
     ) -> None:
         super().__init__()
+        asked = wanted(model, recipe, where)
+        assert isinstance(model, GraphModule)
         self.model, self.recipe, self.asked = model, recipe, asked
-        self.how, self.converted = (observer, carry), False
+        self.observer, self.carry, self.converted = observer, carry, False
         self.observers = nn.ModuleList()
         takers = list(_observed(asked))
         known = [((region.module, x), None if refuses(how) else how.format) for region, _, x, how in takers]
@@ -71,8 +73,8 @@ class Prepared(nn.Module):
         """
         if self.converted:
             raise GraphError("what was converted is the graph, `model`; copy that")
-        model, (observer, carry) = deepcopy(self.model, memo), self.how
-        found = type(self)(model, self.recipe, wanted(model, self.recipe, self.asked.where), observer, carry=carry)
+        model, where = deepcopy(self.model, memo), self.asked.where
+        found = type(self)(model, self.recipe, self.observer, carry=self.carry, where=where)
         found.load_state_dict(self.state_dict())
         return found
 
@@ -152,9 +154,7 @@ def prepare(
         FormatError: a weight does not fit its format.
         GraphError: `model` is none that was exported.
     """
-    asked = wanted(model, recipe, where)
-    assert isinstance(model, GraphModule)
-    return Prepared(model, recipe, asked, observer, carry=carry)
+    return Prepared(model, recipe, observer, carry=carry, where=where)
 
 
 def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report:
@@ -173,10 +173,7 @@ def convert(prepared: Prepared, inputs: tuple[Any, ...] | None = None) -> Report
         raise GraphError("the graph was changed after it was prepared; prepare it once more, after other passes")
     for region, node, x, activation in _observed(prepared.asked):
         found[node] = prepared.scales(region, node, x, activation)
-    carries: list[tuple[Carried, How]] = []
-    for each in prepared.carried:
-        how = numbers(prepared.scales_of(prepared.shared[each], each.format))
-        carries.append((each, (*how, str(each.format))))
+    carries = {each: numbers(prepared.scales_of(prepared.shared[each], each.format)) for each in prepared.carried}
     asked = replace(prepared.asked, weights=prepared.quantized())
     prepared.converted = True
     return put_weights(prepared.model, prepared.recipe, asked, found, inputs, carries)

@@ -328,7 +328,7 @@ class _Fuse:
     """A layer of decoded inputs and weights."""
 
     name = "layers of oneDNN"
-    adds = (*ops.LAYERS, DECODE)
+    adds = ops.LAYERS
 
     def __init__(self, *, inner: bool) -> None:
         self.inner = inner

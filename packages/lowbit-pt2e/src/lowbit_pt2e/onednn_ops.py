@@ -20,10 +20,7 @@ _aten: Any = torch.ops.aten
 _onednn: Any = torch.ops.onednn
 
 _LIBRARY = torch.library.Library("lowbit_pt2e", "FRAGMENT")
-_LIBRARY.define(
-    "max_pool(Tensor codes, int[] kernel_size, int[] stride=[], int[] padding=[0], int[] dilation=[1], "
-    "bool ceil_mode=False) -> Tensor"
-)
+_LIBRARY.define("max_pool(Tensor codes, int[] kernel_size, int[] stride=[], int[] padding=[0]) -> Tensor")
 _LIBRARY.define(
     "convolution_sum(Tensor x, float x_scale, int x_zero, Tensor weight, Tensor w_scale, Tensor w_zero, Tensor other, "
     "float other_scale, int other_zero, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups, "
@@ -59,19 +56,11 @@ def activation_of(node: Node, *, convolves: bool, added: bool) -> Activation | N
 
 
 def _max_pool(
-    codes: Tensor,
-    kernel_size: list[int],
-    stride: list[int] | None = None,
-    padding: list[int] | None = None,
-    dilation: list[int] | None = None,
-    ceil_mode: bool = False,  # noqa: FBT001, FBT002 - an operator's argument
+    codes: Tensor, kernel_size: list[int], stride: list[int] | None = None, padding: list[int] | None = None
 ) -> Tensor:
     # Compilers join it to what is beside; codes below all others are what is beyond the edges.
-    assert not ceil_mode
-    assert set(dilation or [1]) == {1}
-    tall, wide = _pair(kernel_size)
-    down, right = _pair(stride or kernel_size)
-    above, left = _pair(padding or [0])
+    sides = kernel_size, stride or kernel_size, padding or [0]
+    (tall, wide), (down, right), (above, left) = ((each[0], each[-1]) for each in sides)
     least = torch.iinfo(codes.dtype).min
     codes = torch.nn.functional.pad(codes, (left, left, above, above), value=least)
     rows, columns = (codes.shape[-2] - tall) // down + 1, (codes.shape[-1] - wide) // right + 1
@@ -81,10 +70,6 @@ def _max_pool(
         found = part if found is None else torch.maximum(found, part)
     assert found is not None
     return found
-
-
-def _pair(given: list[int]) -> tuple[int, int]:
-    return (given[0], given[-1])
 
 
 def _convolution_sum_fake(*given: Any) -> Tensor:

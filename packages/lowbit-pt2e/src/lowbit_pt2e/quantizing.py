@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch.fx import Node
 from lowbit import QuantizedTensor, Recipe, RecipeError, Rule, quantize
 from lowbit.format import Format
 from lowbit.numerics import Scales
-from lowbit_pt2e.carrying import Carried, Carry, How
+from lowbit_pt2e.carrying import Carried, Carry
 from lowbit_pt2e.codes import DECODE, ENCODE, numbers, refuses
 from lowbit_pt2e.graphs import Editor, Region, regions, untold
 from lowbit_pt2e.layers import CONVOLUTIONS, IN_PLACE, LINEARS, Convolution, Linear, layer_of
@@ -58,7 +58,7 @@ def quantize_layers(
                 f"rule {rule.match!r} rounds inputs by stored scales ({rule.activation}), which data tell: "
                 "prepare(model, recipe), run what it gives on some, and convert that"
             )
-    return put_weights(model, recipe, wanted(model, recipe, where), {}, inputs)
+    return put_weights(model, recipe, wanted(model, recipe, where), {}, inputs, {})
 
 
 Layer = Linear | Convolution
@@ -117,11 +117,11 @@ def put_weights(
     asked: Wanted,
     scales: Mapping[Node, Scales],
     inputs: tuple[Any, ...] | None,
-    carries: Sequence[tuple[Carried, How]] = (),
+    carries: Mapping[Carried, tuple[float, int]],
 ) -> Report:
     """Put what is asked into a model's graphs, with the scales of inputs of layers' nodes where activations store some.
 
-    `carries`: values that loops carry in codes.
+    `carries`: scales and zero points of values that loops carry in codes.
 
     Raises:
         GraphError: as `run_passes`.
@@ -171,8 +171,7 @@ class _RoundSums:
     adds = (ENCODE, DECODE)
 
     def __init__(self, asked: Wanted, scales: Mapping[Node, Scales]) -> None:
-        self.found = [each for each in sums(asked) if each[1] in scales]
-        self.scales = scales
+        self.found, self.scales = list(sums(asked)), scales
 
     def matches(self, region: Region) -> Iterator[Match]:
         """Sums."""
@@ -239,12 +238,7 @@ class _QuantizeLayers:
         }
         found = self.scales.get(node)
         if not convolves:
-            parts |= {"act_scale": None, "act_zero": None}
-        if found is not None and not convolves:
-            # Local scaling stores that of the tensor alone.
-            local = rule.activation.scaling == "local"
-            parts["act_scale"] = found.tensor_scale if local else found.scale.to(torch.float32)
-            parts["act_zero"] = None if local else found.zero
+            parts |= _stored(rule, found)
         held = [None if part is None else edit.constant(f"{stem}_{name}", part) for name, part in parts.items()]
         if not convolves:
             activation = "" if rule.activation is None else str(rule.activation)
@@ -258,6 +252,16 @@ class _QuantizeLayers:
             x = _rounded_as_it_comes(edit, x, rule.activation.format, rule.activation.mode)
         rows = edit.call(_DEQUANTIZE, *held, str(rule.weight), layer.weight.shape[1], layer.weight.dtype)
         node.args = (x, layer.in_place(rows, edit), *node.args[2:])
+
+
+def _stored(rule: Any, scales: Scales | None) -> dict[str, Tensor | None]:
+    """What a linear layer stores of its inputs' scales, if some are known."""
+    if scales is None:
+        return {"act_scale": None, "act_zero": None}
+    if rule.activation.scaling == "local":
+        # That of the tensor alone.
+        return {"act_scale": scales.tensor_scale, "act_zero": None}
+    return {"act_scale": scales.scale.to(torch.float32), "act_zero": scales.zero}
 
 
 def _rounded_as_it_comes(edit: Editor, x: Any, fmt: Format, mode: str) -> Node:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import re
-from importlib.resources import files
 from statistics import median
 from typing import Final
 
 from torch import nn
 
 from lowbit.figures import NBSP, count, decibels, error, error_share, fixed, percent
-from lowbit.markup import Column, Markup, code, element, plain, table
+from lowbit.markup import Column, Markup, code, element, table
+from lowbit.page import document, section
 from lowbit_pt2e.comparing import Compared, Comparison
 from lowbit_pt2e.drawing import anchors, picture, style
 
@@ -40,20 +38,6 @@ def to_html(comparison: Comparison, model: nn.Module) -> str:
     """
     rows = comparison.rows
     worst = _worst(rows)
-    data = files("lowbit").joinpath("data")
-    css = plain(data.joinpath("report.css").read_text("utf-8") + _STYLE + style())
-    script = plain(data.joinpath("report.js").read_text("utf-8"))
-    policy = f"default-src 'none'; style-src {_digest(css)}; script-src {_digest(script)}; base-uri 'none'"
-    title = "Where a graph departs"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=policy),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", title),
-        element("style", css),
-    )
     marked = [(rows[i].graph, rows[i].node) for i in worst]
     drawing = element(
         "div",
@@ -64,22 +48,13 @@ def to_html(comparison: Comparison, model: nn.Module) -> str:
         tabindex=0,
         aria_label="Graph",
     )
-    main = element(
-        "main",
+    title = "Where a graph departs"
+    parts = [
         element("header", element("h1", title), element("p", _summary(rows))),
-        _section("Nodes", _intro(rows, worst), _table(rows, worst, anchors(model)) if rows else Markup()),
-        _section("Graph", element("p", "Where the pointer rests on a node, all of it is told."), drawing),
-    )
-    page = element("html", head, element("body", main, element("script", script)), lang="en")
-    return f"<!doctype html>\n{page}\n"
-
-
-def _digest(source: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'"
-
-
-def _section(title: str, *content: str) -> Markup:
-    return element("section", element("h2", title), *content)
+        section("Nodes", _intro(rows, worst), _table(rows, worst, anchors(model)) if rows else Markup()),
+        section("Graph", element("p", "Where the pointer rests on a node, all of it is told."), drawing),
+    ]
+    return document(title, parts, _STYLE + style())
 
 
 def _worst(rows: tuple[Compared, ...]) -> list[int]:

@@ -17,7 +17,7 @@ from lowbit_pt2e.folding import frozen
 from lowbit_pt2e.graphs import GraphError, source
 from lowbit_pt2e.layers import Linear, layer_of
 from lowbit_pt2e.observing import Prepared
-from lowbit_pt2e.quantizing import Key, Layer, Wanted, Where, wanted
+from lowbit_pt2e.quantizing import Key, Layer, Where
 from lowbit_pt2e.running import Watching
 
 # Of a scale, far below what any has: gradients of smaller ones are not finite.
@@ -72,9 +72,8 @@ class FakeQuantize(nn.Module):
 
     def scales(self) -> Scales:
         """What the scale is now."""
-        return Scales(
-            self.positive().detach(), None if self.format.zero is None else self.zero.to(self.format.zero.code_dtype)
-        )
+        zero = None if self.format.zero is None else self.zero.to(self.format.zero.code_dtype)
+        return Scales(self.positive().detach(), zero)
 
     def _ends(self) -> tuple[Any, Any]:
         element = self.format.element
@@ -109,9 +108,9 @@ class Learning(Prepared):
     """
 
     def __init__(
-        self, model: GraphModule, recipe: Recipe, asked: Wanted, observer: Callable[[], Observer], *, carry: bool
+        self, model: nn.Module, recipe: Recipe, observer: Callable[[], Observer], *, carry: bool, where: Where | None
     ) -> None:
-        super().__init__(model, recipe, asked, observer, carry=carry)
+        super().__init__(model, recipe, observer, carry=carry, where=where)
         self.inputs = nn.ModuleList()
         # By observer and format.
         self.rounds: dict[tuple[int, Format], FakeQuantize] = {}
@@ -123,7 +122,7 @@ class Learning(Prepared):
         self.layers: dict[tuple[GraphModule, Node], tuple[Layer, Rule, FakeQuantize | None]] = {}
         self.weights = nn.ModuleList()
         learned: dict[Key, FakeQuantize | None] = {}
-        for region, node, layer, rule in asked.layers:
+        for region, node, layer, rule in self.asked.layers:
             key, fmt = (layer.name, layer.turned, rule), rule.weight
             assert fmt is not None
             if key not in learned:
@@ -217,14 +216,11 @@ def prepare_qat(
     Train its parameters as any module's; scales are what observers tell until `freeze_observers()`, and learned from
     then on; `freeze_norms()` where the graph was exported in train mode, and `convert` in the end. Weights in integers
     with a float32 scale a row or group, and inputs with one scale, have learned scales, others those of their values.
-    Scales want no weight decay.
-    `carry` and `where` as of `prepare`. Norms are best folded before, by `fold_norms`.
+    Scales want no weight decay. `carry` and `where` as of `prepare`. Norms are best folded before, by `fold_norms`.
 
     Raises:
         RecipeError: a rule matches no weight of a layer.
         FormatError: a weight does not fit its format.
         GraphError: `model` is none that was exported.
     """
-    asked = wanted(model, recipe, where)
-    assert isinstance(model, GraphModule)
-    return Learning(model, recipe, asked, observer, carry=carry)
+    return Learning(model, recipe, observer, carry=carry, where=where)
