@@ -39,6 +39,7 @@ from torch._inductor import config as inductor
 import lowbit
 from lowbit import Recipe, Rule
 from lowbit.bench.environment import environment
+from lowbit.bench.inputs import sqnr
 from lowbit.table import align
 from lowbit_pt2e import convert, fold_norms, prepare, quantize_layers
 from lowbit_pt2e.onednn import lower_to_onednn
@@ -219,12 +220,6 @@ def measure(name: str, turns: int) -> list[dict[str, Any]]:
     return rows
 
 
-def sqnr(exact: Tensor, found: Tensor) -> float:
-    """In dB; of what is the same, infinite."""
-    exact, found = exact.double(), found.double()
-    return float(10 * (exact.square().sum() / (found - exact).square().sum()).log10())
-
-
 def timed(running: dict[str, Callable[[Tensor], Tensor]], x: Tensor, turns: int) -> dict[str, list[float]]:
     """Seconds of a call, of each turn."""
     times: dict[str, list[float]] = {who: [] for who in running}
@@ -269,7 +264,7 @@ def main() -> None:
     sys.stdout.write("\n".join(align([line(row) for row in rows])) + "\n")
     if options.json:
         result = {"benchmark": "graphs", "environment": environment(torch.device("cpu"))}
-        result |= {"threads": torch.get_num_threads(), "versions": {"transformers": version("transformers")}}
+        result["environment"]["versions"]["transformers"] = version("transformers")
         result |= {"calibration": CALIBRATION, "turns": options.turns, "rows": rows}
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
