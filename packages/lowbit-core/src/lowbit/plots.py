@@ -80,7 +80,19 @@ def scatter(points: Sequence[Point], spans: Sequence[Span], *, label: str, x_lab
 
 def swatch(kind: int | None) -> Markup:
     """The marker of a kind, for a legend."""
-    return element("svg", _marker(kind), viewBox="-5 -5 10 10", class_="swatch", aria_hidden="true")
+    return element("svg", marker(kind), viewBox="-5 -5 10 10", class_="swatch", aria_hidden="true")
+
+
+def marker(kind: int | None, words: str | None = None, x: float = 0, y: float = 0) -> Markup:
+    """The marker of a kind about (x, y), and what is told where the pointer rests on it."""
+    return element(
+        "path",
+        *([] if words is None else [element("title", words)]),
+        # The second four colours come in another order of shapes, so that like colours differ in shape.
+        d=_MARKERS[0 if kind is None else (kind - kind // 4) % 4],
+        class_="other" if kind is None else f"k{kind}",
+        transform=f"translate({x:.1f} {y:.1f})",
+    )
 
 
 def bars(counts: Sequence[int], marked: Sequence[int], *, label: str) -> Markup:
@@ -163,7 +175,7 @@ def _plot(
         element("text", "error", x=width, y=12, text_anchor="end", class_="axis"),
         element("text", x_label, x=frame.left + frame.width / 2, y=height - 6, text_anchor="middle", class_="axis"),
     ]
-    marks = [_marker(p.kind, p.words, frame.x(p.x), frame.y(p.y)) for p in points]
+    marks = [marker(p.kind, p.words, frame.x(p.x), frame.y(p.y)) for p in points]
     return element(
         "svg",
         element("title", label),
@@ -174,17 +186,6 @@ def _plot(
         viewBox=f"0 0 {width} {height}",
         class_="plot wide" if width == _WIDE else "plot narrow",
         role="img",
-    )
-
-
-def _marker(kind: int | None, words: str | None = None, x: float = 0, y: float = 0) -> Markup:
-    return element(
-        "path",
-        *([] if words is None else [element("title", words)]),
-        # The second four colours come in another order of shapes, so that like colours differ in shape.
-        d=_MARKERS[0 if kind is None else (kind - kind // 4) % 4],
-        class_="other" if kind is None else f"k{kind}",
-        transform=f"translate({x:.1f} {y:.1f})",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ import torch
 from lowbit import backends
 from lowbit.backends import Refusal
 from lowbit.bench import Benchmark, Case, Contender, Dim, command, copies, plain
+from lowbit.bench.outcomes import read_run
+from lowbit.bench.page import render
 from lowbit.bench.results import read_results
-from lowbit.errors import LowbitError
+from lowbit.errors import BackendError, LowbitError
 
 
 def halves(x):
@@ -143,6 +146,11 @@ def test_results_are_on_disk_after_every_case(small, given, tmp_path):
         (["halves", "--shapes-seed", "-1"], "--shapes-seed -1 must be from 0"),
         (["halves", "--shapes", "9" * 5000], "must be N: whole numbers"),
         (["halves", "--json", "nowhere/x.json"], "--json nowhere/x.json: its folder does not exist"),
+        (["halves", "--plot", "nowhere/x.html"], "--plot nowhere/x.html: its folder does not exist"),
+        (["halves", "--json", "x", "--plot", "./x"], "--plot x: that is the file of the results"),
+        (["plot", "x.json"], "the following arguments are required: --out"),
+        (["plot", "nowhere/x.json", "--out", "x.html"], "nowhere/x.json cannot be read as results"),
+        (["compare", "x.json"], "the following arguments are required: B.json"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(given, monkeypatch, capsys, words, said):
@@ -152,6 +160,31 @@ def test_bad_options_are_refused_before_anything_runs(given, monkeypatch, capsys
         command.main(words)
     assert caught.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_run_is_drawn_as_its_file_is(bench, given, tmp_path):
+    given(benchmark(peers=(Refusal("absent", "needs a moon"),)))
+    page = tmp_path / "page.html"
+    assert bench("halves", "--plot", f"{page}")[0] == 0
+    file = tmp_path / "results.json"
+    assert page.read_text(encoding="utf-8") == render([read_run(file)])
+    command.main(["halves", "--seconds", "0.001", "--device", "cpu", "--plot", f"{page}"])
+    assert "<dt>source</dt><dd>lowbit bench halves</dd>" in page.read_text(encoding="utf-8")
+
+
+def test_a_run_that_timed_nothing_is_told_and_leaves_no_page(small, given, tmp_path, capsys):
+    given(replace(benchmark(), usual=lambda device: []))
+    with pytest.raises(LowbitError, match="lowbit bench halves: there is nothing to draw"):
+        command.main(["halves", "--seconds", "0.001", "--device", "cpu", "--plot", f"{tmp_path / 'page.html'}"])
+    assert "ceilings: copy" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_benchmark_takes_the_name_of_what_is_done_with_results(monkeypatch):
+    point = SimpleNamespace(name="plot", value="somewhere:plot")
+    monkeypatch.setattr(command, "discover", lambda group, speaker: {"plot": point})
+    with pytest.raises(BackendError, match="somewhere:plot cannot be `lowbit bench plot`"):
+        command.main(["plot"])
 
 
 def test_a_benchmark_that_cannot_be_loaded_or_is_none_says_so(given, monkeypatch):
@@ -182,3 +215,5 @@ def test_help_names_every_benchmark(capsys):
     for name in ("attention", "bags", "cast", "embedding", "grouped", "linear", "pad"):
         found = import_module(f"lowbit.bench.{name}").benchmark
         assert f"  {name:<10} {found.about}\n" in said
+    assert "\nwith results, in the place of a benchmark:\n  compare    Compare two files" in said
+    assert "\n  plot       Draw files" in said

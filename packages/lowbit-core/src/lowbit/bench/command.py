@@ -14,20 +14,30 @@ from typing import Any
 
 import torch
 
+from lowbit.bench import compare, page, plot
 from lowbit.bench.case import Benchmark, Given, Shape, Use
 from lowbit.bench.ceilings import measure_ceilings
 from lowbit.bench.environment import environment
 from lowbit.bench.measure import measure
+from lowbit.bench.outcomes import run_of
 from lowbit.bench.results import VERSION, render
 from lowbit.command import DONE, PROBLEM, discover
-from lowbit.errors import FormatError, LowbitError
+from lowbit.errors import BackendError, FormatError, LowbitError
 
 GROUP = "lowbit.bench"
+# What is done with results, in the place of a benchmark's name.
+_WITH_RESULTS = {"compare": compare.main, "plot": plot.main}
 
 
 def main(argv: list[str]) -> int:
     """Time an op beside its baseline, other libraries and what the machine can do at best."""
     points = discover(GROUP, "lowbit bench")
+    for name in _WITH_RESULTS.keys() & points.keys():
+        raise BackendError(
+            f"{points[name].value} cannot be `lowbit bench {name}`, which does something else; rename it"
+        )
+    if argv and argv[0] in _WITH_RESULTS:
+        return _WITH_RESULTS[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(
         "lowbit bench",
         description=main.__doc__,
@@ -45,6 +55,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--peers", action="store_true", help="measure other libraries, too, where they are installed")
     parser.add_argument("--seconds", type=float, default=0.5, help="to spend on each contender, about (0.5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, case by case")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there, as a page of HTML")
     options = parser.parse_args(argv)
     benchmark = _load(points[options.name])
     try:
@@ -76,6 +87,9 @@ def _run(name: str, benchmark: Benchmark, given: Given, options: argparse.Namesp
             # Each time, so that a run that is cut off leaves what it measured.
             options.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     sys.stdout.write(render(results) + "\n")
+    if options.plot is not None:
+        source = f"lowbit bench {name}" if options.json is None else str(options.json)
+        page.write(page.render([run_of(results, source)]), options.plot)
     failed = [each for row in rows for each in row["contenders"] if each.get("failed") and each["role"] != "peer"]
     return PROBLEM if failed else DONE
 
@@ -89,7 +103,10 @@ def _listing(points: dict[str, EntryPoint]) -> str:
         except LowbitError as error:
             lines.append(f"  {name:<10} {error}")
     example = "lowbit bench linear --formats INT4_G128,FP8_ROW/FP8_ROW --shapes 16x4096x4096 --peers"
-    return "\n".join(["benchmarks:", *lines, "", f"example: {example}"])
+    done = [f"  {name:<10} {run.__doc__.splitlines()[0]}" for name, run in _WITH_RESULTS.items() if run.__doc__]
+    return "\n".join(
+        ["benchmarks:", *lines, "", "with results, in the place of a benchmark:", *done, "", f"example: {example}"]
+    )
 
 
 def _load(point: EntryPoint) -> Benchmark:
@@ -135,6 +152,8 @@ def _given(benchmark: Benchmark, options: argparse.Namespace) -> Given:
         raise LowbitError(f"--shapes-seed {options.shapes_seed} must be from 0 to 2^63 - 1")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise LowbitError(f"--json {options.json}: its folder does not exist")
+    if options.plot is not None:
+        page.check_place(options.plot, "--plot", [options.json])
     uses = _uses(benchmark, options.formats)
     if options.shapes_seed is not None:
         blocked = [fmt for use in uses for fmt in (use.format, use.input) if fmt is not None]

@@ -22,7 +22,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LowbitError(f"{path} cannot be read as results of `lowbit bench`: {error}") from error
     parts = {"benchmark", "environment", "ceilings", "rows"}
     if not isinstance(results, dict) or results.get("version") != VERSION or not parts <= results.keys():
@@ -40,9 +40,9 @@ def headlines(results: dict[str, Any]) -> list[str]:
     told, most = results["environment"], results["ceilings"]
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items())
     clocks = ", ".join(f"{name} {value}" for name, value in told["clocks"].items())
-    copy = f"copy of {size(most['copied'])} {_rate(most['bytes_per_s'], 'B/s')}"
+    copy = f"copy of {size(most['copied'])} {rate(most['bytes_per_s'], 'B/s')}"
     dtype = most.get("dtype", "bfloat16")  # older results do not tell
-    product = f"{dtype} product of side {most['side']} {_rate(most['flops_per_s'], 'FLOP/s')}"
+    product = f"{dtype} product of side {most['side']} {rate(most['flops_per_s'], 'FLOP/s')}"
     return [f"{told['device']}, {told['date']}{clocks and f' ({clocks})'}", versions, f"ceilings: {copy}, {product}"]
 
 
@@ -88,8 +88,8 @@ def _cells(each: dict[str, Any], flops: float) -> dict[str, str]:
         "time": in_words(each["seconds"]),
         "quartiles": f"{in_words(low)} to {in_words(high)}",
         "over baseline": "" if each["speedup"] is None else f"{each['speedup']:.3g}",
-        "moves": _rate(each["bytes_per_s"], "B/s"),
-        "computes": _rate(each["flops_per_s"], "FLOP/s") if flops else "",
+        "moves": rate(each["bytes_per_s"], "B/s"),
+        "computes": rate(each["flops_per_s"], "FLOP/s") if flops else "",
         "of ceiling": f"{100 * each['of_ceiling']:.3g}%",
         "SQNR, dB": decibels(accuracy, "normal", "exact"),
         "with outliers": decibels(accuracy, "outliers", "exact"),
@@ -97,14 +97,19 @@ def _cells(each: dict[str, Any], flops: float) -> dict[str, str]:
     }
 
 
-def _rate(rate: float, unit: str) -> str:
-    scale, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G")) if rate >= pair[0]), (1e6, "M"))
-    return f"{rate / scale:.3g} {prefix}{unit}"
+def rate(number: float, unit: str) -> str:
+    """`3.02 TB/s`, `1.5 GB/s`, `0.2 MB/s`."""
+    scale, prefix = next((pair for pair in ((1e12, "T"), (1e9, "G")) if number >= pair[0]), (1e6, "M"))
+    return f"{number / scale:.3g} {prefix}{unit}"
 
 
 def decibels(accuracy: dict[str, dict[str, float]], kind: str, to: str) -> str:
     """An SQNR of a contender's, on inputs of a kind; "" where it was not measured."""
-    value = accuracy.get(kind, {}).get(to)
+    return in_decibels(accuracy.get(kind, {}).get(to))
+
+
+def in_decibels(value: float | None) -> str:
+    """`18.9`, or in words what stands for no difference and for results that are not finite; "" for None."""
     if value is None or abs(value) == EXACT:
         return {None: "", EXACT: "the same", -EXACT: "not finite"}[value]
     return f"{value:.1f}"
