@@ -459,8 +459,8 @@ def byte_values(words, TALL: tl.constexpr, WIDE: tl.constexpr):
     products = ()
     for q in tl.static_range(2):
         # Bytes, rows, and columns beyond 16, from the left.
-        first = tl.join(_four_bytes(words[4 * q]), _four_bytes(words[4 * q + 1]))
-        second = tl.join(_four_bytes(words[4 * q + 2]), _four_bytes(words[4 * q + 3]))
+        first = tl.join(four_bytes(words[4 * q]), four_bytes(words[4 * q + 1]))
+        second = tl.join(four_bytes(words[4 * q + 2]), four_bytes(words[4 * q + 3]))
         products = products + (tl.join(first, second),)
     value = tl.reshape(tl.join(products[0], products[1]), (TALL, WIDE, 8, 4, 2, 2, 2, 2, 2))
     value = tl.permute(value, (0, 6, 2, 1, 8, 7, 3, 5, 4))
@@ -480,7 +480,7 @@ def _e4m3_of_int4(word):
 
 
 @triton.jit
-def _four_bytes(word):
+def four_bytes(word):
     """The e4m3 in a word, (.., low bit of the byte's number, high bit)."""
     a, b = word.to(tl.int8).to(tl.float8e4nv, bitcast=True), (word >> 8).to(tl.int8).to(tl.float8e4nv, bitcast=True)
     c = (word >> 16).to(tl.int8).to(tl.float8e4nv, bitcast=True)

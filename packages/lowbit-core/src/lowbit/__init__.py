@@ -5,6 +5,7 @@
 
 from lowbit.activation import Activation
 from lowbit.apply import dequantize_, quantize_
+from lowbit.attention import Attention, Scheme, attention
 from lowbit.backends import explain, select
 from lowbit.bind import Bindings, bind, unbind
 from lowbit.checkpoint import load, load_into, save
@@ -73,6 +74,7 @@ __all__ = [
     "UINT4_G128",
     "WHOLE",
     "Activation",
+    "Attention",
     "BackendError",
     "Bindings",
     "CheckpointError",
@@ -92,7 +94,9 @@ __all__ = [
     "RowError",
     "Rule",
     "Scales",
+    "Scheme",
     "UnsupportedOpError",
+    "attention",
     "bind",
     "choose_scale",
     "compile_options",

@@ -47,6 +47,8 @@ class Call:
     # Weight rows and columns where there is a weight.
     n: int | None = None
     k: int | None = None
+    # Of attention, whose k is channels of a head: its scheme, and "mask" and "window" where there is one.
+    facts: tuple[str, ...] = ()
 
     @staticmethod
     def of(
@@ -61,7 +63,8 @@ class Call:
         shape = "" if self.n is None else f" n={self.n} k={self.k}"
         activation = "" if self.activation is None else f" x {self.activation}"
         fmt = "" if self.format is None else f" {self.format}"
-        return f"{self.op}{fmt}{activation} on {self.device}, {self.x_dtype}{shape}"
+        facts = "".join(f" {fact}" for fact in self.facts)
+        return f"{self.op}{fmt}{activation} on {self.device}, {self.x_dtype}{shape}{facts}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,10 +18,13 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
+from lowbit.attending import Seen, gradients, rounded
+from lowbit.attention import Scheme, selection
 from lowbit.backends import kernel_for, without_autocast
 from lowbit.blocked import blocked_shape
 from lowbit.decompose import argument_names, decompose
 from lowbit.element import E8M0
+from lowbit.errors import UnsupportedOpError
 from lowbit.experts import by_expert
 from lowbit.format import Format
 from lowbit.groups import check_groups, one_format, padded_rows
@@ -81,6 +84,12 @@ _SCHEMAS = {
     "pad_groups": "(Tensor x, Tensor? index, Tensor offs, int align) -> (Tensor, Tensor)",
     # rows of padded groups, offs as they were before -> the rows (M, K)
     "unpad_groups": "(Tensor x, Tensor offs, int align, SymInt rows) -> Tensor",
+    # q (B, H, S, D), k and v (B, G, T, D), a mask to broadcast to (B, H, S, T), window 0 for none -> like q, and the log
+    # of sums of exponentials of scores (B, H, S); see `lowbit.attention`
+    "attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, int window, float scale, str scheme, str prefer) "
+        "-> (Tensor, Tensor)"
+    ),
     # ids (..), weight (V, D) -> (.., D)
     "embedding": f"(Tensor ids, {_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
     # ids (M,), offsets (B,) of bags, or (B + 1,) with the end of the last, weights (M,), weight (V, D) -> (B, D)
@@ -146,7 +155,14 @@ def typed(scale: Tensor, fmt: str) -> Tensor:
     return scale.view(E8M0.storage) if scale.dtype == torch.uint8 and Format.parse(fmt).scale is E8M0 else scale
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: Any, window: int, *rest: Any) -> Any:
+    chosen = selection(q, mask, window, *rest[-2:]).kernel
+    return without_autocast(chosen.run, q.device.type, q, k, v, mask, causal, window, *rest)
+
+
 def _implementation(op: str) -> Callable[..., Any]:
+    if op == "attention":
+        return _attention
     names = argument_names(getattr(torch.ops.lowbit, op).default)
     scales = [(names.index(scale), names.index(fmt)) for scale, fmt in SCALES.items() if scale in names]
 
@@ -284,6 +300,11 @@ def _unpad_groups_fake(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor
     return x.new_empty(rows, x.shape[1])
 
 
+def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    del rest
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
 def _embedding_fake(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
 
@@ -358,6 +379,26 @@ def _unpad_groups_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return rows, None, None, None
 
 
+def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mask, causal, window, ctx.scale, scheme, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.scheme, ctx.causal, ctx.window = Scheme.parse(scheme), causal, window
+    # Codes, which are half of what was given, or less.
+    ctx.save_for_backward(mask, *output, *(part for parts in rounded(q, k, v, ctx.scheme) for part in parts))
+
+
+def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    mask, out, sums, *parts = ctx.saved_tensors
+    if mask is not None and ctx.needs_input_grad[3]:
+        msg = "attention's mask has no gradient here; detach it, or use torch's attention"
+        raise UnsupportedOpError(msg)
+    found = gradients(
+        *(grad, out, sums, [parts[:2], parts[2:4], parts[4:]], ctx.scheme),
+        *(Seen(mask, ctx.causal, ctx.window), ctx.scale),
+    )
+    return (*found, *(None,) * 6)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize_fake,
     "quantize_blocked": _quantize_blocked_fake,
@@ -370,6 +411,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scaled_grouped_mm": _scaled_grouped_mm_fake,
     "scaled_grouped_mm_k": _scaled_grouped_mm_k_fake,
     "grouped_mm": _grouped_mm_fake,
+    "attention": _attention_fake,
     "embedding": _embedding_fake,
     "embedding_bag": _embedding_bag_fake,
     "pad_groups": _pad_groups_fake,
@@ -383,6 +425,7 @@ for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "attention": (_attention_backward, _attention_context),
     "linear": (_linear_backward, _linear_context),
     "grouped_mm": (_grouped_mm_backward, _grouped_mm_context),
     "pad_groups": (_pad_groups_backward, _pad_groups_context),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
+from lowbit.attending import attend
 from lowbit.backends import Call, Description, Kernel
 from lowbit.bags import check_bags, check_rows, pool
 from lowbit.blocked import to_blocked
@@ -455,6 +456,7 @@ class Reference:
             "scaled_grouped_mm": _scaled_grouped_mm,
             "scaled_grouped_mm_k": _scaled_grouped_mm,
             "grouped_mm": _grouped_mm,
+            "attention": attend,
             "embedding": _embedding,
             "embedding_bag": _embedding_bag,
             "quantize_blocked": _quantize_blocked,

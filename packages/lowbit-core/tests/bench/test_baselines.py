@@ -59,8 +59,9 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
     assert code == 0
     told = [tuple(row["case"].values()) for row in results["rows"]]
     steps = ("causal prefill", "prefill", "decode")
-    assert told == [(step, f"32/{heads}", 48) for heads in (32, 8) for step in steps]
-    assert "not lowbit: lowbit has no low-precision attention yet (6 times)" in printed.out
+    schemes = ("INT8_FP8", "INT8_FP8_ROTATED")
+    assert told == [(step, f"32/{heads}", 48, scheme) for heads in (32, 8) for step in steps for scheme in schemes]
+    assert "not lowbit: no installed backend has attention (12 times)" in printed.out
     for row in results["rows"]:
         _, baseline = row["contenders"]
         assert baseline["name"] in {"torch flash", "torch math"}
@@ -149,7 +150,7 @@ def test_others_attention_computes_what_is_exact(monkeypatch, as_on_gpu):
 
 
 def test_codes_of_heads_are_scaled_by_the_greatest_value_of_those_that_share_keys():
-    q, k, _ = cases(24)[3].data("outliers")
+    q, k, _ = cases(24)[6].data("outliers")
     for x, each in ((q.transpose(1, 2), 4), (k.transpose(1, 2), 1)):
         scale, codes = peers._fp8_heads(x, 8)
         for head in range(x.shape[2]):

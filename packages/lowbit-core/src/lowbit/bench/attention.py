@@ -1,4 +1,4 @@
-"""`lowbit bench attention`: prefill and decode by the fastest of torch's backends, which low precision has to beat.
+"""`lowbit bench attention`: prefill and decode, rounding included, beside the fastest of torch's backends.
 
 One sequence, 32 heads of queries of 128 values each, 32 or 8 of keys and values.
 """
@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lowbit.attention import attention, selection
 from lowbit.backends import Refusal
 from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, copies, plain
 from lowbit.bench.inputs import Kind, normal
 from lowbit.bench.peers import attentions
 from lowbit.bench.timing import time_calls
+from lowbit.errors import LowbitError
 
 _HEADS, _D = 32, 128
+_SCHEMES = ("INT8_FP8", "INT8_FP8_ROTATED")
 _BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -35,11 +38,12 @@ _ROWS = 1024
 
 
 def _cases(given: Given) -> Iterator[Case]:
-    for (keys,), heads, step in product(given.shapes, (_HEADS, 8), ("causal prefill", "prefill", "decode")):
-        yield _case(given, keys, heads, step)
+    steps = ("causal prefill", "prefill", "decode")
+    for (keys,), heads, step, scheme in product(given.shapes, (_HEADS, 8), steps, _SCHEMES):
+        yield _case(given, keys, heads, step, scheme)
 
 
-def _case(given: Given, keys: int, heads: int, step: str) -> Case:
+def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
     causal, decode = step == "causal prefill", step == "decode"
     queries, device, itemsize = 1 if decode else keys, given.device, torch.bfloat16.itemsize
     written = _HEADS * queries * _D * itemsize
@@ -50,16 +54,38 @@ def _case(given: Given, keys: int, heads: int, step: str) -> Case:
         return tuple(normal(1, *each, _D, kind=kind, seed=i, device=device) for i, each in enumerate(lengths))
 
     name, run = _fastest(data("normal"), causal=causal)
+    candidate = _lowbit(data("normal"), scheme, (), read + written, causal=causal)
+    forced: tuple[Contender | Refusal, ...] = ()
+    if isinstance(candidate, Contender):
+        forced = (_lowbit(data("normal"), scheme, ("cuda",), read + written, causal=causal),)
     return Case(
-        {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys},
+        {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys, "scheme": scheme},
         # Two products; a causal mask leaves half of each.
         4 * _HEADS * queries * keys * _D / (2 if causal else 1),
         data,
         partial(_exact, causal=causal),
-        Refusal("lowbit", "lowbit has no low-precision attention yet"),
+        candidate,
         Contender(f"torch {name}", copies, run, read + written, plain),
-        peers=attentions(read, written, device, causal=causal, decode=decode) if given.peers else (),
+        peers=(
+            *forced,
+            *(attentions(read, written, device, causal=causal, decode=decode) if given.peers else ()),
+        ),
     )
+
+
+def _lowbit(
+    data: tuple[Tensor, ...], scheme: str, prefer: tuple[str, ...], moved: float, *, causal: bool
+) -> Contender | Refusal:
+    """Attention as lowbit chooses it, or by the backends that are preferred, even where others are faster."""
+    name = "lowbit by force" if prefer else "lowbit"
+    try:
+        chosen = selection(data[0], None, 0, scheme, ",".join(prefer))
+    except LowbitError as error:
+        return Refusal(name, " ".join(str(error).split()))
+    if chosen.kernel.name.startswith("reference."):
+        return Refusal(name, "; ".join(map(str, chosen.refusals)) or "no installed backend has attention")
+    run = partial(attention, scheme=scheme, causal=causal, prefer=prefer)
+    return Contender(name, copies, run, moved, plain, chosen.kernel.name, chosen.refusals)
 
 
 def _fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..., Tensor]]:

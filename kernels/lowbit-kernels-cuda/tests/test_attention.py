@@ -1,0 +1,87 @@
+"""Attention of codes: their rounding, to the bit, and on Hopper its products, beside the reference and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lowbit import attending, attention
+from lowbit.attention import SCHEMES
+from lowbit.bench.inputs import sqnr
+from lowbit_kernels_cuda import heads
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def drawn(*shape, seed, device, dtype=torch.bfloat16, outliers=False):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=generator)
+    if outliers:
+        x[..., :: max(shape[-1] // 3, 1)] *= 100
+    return x.to(device, dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("scheme", ["INT8_FP8", "FP8", "INT8_FP8_ROTATED"])
+@pytest.mark.parametrize(("queries", "keys"), [(200, 300), (128, 700)])
+def test_heads_are_rounded_as_the_reference_rounds_them(device, scheme, queries, keys):
+    how = SCHEMES[scheme]
+    # Heads of values are beside one another, as a projection leaves them.
+    q = drawn(2, queries, 4, 64, seed=0, device=device).transpose(1, 2)
+    k, v = (drawn(2, keys, 2, 64, seed=i, device=device, outliers=i == 2).transpose(1, 2) for i in (1, 2))
+    k = k + 3
+    made, (q_parts, k_parts, v_parts) = heads.rounded(q, k, v, how), attending.rounded(q, k, v, how)
+    blocks = -(-keys // 128)
+    # Slots 16 a + 4 t + 2 b + c to tokens 16 a + 8 b + 2 t + c.
+    values = made.v.view(torch.uint8).view(4, 64, blocks * 8, 4, 2, 2).transpose(3, 4).reshape(2, 2, 64, -1).mT
+    found = [made.q.view(2, 4, -1, 64), made.k.view(2, 2, -1, 64), values.contiguous().view(torch.float8_e4m3fn)]
+    scales = [made.q_scale.view(2, 4, -1, 1), made.k_scale.view(2, 2, -1, 1), made.v_power.view(2, 2, -1, 1).exp2()]
+    for codes, scale, parts, tokens in zip(
+        found, scales, (q_parts, k_parts, v_parts), (queries, keys, keys), strict=True
+    ):
+        # Sums of a rotation have another order, and a few results are on the other side of a line between codes.
+        rounding = 0.02 if "ROTATED" in scheme else 0.0
+        assert (codes[:, :, :tokens].float() != parts[0].float()).float().mean() <= rounding
+        torch.testing.assert_close(scale.float(), parts[1].float(), rtol=1e-3 if rounding else 0.0, atol=0.0)
+        assert not codes[:, :, tokens:].float().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["INT8_FP8", "FP8", "INT8_FP8_ROTATED"])
+@pytest.mark.parametrize(
+    ("batch", "h", "g", "queries", "keys", "d", "causal"),
+    [
+        (2, 4, 4, 512, 512, 128, True),
+        (1, 4, 2, 300, 300, 128, True),
+        (2, 4, 1, 200, 700, 64, True),
+        (1, 3, 3, 333, 1000, 128, False),
+        (1, 2, 2, 700, 200, 64, True),
+        (1, 2, 1, 1, 1, 128, True),
+        (1, 8, 2, 4096, 4096, 128, True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_are_those_of_the_reference(scheme, batch, h, g, queries, keys, d, causal, dtype):
+    q = drawn(batch, h, queries, d, seed=0, device="cuda", dtype=dtype)
+    k, v = (drawn(batch, g, keys, d, seed=i, device="cuda", dtype=dtype) for i in (1, 2))
+    v[:, :, keys // 2 :] *= 16
+    found, sums = torch.ops.lowbit.attention(q, k, v, None, causal, 0, d**-0.5, str(SCHEMES[scheme]), "cuda")
+    expected, of = attending.attend(q, k, v, None, causal, 0, d**-0.5, scheme, "")
+    # Beside another order of sums, weights that are small beside a row's largest are rounded in another unit.
+    assert sqnr(expected, found) > 34
+    seen = of.isfinite()
+    assert torch.equal(seen, sums.isfinite())
+    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=1e-3)
+    assert not found[~seen].any()
+
+
+@pytest.mark.gpu
+def test_attention_is_near_that_of_float64_on_channels_with_outliers():
+    q, v = (drawn(1, 4, 2048, 128, seed=i, device="cuda") for i in (0, 2))
+    k = drawn(1, 4, 2048, 128, seed=1, device="cuda", outliers=True) + 5
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    rotated, plain = (
+        sqnr(exact, attention(q, k, v, scheme=scheme, prefer=("cuda",))) for scheme in ("INT8_FP8_ROTATED", "FP8")
+    )
+    assert rotated > 22
+    assert rotated > plain + 2

@@ -1,0 +1,181 @@
+"""What `lowbit.attention` computes, in plain PyTorch: operands rounded and multiplied, and gradients through that.
+
+Scores, weights and sums are in float32, a few queries at a time. A row's largest score is rounded up to a whole number
+(in powers of two), so that what a kernel does block by block, under the largest score it has seen, rounds alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.attention import MODE, SAMPLE, Scheme
+from lowbit.element import E4M3FN
+from lowbit.format import Format
+from lowbit.hadamard import hadamard
+
+ONE = 2.0**8
+"""What stands for a weight of 1: e4m3 goes to 448, and keeps 2^-9 of numbers above 1."""
+
+# Queries whose scores are held at a time.
+_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Which keys a query sees: all, those of a mask, those up to its own token, or the last `window` of them."""
+
+    mask: Tensor | None
+    causal: bool
+    # 0: as many as there are.
+    window: int
+
+    def apply(self, scores: Tensor, first: int, queries: int) -> Tensor:
+        """Scores (B, G, H / G, rows, T) of queries from `first` on, of so many in all, -inf where nothing is seen."""
+        rows, keys = scores.shape[-2:]
+        if self.mask is not None:
+            mask = self.mask.expand(*(1,) * (4 - self.mask.dim()), *self.mask.shape)
+            part = mask[:, :, first : first + rows] if mask.shape[2] > 1 else mask
+            heads = scores.shape[1:3] if part.shape[1] > 1 else (1, 1)
+            part = part.unflatten(1, heads)
+            scores = scores.masked_fill(~part, -math.inf) if part.dtype == torch.bool else scores + part.float()
+        if self.causal:
+            last = torch.arange(first, first + rows, device=scores.device)[:, None] + keys - queries
+            key = torch.arange(keys, device=scores.device)
+            hidden = key > last
+            if self.window:
+                hidden |= key <= last - self.window
+            scores = scores.masked_fill(hidden, -math.inf)
+        return scores
+
+
+def mean_of_keys(k: Tensor) -> Tensor:
+    """The float32 mean (B, G, 1, D) of at most `SAMPLE` keys, evenly spread: the tokens `i T // SAMPLE`."""
+    tokens = k.shape[2]
+    if tokens > SAMPLE:
+        k = k[:, :, torch.arange(SAMPLE, device=k.device) * tokens // SAMPLE]
+    return k.float().mean(2, keepdim=True)
+
+
+def rotated(x: Tensor) -> Tensor:
+    """Channels (.., D) multiplied by `H / sqrt(D)`, its own inverse where D is a power of two."""
+    d = x.shape[-1]
+    return x @ (hadamard(d) * d**-0.5).to(x.device, x.dtype)
+
+
+def unrotated(x: Tensor) -> Tensor:
+    """The inverse of `rotated`."""
+    d = x.shape[-1]
+    return x @ (hadamard(d) * d**-0.5).to(x.device, x.dtype).T
+
+
+def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme) -> list[list[Tensor]]:
+    """Parts of queries, keys and values, as `lowbit.quantize` makes them of what the scheme makes of them.
+
+    Values that are not rounded are one part, as they are.
+    """
+    q, k, values = q.float(), k.float(), v
+    if scheme.smooth:
+        k = k - mean_of_keys(k)
+    if scheme.rotate_qk:
+        q, k = rotated(q), rotated(k)
+    if scheme.rotate_v:
+        values = rotated(v.float()).to(v.dtype if scheme.v is None else torch.float32)
+    return [_parts(q, scheme.qk), _parts(k, scheme.qk), _parts(values, scheme.v)]
+
+
+def _parts(x: Tensor, fmt: Format | None) -> list[Tensor]:
+    if fmt is None:
+        return [x]
+    return torch.ops.lowbit.quantize(x.contiguous(), None, None, None, str(fmt), MODE, "nearest", 0)
+
+
+def values_of(parts: list[Tensor], fmt: Format | None, d: int, dtype: torch.dtype) -> Tensor:
+    """What `rounded` parts stand for."""
+    if fmt is None:
+        return parts[0].to(dtype)
+    return torch.ops.lowbit.dequantize(*parts, None, None, str(fmt), d, dtype)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,  # noqa: FBT001 - an operator's arguments
+    window: int,
+    scale: float,
+    scheme: str,
+    prefer: str,
+) -> tuple[Tensor, Tensor]:
+    """The reference of the operator `attention`: the result, and `log sum exp s` (B, H, S) in float32."""
+    del prefer
+    how, d, heads = Scheme.parse(scheme), q.shape[3], k.shape[1]
+    parts = rounded(q, k, v, how)
+    queries, keys = (values_of(part, how.qk, d, torch.float32) for part in parts[:2])
+    values = values_of(parts[2], how.v, d, torch.float32)
+    seen, results, sums = Seen(mask, causal, window), [], []
+    for first, rows in _some(queries, heads):
+        scores = seen.apply(rows @ keys[:, :, None].mT * scale, first, q.shape[2]) * math.log2(math.e)
+        # A whole number, and any of them where nothing is seen.
+        most = scores.amax(-1, keepdim=True).ceil().nan_to_num(neginf=0.0) if k.shape[2] else rows.new_zeros(1)
+        weights = (scores - most).exp2() * ONE
+        total = weights.sum(-1, keepdim=True)
+        weights = weights.to(q.dtype if how.v is None else E4M3FN.storage).float()
+        results.append((weights @ values[:, :, None] / total).masked_fill(total == 0, 0.0))
+        sums.append((total.log2() + most - math.log2(ONE)).squeeze(-1) * math.log(2))
+    result = torch.cat(results, 3).flatten(1, 2)
+    if how.rotate_v:
+        result = unrotated(result)
+    return result.to(q.dtype), torch.cat(sums, 3).flatten(1, 2)
+
+
+def _some(x: Tensor, heads: int) -> Iterator[tuple[int, Tensor]]:
+    """Some queries at a time, (B, G, H / G, rows, D), and which is the first of them."""
+    x = x.unflatten(1, (heads, -1))
+    for first in range(0, max(x.shape[3], 1), _ROWS):
+        yield first, x[:, :, :, first : first + _ROWS]
+
+
+def gradients(
+    grad: Tensor,
+    out: Tensor,
+    sums: Tensor,
+    parts: list[list[Tensor]],
+    scheme: Scheme,
+    seen: Seen,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, in grad's dtype, as if rounding were the identity.
+
+    With weights `p = exp(s - sums)` of what was rounded: `dv = p^T grad`, `ds = p (grad v^T - sum(grad out))`,
+    `dq = ds k scale`, `dk = ds^T q scale`.
+    """
+    dtype, d = grad.dtype, grad.shape[3]
+    queries, keys = (values_of(part, scheme.qk, d, dtype) for part in parts[:2])
+    values = values_of(parts[2], scheme.v, d, dtype)
+    heads = keys.shape[1]
+    delta = (grad.float() * out.float()).sum(-1).unflatten(1, (heads, -1))
+    turned = rotated(grad.float()).to(dtype) if scheme.rotate_v else grad
+    to_q, to_k, to_v = [], torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
+    rows_of_sums, rows_of_grad = sums.unflatten(1, (heads, -1)), turned.unflatten(1, (heads, -1))
+    for first, rows in _some(queries, heads):
+        place = slice(first, first + rows.shape[3])
+        scores = seen.apply((rows @ keys[:, :, None].mT).float() * scale, first, queries.shape[2])
+        weights = (scores - rows_of_sums[..., place, None]).exp().nan_to_num(0.0)
+        got = rows_of_grad[..., place, :]
+        to_scores = weights * ((got @ values[:, :, None].mT).float() - delta[..., place, None]) * scale
+        rounded_weights, to_scores = weights.to(dtype), to_scores.to(dtype)
+        to_v += (rounded_weights.mT @ got).float().sum(2)
+        to_k += (to_scores.mT @ rows).float().sum(2)
+        to_q.append(to_scores @ keys[:, :, None])
+    result = torch.cat(to_q, 3).flatten(1, 2).float()
+    if scheme.rotate_qk:
+        result, to_k = unrotated(result), unrotated(to_k)
+    if scheme.rotate_v:
+        to_v = unrotated(to_v)
+    return result.to(dtype), to_k.to(dtype), to_v.to(dtype)
