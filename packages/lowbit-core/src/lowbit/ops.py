@@ -84,8 +84,7 @@ _SCHEMAS = {
     "pad_groups": "(Tensor x, Tensor? index, Tensor offs, int align) -> (Tensor, Tensor)",
     # rows of padded groups, offs as they were before -> the rows (M, K)
     "unpad_groups": "(Tensor x, Tensor offs, int align, SymInt rows) -> Tensor",
-    # q (B, H, S, D), k and v (B, G, T, D), a mask to broadcast to (B, H, S, T), window 0 for none -> like q, and the log
-    # of sums of exponentials of scores (B, H, S); see `lowbit.attention`
+    # q (B, H, S, D), k and v (B, G, T, D), a mask of those, a window or 0 -> like q, and the log of its sums (B, H, S)
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, int window, float scale, str scheme, str prefer) "
         "-> (Tensor, Tensor)"
