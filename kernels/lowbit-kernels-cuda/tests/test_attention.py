@@ -71,7 +71,10 @@ def test_products_are_those_of_the_reference(scheme, batch, h, g, queries, keys,
     assert sqnr(expected, found) > 34
     seen = of.isfinite()
     assert torch.equal(seen, sums.isfinite())
-    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=1e-3)
+    # Beside another order of sums in a rotation, a code may be the next one: a step of 1/127 of 3.5, times another number
+    # of 3.5 or less, over sqrt(D).
+    next_code = 0.1 * d**-0.5 if "ROTATED" in scheme else 0.0
+    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=1e-3 + next_code)
     assert not found[~seen].any()
 
 
