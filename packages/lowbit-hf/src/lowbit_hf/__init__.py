@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints in lowbit: quantize, evaluate, compare and load them.
+"""Hugging Face checkpoints in lowbit: quantize, evaluate, compare and load them; a key-value cache in few bits.
 
 Once imported, transformers' own `from_pretrained` reads folders in lowbit's layout, and `save_pretrained` writes them.
 """
@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 from lowbit_hf.registration import register
 
 if TYPE_CHECKING:
+    from lowbit_hf.cache import QuantizedCache
     from lowbit_hf.loading import load
     from lowbit_hf.quantizer import LowbitConfig, attach
 
-__all__ = ["LowbitConfig", "attach", "load"]
+__all__ = ["LowbitConfig", "QuantizedCache", "attach", "load"]
 
-_HOMES = {"load": "lowbit_hf.loading", "LowbitConfig": "lowbit_hf.quantizer", "attach": "lowbit_hf.quantizer"}
+_HOMES = {
+    "load": "lowbit_hf.loading",
+    "LowbitConfig": "lowbit_hf.quantizer",
+    "QuantizedCache": "lowbit_hf.cache",
+    "attach": "lowbit_hf.quantizer",
+}
 
 
 def __getattr__(name: str) -> Any:
