@@ -126,7 +126,7 @@ class Both:
     def crop(self):
         removed, seen = self.draw.choice([0, 1, 2, 5, 100]), self.theirs.get_seq_length()
         window = getattr(self.ours, "window", None)
-        if window is not None and (not seen or (seen >= window and not self.ours.record_past)):
+        if window is not None and (not seen or (seen >= window and not self.theirs.record_past)):
             return  # transformers' has no crop of nothing, nor, unless it recorded, of what left the window
         if window is not None and seen >= window:
             removed = min(removed, self.recorded)

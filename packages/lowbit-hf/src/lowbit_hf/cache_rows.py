@@ -57,7 +57,7 @@ class Rows:
         # What is not finite decodes to NaN by its own scale, and must not cost others their range.
         amax = torch.where(states.isfinite(), states.abs(), 0.0).amax((2, 3), keepdim=True).to(torch.float32)
         least = tensor_scale_for_amax(amax, self.format)
-        chosen = least * TENSOR_SCALE_ROOM
+        chosen = torch.where(amax > 0, least * TENSOR_SCALE_ROOM, least)
         self.tensor_scale.copy_(chosen if where is None else torch.where(where, chosen, self.tensor_scale))
 
     def encode(self, states: Tensor) -> list[Tensor]:
@@ -119,4 +119,5 @@ def _held_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _held(part: Tensor) -> Tensor:
-    return part.view(_held_dtype(part.dtype))
+    held = _held_dtype(part.dtype)
+    return part if part.dtype == held else part.view(held)
