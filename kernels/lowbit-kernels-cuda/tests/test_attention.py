@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from lowbit import attending, attention
-from lowbit.attention import SCHEMES
+from lowbit.attention import SCHEMES, Scheme
 from lowbit.bench.inputs import sqnr
+from lowbit.testing import check_backend
 from lowbit_kernels_cuda import heads
+from lowbit_kernels_cuda.backend import backend
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -44,6 +48,42 @@ def test_heads_are_rounded_as_the_reference_rounds_them(device, scheme, queries,
         assert (codes[:, :, :tokens].float() != parts[0].float()).float().mean() <= rounding
         torch.testing.assert_close(scale.float(), parts[1].float(), rtol=1e-3 if rounding else 0.0, atol=0.0)
         assert not codes[:, :, tokens:].float().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_with_what_is_not_finite_have_no_scale(device):
+    given = [drawn(1, 2, 256, 64, seed=i, device=device) for i in range(3)]
+    for i, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        given[i][0, 1, 130, 7] = bad
+    made = heads.rounded(*given, Scheme(SCHEMES["FP8"].qk, SCHEMES["FP8"].v, smooth=False))
+    for scale in (made.q_scale, made.k_scale, made.v_power):
+        assert scale.isnan().tolist() == [[False, False], [False, True]]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_blocks_of_zeros_have_a_small_scale(device):
+    q, k, v = (torch.zeros(1, 1, 256, 64, dtype=torch.bfloat16, device=device) for _ in range(3))
+    q[:, :, 128:], k[:, :, :128] = 1, 2
+    made = heads.rounded(q, k, v, Scheme(SCHEMES["INT8_FP8"].qk, SCHEMES["INT8_FP8"].v, smooth=False))
+    assert (made.q_scale == 2**-40).tolist() == [[True, False]]
+    assert (made.k_scale == 2**-40).tolist() == [[False, True]]
+    assert made.v_power.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_what_its_backend_is_checked_for():
+    rows = tuple(kernel for kernel in backend.kernels() if kernel.op == "attention")
+    own = SimpleNamespace(name="cuda", probe=lambda: None, kernels=lambda: rows)
+    (row,) = check_backend(own, formats=(), devices=("cuda",)).rows
+    assert row.runs > row.calls > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_may_lie_apart(device):
+    given = [drawn(1, 2, 64, 300, seed=i, device=device).mT for i in range(3)]
+    made, same = (heads.rounded(*each, SCHEMES["INT8_FP8"]) for each in (given, [x.contiguous() for x in given]))
+    for name in ("q", "k", "v", "q_scale", "k_scale", "v_power"):
+        assert torch.equal(*(getattr(each, name).view(torch.uint8) for each in (made, same)))
 
 
 @pytest.mark.gpu
@@ -88,3 +128,27 @@ def test_attention_is_near_that_of_float64_on_channels_with_outliers():
     )
     assert rotated > 22
     assert rotated > plain + 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("queries", "causal"), [(300, True), (300, False), (1, True)])
+def test_short_ones_are_not_rounded(queries, causal):
+    q = drawn(2, 8, queries, 128, seed=0, device="cuda")
+    k, v = (drawn(2, 2, 300, 128, seed=i, device="cuda") for i in (1, 2))
+    found, sums = torch.ops.lowbit.attention(q, k, v, None, causal, 0, 0.1, str(SCHEMES["FP8"]), "")
+    k, v = (x.double().repeat_interleave(4, 1) for x in (k, v))
+    scores = q.double() @ k.mT * 0.1
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(301 - queries), -torch.inf)
+    assert sqnr(scores.softmax(-1) @ v, found) > 45
+    torch.testing.assert_close(sums.double(), scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_what_is_not_finite_is_not_hidden():
+    for i in range(3):
+        given = [drawn(1, 2, 300, 128, seed=j, device="cuda") for j in range(3)]
+        given[i][0, 1, 130, 7] = torch.nan
+        found = attention(*given, scheme="INT8_FP8", prefer=("cuda",))
+        assert found[0, 1, 130].isnan().any()
+        assert found[0, 0].isfinite().all()

@@ -5,6 +5,9 @@ Backends of other members, which are installed beside this one here, are not fou
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+
 import pytest
 
 from lowbit import bind
@@ -39,3 +42,21 @@ def through(request):
     with installed_backends(loopback):
         yield bound if packs else lambda module: module
     assert loopback.calls["linear"] + loopback.calls["embedding"] if packs else loopback.calls.total()
+
+
+@pytest.fixture
+def chromium(tmp_path):
+    """`chromium(*arguments)`: what a headless browser prints."""
+    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
+    if not found:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    fixed = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --hide-scrollbars"
+    )
+
+    def run(*arguments):
+        command = [found[0], *fixed.split(), f"--user-data-dir={tmp_path / 'profile'}", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+
+    return run

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lowbit import Attention, FormatError, NoKernelError, Scheme, UnsupportedOpError, attention
+import lowbit
+from lowbit import Attention, FormatError, NoKernelError, Scheme, UnsupportedOpError, attending, attention
 from lowbit.attending import mean_of_keys
 from lowbit.attention import SCHEMES, selection
 from lowbit.backends import Kernel
@@ -98,7 +99,9 @@ def test_the_mean_is_of_keys_evenly_spread():
     torch.testing.assert_close(mean_of_keys(k[:, :, :200]), k[:, :, :200].mean(2, keepdim=True))
 
 
-@pytest.mark.parametrize(("causal", "scheme"), [(False, "INT8"), (True, "INT8_FP8_ROTATED")])
+@pytest.mark.parametrize(
+    ("causal", "scheme"), [(False, "INT8"), (True, "INT8_FP8_ROTATED"), (True, "int8:128x*:float32,none,rotate_v")]
+)
 def test_gradients_are_near_those_of_plain_attention(causal, scheme):
     given = operands()
     seen = lower(200, 300) if causal else None
@@ -109,6 +112,18 @@ def test_gradients_are_near_those_of_plain_attention(causal, scheme):
     found = torch.autograd.grad(attention(*given, scheme=scheme, causal=causal), given, to_out)
     for one, other in zip(right, found, strict=True):
         assert sqnr(one, other) > 28
+
+
+def test_some_queries_at_a_time_are_all_of_them(monkeypatch):
+    given, to_out = [x.requires_grad_() for x in operands()], drawn(2, 4, 200, 64, seed=9)
+    how = {"mask": drawn(2, 4, 200, 300, seed=5) > 0, "causal": True, "window": 150}
+    found = []
+    for rows in (512, 64):
+        monkeypatch.setattr(attending, "_ROWS", rows)
+        out = attention(*given, **how)
+        found.append((out, *torch.autograd.grad(out, given, to_out)))
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
 def test_codes_are_what_backward_keeps():
@@ -128,6 +143,10 @@ def test_a_query_that_sees_nothing_gets_zeros():
     assert (sums[:, :, :100] == -math.inf).all()
     assert found[:, :, 100:].isfinite().all()
     assert not attention(q, k[:, :, :0], v[:, :, :0]).any()
+    given = [x.requires_grad_() for x in (q, k, v)]
+    to_q, *others = torch.autograd.grad(attention(*given, causal=True).sum(), given)
+    assert not to_q[:, :, :100].any()
+    assert all(x.isfinite().all() and x.any() for x in (to_q, *others))
 
 
 def test_it_compiles_whole_and_is_a_module():
@@ -137,6 +156,32 @@ def test_it_compiles_whole_and_is_a_module():
     torch.testing.assert_close(compiled(q, k, v), attention(q, k, v, scheme="FP8", causal=True, window=100))
     assert "window=100" in repr(module)
     assert torch.export.export(module, (q, k, v)).graph_module.code.count("lowbit.attention") == 1
+
+
+def test_it_is_lowered_and_taken_apart():
+    given, module = tuple(operands(queries=130, keys=130)), Attention("INT8_FP8", causal=True)
+    exported, right = torch.export.export(module, given), module(*given)
+    lowered = lowbit.lower(exported, "reference")
+    apart = exported.run_decompositions()
+    for program in (lowered.program, apart):
+        assert not [node for node in program.graph.nodes if "lowbit" in str(node.target)]
+        torch.testing.assert_close(program.module()(*given), right)
+    assert [row.kernel for row in lowered.rows] == ["reference.attention"]
+    # Compilers to C++ lack 8-bit floats.
+    values = [node.meta.get("val") for node in apart.graph.nodes]
+    assert not [x for x in values if isinstance(x, torch.Tensor) and str(x.dtype).startswith("torch.float8")]
+
+
+def test_what_is_not_finite_is_not_hidden():
+    q, k, v = operands(queries=256, keys=256)
+    # Of queries those of its block are lost.
+    for i, seen in enumerate((slice(0, 128), slice(None), slice(None))):
+        for bad in (math.nan, math.inf):
+            given = [each.clone() for each in (q, k, v)]
+            given[i][0, 0, 5, 3] = bad
+            found = attention(*given)
+            assert found[0, 0, seen].isnan().any(-1).all()
+            assert found[1].isfinite().all()
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -202,6 +247,8 @@ def test_backends_are_asked_with_what_is_known():
         assert torch.equal(attention(q, k, v, prefer=("own",)), q + 1)
         assert asked[0].facts == (str(SCHEMES["INT8_FP8"]),)
         assert asked[0].k == 64
+        attention(q, k, v, causal=True, window=9, prefer=("own",))
+        assert asked[-1].facts[1:] == ("window",)
         with pytest.raises(NoKernelError, match="takes no mask"):
             attention(q, k, v, mask=mask, prefer=("own",))
         assert selection(q, mask, 0, "FP8", "").kernel.name == "reference.attention"

@@ -9,6 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowbit import INT8_ROW_ASYM, MXFP4, MXFP8, NVFP4, UINT4_G128, bind, quantize, reference
+from lowbit.attention import SCHEMES
 from lowbit.format import Format
 from lowbit.numerics import DEFAULT_MODE
 from lowbit.ops import _SCHEMAS
@@ -68,6 +69,8 @@ def calls(fmt, dtype=torch.bfloat16):
     yield "dequantize", (*parts(weight), spec, k, dtype)
     yield "pad_groups", (sample((5, k), dtype=dtype), torch.tensor([4, 0, 0, 2, 1]), OFFSETS, 8)
     yield "unpad_groups", (sample((40, k), dtype=dtype), OFFSETS, 8, 5)
+    heads = [sample((2, each, 9, 64), seed=i, dtype=dtype) for i, each in enumerate((4, 2, 2))]
+    yield "attention", (*heads, None, True, 5, 0.125, str(SCHEMES["INT8_FP8"]), "")
     yield "embedding", (torch.tensor([[1, 0, 5]]), *parts(weight), spec, k, dtype)
     by = torch.tensor([0.5, -2.0, 3.0])
     bags = (torch.tensor([1, 0, 5]), torch.tensor([0, 2, 2]))

@@ -4,9 +4,7 @@ import html
 import json
 import math
 import re
-import shutil
 import struct
-import subprocess
 import sys
 import tomllib
 import zlib
@@ -391,24 +389,6 @@ def test_both_palettes_have_contrast():
             for ground in ("page", "raised"):
                 low, high = sorted((_luminance(palette[name]), _luminance(palette[ground])))
                 assert (high + 0.05) / (low + 0.05) >= needed.get(name, 3), (name, ground)
-
-
-@pytest.fixture
-def chromium(tmp_path):
-    """`chromium(*arguments)`: what a headless browser prints."""
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    fixed = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --hide-scrollbars"
-    )
-
-    def run(*arguments):
-        command = [found[0], *fixed.split(), f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-    return run
 
 
 def _corner(png):

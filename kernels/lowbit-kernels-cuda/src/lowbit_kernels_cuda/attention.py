@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowbit.attention import Scheme
 from lowbit.backends import Call
+from lowbit.format import WHOLE
 
 # Channels of a head whose codes and sums fit registers.
 _CHANNELS = (64, 128)
@@ -19,26 +20,28 @@ def refuses(call: Call) -> str | None:
     scheme = Scheme.parse(call.facts[0])
     if torch.cuda.get_device_capability()[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
-    if call.x_dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16; these are {call.x_dtype}"
-    if call.k not in _CHANNELS:
-        return f"needs heads of 64 or 128 channels; these have {call.k}"
-    for fact in call.facts[1:]:
-        return f"takes no {fact}; causal is all that it hides"
-    return import_module("lowbit_kernels_cuda.heads").takes(scheme)
+    if call.x_dtype not in (torch.bfloat16, torch.float16) or call.k not in _CHANNELS:
+        return f"needs bfloat16 or float16, and heads of 64 or 128 channels; these are {call.x_dtype} and have {call.k}"
+    if call.facts[1:]:
+        return f"takes no {' and no '.join(call.facts[1:])}; causal is all that it hides"
+    if scheme.v is None or scheme.rotate_v:
+        return f"needs values in e4m3 that are not rotated; this is {scheme}"
+    if WHOLE in (scheme.qk.block[0], scheme.v.block[0]) or not scheme.v.scale.powers_of_two:
+        return f"needs scales of 128 tokens, those of values powers of two (e8m0); this is {scheme}"
+    return None
 
 
 def how(call: Call) -> str:
     """What runs for which lengths, in words."""
-    del call
     return (
-        f"torch's own attention, which rounds nothing, runs below {LEAST} queries and keys, where it is faster; "
-        "prefer=('cuda',) rounds those, too"
+        f"torch's own attention, which rounds nothing, runs below {_least(Scheme.parse(call.facts[0]))} queries and "
+        "keys, where it is faster; prefer=('cuda',) rounds those, too"
     )
 
 
-LEAST = 8192
-"""From how many queries and keys on attention of codes is faster, rounding included: `lowbit bench attention`."""
+def _least(scheme: Scheme) -> int:
+    """From how many queries and keys on attention of codes is faster, rounding included: `lowbit bench attention`."""
+    return 16384 if scheme.rotate_qk else 8192
 
 
 def run(
@@ -54,17 +57,18 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See `lowbit.attention`."""
     del mask, window
-    queries, keys = q.shape[2], k.shape[2]
+    queries, keys, parsed = q.shape[2], k.shape[2], Scheme.parse(scheme)
     with torch.cuda.device_of(q):
         # Torch's causal queries are the first tokens, not the last.
         alike = not causal or queries in (keys, 1)
-        if not prefer and min(queries, keys) < LEAST and alike and q.numel() and keys:
+        if not prefer and min(queries, keys) < _least(parsed) and alike and q.numel() and keys:
             return _plain(q, k, v, scale, causal=causal and queries > 1)
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-        sums = torch.full(q.shape[:3], -torch.inf, device=q.device)
-        if q.numel() and keys:
-            made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, Scheme.parse(scheme))
-            import_module("lowbit_kernels_cuda.hopper_attention").attend(made, out, sums, scale, causal=causal)
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        sums = torch.empty(q.shape[:3], device=q.device)
+        if not (q.numel() and keys):
+            return out.zero_(), sums.fill_(-torch.inf)
+        made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, parsed)
+        import_module("lowbit_kernels_cuda.hopper_attention").attend(made, out, sums, scale, causal=causal)
         return out, sums
 
 

@@ -19,15 +19,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.attention import SAMPLE, TOKENS, Scheme
-from lowbit.format import FORMATS, WHOLE
+from lowbit.attention import MODE, SAMPLE, TOKENS, Scheme
 from lowbit.hadamard import hadamard
 from lowbit_kernels_cuda.codes import encode_float
-from lowbit_kernels_cuda.scaling import spec
+from lowbit_kernels_cuda.scaling import magnitude, round_to_even, scale_of_amax, spec
 
 BLOCK = tl.constexpr(TOKENS)
-# Rounds float32 up to 2^22 to integers, halves to even.
-_INTEGER = tl.constexpr(12582912.0)
+_OF_ZEROS = tl.constexpr(2.0**-40)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +34,7 @@ class Rounded:
 
     `q` (B * H, S', D) and `k` (B * G, T', D) are as `lowbit.quantize` gives them, `v` (B * G, D, T') has tokens last:
     the token 16 a + 8 b + 2 t + c is in the place 16 a + 4 t + 2 b + c. Scales are of blocks of 128 tokens; those of
-    values are the powers of two that they are.
+    values are the powers of two that they are, those of queries and keys that are zeros 2^-40.
     """
 
     q: Tensor
@@ -63,6 +61,8 @@ def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme) -> Rounded:
         torch.empty(batch * groups, k_blocks, device=device),
         keys,
     )
+    # Channels lie side by side.
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     mean = None
     if scheme.smooth:
         mean = torch.empty(batch * groups, d, device=device)
@@ -70,32 +70,19 @@ def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme) -> Rounded:
         taken[(batch * groups,)](
             *(k, mean, *k.stride()[:3], groups, keys), D=d, COUNT=SAMPLE, PART=min(SAMPLE, 64), num_warps=4
         )
-    whole = [x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)]
-    integer = scheme.qk.element.kind == "int"
     kernel: Any = _round
     kernel[(batch * (heads * q_blocks + 2 * groups * k_blocks),)](
-        *(*whole, made.q, made.k, made.v, made.q_scale, made.k_scale, made.v_power, mean),
+        *(q, k, v, made.q, made.k, made.v, made.q_scale, made.k_scale, made.v_power, mean),
         _halves(d, device) if scheme.rotate_qk else None,
-        *(*whole[0].stride()[:3], *whole[1].stride()[:3], *whole[2].stride()[:3]),
+        *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
         *(batch * heads, heads, groups, queries, keys, q_blocks, k_blocks),
         D=d,
-        INTEGER=integer,
+        QK=spec(scheme.qk, MODE, device),
+        V=spec(scheme.v, MODE, device),
         ROTATE=scheme.rotate_qk,
-        SPEC=spec(FORMATS["FP8_ROW"], device=device),
         num_warps=8,
     )
     return made
-
-
-def takes(scheme: Scheme) -> str | None:
-    """Why this rounding is not that of a scheme; None if it is."""
-    if scheme.v is None:
-        return "needs values in e4m3; this scheme keeps them"
-    if scheme.rotate_v:
-        return "needs values that are not rotated; use a scheme without rotate_v"
-    if WHOLE in (scheme.qk.block[0], scheme.v.block[0]) or not scheme.v.scale.powers_of_two:
-        return f"needs scales of 128 tokens, those of values powers of two (e8m0); this is {scheme}"
-    return None
 
 
 @cache
@@ -150,9 +137,9 @@ def _round(
     q_blocks,
     k_blocks,
     D: tl.constexpr,
-    INTEGER: tl.constexpr,
+    QK: tl.constexpr,
+    V: tl.constexpr,
     ROTATE: tl.constexpr,
-    SPEC: tl.constexpr,
 ):
     """A program a block of 128 tokens of a head: those of queries, then of keys, then of values."""
     at = tl.program_id(0)
@@ -161,7 +148,7 @@ def _round(
         head, block = at // q_blocks, at % q_blocks
         start = q + (head // heads).to(tl.int64) * q_batch + (head % heads).to(tl.int64) * q_head
         low, high = _read(start, q_token, block, queries, D)
-        _keep(low, high, q_codes, q_scale, halves, head, block, q_blocks, D, INTEGER, ROTATE, SPEC)
+        _keep(low, high, q_codes, q_scale, halves, head, block, q_blocks, D, QK, ROTATE)
     else:
         at -= all_heads * q_blocks
         keys_too = at < all_groups * k_blocks
@@ -175,11 +162,11 @@ def _round(
                 there = (block * BLOCK + tl.arange(0, BLOCK) < keys)[:, None]
                 low = tl.where(there, low - tl.load(mean + head * D + half)[None, :], 0.0)
                 high = tl.where(there, high - tl.load(mean + head * D + D // 2 + half)[None, :], 0.0)
-            _keep(low, high, k_codes, k_scale, halves, head, block, k_blocks, D, INTEGER, ROTATE, SPEC)
+            _keep(low, high, k_codes, k_scale, halves, head, block, k_blocks, D, QK, ROTATE)
         else:
             start = v + (head // groups).to(tl.int64) * v_batch + (head % groups).to(tl.int64) * v_head
             low, high = _read(start, v_token, block, keys, D)
-            _keep_values(low, high, v_codes, v_power, head, block, k_blocks, D, SPEC)
+            _keep_values(low, high, v_codes, v_power, head, block, k_blocks, D, V)
 
 
 @triton.jit
@@ -200,76 +187,59 @@ def _turned(low, high, halves, D: tl.constexpr):
 
 
 @triton.jit
-def _most(low, high):
-    return tl.maximum(tl.max(tl.max(tl.abs(low), 1), 0), tl.max(tl.max(tl.abs(high), 1), 0))
+def _scale(low, high, SPEC: tl.constexpr):
+    """The scale of a block, as stored and in float32: NaN where a number is not finite."""
+    return scale_of_amax(_largest(low, high).to(tl.float32, bitcast=True), 1.0, SPEC, "")
+
+
+@triton.jit
+def _largest(low, high):
+    return tl.max(tl.max(tl.maximum(magnitude(low), magnitude(high)), 1), 0)
 
 
 @triton.jit
 def _keep(
-    low,
-    high,
-    codes,
-    scale,
-    halves,
-    head,
-    block,
-    blocks,
-    D: tl.constexpr,
-    INTEGER: tl.constexpr,
-    ROTATE: tl.constexpr,
-    SPEC: tl.constexpr,
+    low, high, codes, scale, halves, head, block, blocks, D: tl.constexpr, SPEC: tl.constexpr, ROTATE: tl.constexpr
 ):
     """Codes and a scale of queries or keys."""
     if ROTATE:
         low, high = _turned(low, high, halves, D)
-    amax = _most(low, high)
-    s = tl.div_rn(amax, 127.5 if INTEGER else 448.0)
-    s = tl.where(s > 0, s, 1.0)
+    _, by = _scale(low, high, SPEC)
     rows = head.to(tl.int64) * blocks * BLOCK + block * BLOCK + tl.arange(0, BLOCK)
     place = codes + rows[:, None] * D + tl.arange(0, D // 2)[None, :]
-    tl.store(place, _code(low, s, INTEGER, SPEC))
-    tl.store(place + D // 2, _code(high, s, INTEGER, SPEC))
-    tl.store(scale + head * blocks + block, s)
+    tl.store(place, _code(low, by, SPEC).to(codes.dtype.element_ty, bitcast=True))
+    tl.store(place + D // 2, _code(high, by, SPEC).to(codes.dtype.element_ty, bitcast=True))
+    # Products of zeros are zeros by any scale, and the smaller it is, the more exactly: see `_CENTRE` of the products.
+    tl.store(scale + head * blocks + block, tl.where(_largest(low, high) == 0, _OF_ZEROS, by))
 
 
 @triton.jit
-def _code(x, s, INTEGER: tl.constexpr, SPEC: tl.constexpr):
-    x = tl.div_rn(x, tl.zeros_like(x) + s)
-    if INTEGER:
-        code = tl.minimum(tl.maximum(x + _INTEGER - _INTEGER, -128.0), 127.0).to(tl.int8)
-    else:
-        code = _e4m3(x, SPEC).to(tl.float8e4nv, bitcast=True)
-    return code
-
-
-@triton.jit
-def _e4m3(x, SPEC: tl.constexpr):
-    """The byte of the nearest e4m3, the largest for what is beyond."""
-    if SPEC.convert != "":
-        code = tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+def _code(x, by, SPEC: tl.constexpr):
+    """The bytes of the nearest codes, the largest for what is beyond."""
+    x = tl.div_rn(x, tl.zeros_like(x) + by)
+    if SPEC.element.kind == "int":
+        code = tl.minimum(tl.maximum(round_to_even(x), SPEC.element.min), SPEC.element.max).to(tl.int8)
+    elif SPEC.convert != "":
+        # Rather NaN than the largest.
+        code = tl.where(x == x, tl.minimum(tl.maximum(x, SPEC.element.min), SPEC.element.max), x).to(tl.float8e4nv)
     else:
         code = encode_float(x, 0.0, SPEC.element, False).to(tl.uint8)
-    return code
+    return code.to(tl.uint8, bitcast=True)
 
 
 @triton.jit
 def _keep_values(low, high, codes, power, head, block, blocks, D: tl.constexpr, SPEC: tl.constexpr):
     """Codes of values, tokens last, and the power of two that is their scale."""
-    amax = _most(low, high)
-    # The least e with amax <= 448 * 2^e, and 448 = 1.75 * 2^8.
-    bits = amax.to(tl.int32, bitcast=True)
-    e = (bits >> 23) - 127 - 8 + ((bits & 0x7FFFFF) > 0x600000).to(tl.int32)
-    e = tl.minimum(tl.maximum(e, -126), 120)
-    inverse = ((127 - e) << 23).to(tl.float32, bitcast=True)
-    place = codes + head.to(tl.int64) * D * blocks * BLOCK + block * BLOCK
-    _store_values(low, inverse, place, blocks, D, SPEC)
-    _store_values(high, inverse, place + D // 2 * blocks * BLOCK, blocks, D, SPEC)
-    tl.store(power + head * blocks + block, e.to(tl.float32))
+    stored, by = _scale(low, high, SPEC)
+    place = codes.to(tl.pointer_type(tl.uint8)) + head.to(tl.int64) * D * blocks * BLOCK + block * BLOCK
+    _store_values(_code(low, by, SPEC), place, blocks, D)
+    _store_values(_code(high, by, SPEC), place + D // 2 * blocks * BLOCK, blocks, D)
+    tl.store(power + head * blocks + block, tl.where(by == by, stored.to(tl.float32) - 127.0, by))
 
 
 @triton.jit
-def _store_values(x, inverse, place, blocks, D: tl.constexpr, SPEC: tl.constexpr):
-    turned = tl.reshape(tl.trans(_e4m3(x * inverse, SPEC)), (D // 2, BLOCK // 16, 2, 4, 2))
+def _store_values(code, place, blocks, D: tl.constexpr):
+    turned = tl.reshape(tl.trans(code), (D // 2, BLOCK // 16, 2, 4, 2))
     turned = tl.reshape(tl.permute(turned, (0, 1, 3, 2, 4)), (D // 2, BLOCK))
     rows = tl.arange(0, D // 2).to(tl.int64)[:, None] * blocks * BLOCK
-    tl.store(place.to(tl.pointer_type(tl.uint8)) + rows + tl.arange(0, BLOCK)[None, :], turned)
+    tl.store(place + rows + tl.arange(0, BLOCK)[None, :], turned)

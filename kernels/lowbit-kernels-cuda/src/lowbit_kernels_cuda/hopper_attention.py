@@ -54,17 +54,16 @@ def attend(made: Rounded, out: Tensor, sums: Tensor, scale: float, *, causal: bo
         described(made.k.view(-1, d), TOKENS, d),
         described(made.v.view(-1, made.v.shape[2]), d, TOKENS),
         *(made.q_scale, made.k_scale, made.v_power, out, sums, scale * math.log2(math.e)),
-        *(batch * heads, group, queries, keys, tiles),
+        *(batch * heads, group, queries, keys, tiles, together),
         CAUSAL=causal,
         INTEGER=made.q.dtype == torch.int8,
         D=d,
         STAGES=3 if d <= 128 else 2,
-        BAND=together,
         num_warps=4,
     )
 
 
-@gluon.jit(do_not_specialize=["queries", "keys", "tiles"])
+@gluon.jit(do_not_specialize=["queries", "keys", "tiles", "together"])
 def attention_wgmma(
     q,
     k,
@@ -80,11 +79,11 @@ def attention_wgmma(
     queries,
     keys,
     tiles,
+    together,
     CAUSAL: gl.constexpr,
     INTEGER: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
-    BAND: gl.constexpr,
 ):
     """`q`, `k` and `v` describe blocks (64, D), (128, D) and (D, 128) of all heads' codes, the rest is as `Rounded`."""
     KIND: gl.constexpr = gl.int8 if INTEGER else gl.float8e4nv
@@ -95,13 +94,13 @@ def attention_wgmma(
     k_full, k_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
     v_full, v_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
     shared = of_q, of_k, of_v, q_full, q_free, k_full, k_free, v_full, v_free
-    size = heads, group, queries, keys, tiles
+    size = heads, group, queries, keys, tiles, together
     scales, to = (q_scale, k_scale, v_power, factor), (out, sums)
     gl.warp_specialize(
         [
-            (_attend, (shared, scales, to, size, CAUSAL, INTEGER, D, STAGES, BAND, 0)),
-            (_attend, (shared, scales, to, size, CAUSAL, INTEGER, D, STAGES, BAND, 1)),
-            (_bring, (q, k, v, shared, size, CAUSAL, D, STAGES, BAND)),
+            (_attend, (shared, scales, to, size, CAUSAL, INTEGER, D, STAGES, 0)),
+            (_attend, (shared, scales, to, size, CAUSAL, INTEGER, D, STAGES, 1)),
+            (_bring, (q, k, v, shared, size, CAUSAL, D, STAGES)),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -117,33 +116,33 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _tile(turn, size, CAUSAL: gl.constexpr, BAND: gl.constexpr):
+def _tile(turn, size, CAUSAL: gl.constexpr):
     """Of a program's turn: whether there is a tile, its first query, head, and how many blocks of keys it sees."""
-    heads, _, queries, keys, tiles = size
+    heads, _, queries, keys, tiles, together = size
     # Programs take turns forth and back, so that none has the longest tile each time.
     at = gl.program_id(0)
     tile = turn * gl.num_programs(0) + gl.where(turn % 2 == 1, gl.num_programs(0) - 1 - at, at)
     along = gl.cdiv(queries, 2 * SIDE)
-    band = tile // (BAND * along)
-    within = tile % (BAND * along)
-    high = gl.maximum(gl.minimum(heads - band * BAND, BAND), 1)
+    first = tile // (together * along) * together
+    within = tile % (together * along)
+    high = gl.maximum(gl.minimum(heads - first, together), 1)
     row = (along - 1 - within // high) * 2 * SIDE
     blocks = gl.cdiv(keys, KEYS)
     if CAUSAL:
         # What no query sees is not read, but for one block, whose weights are all zeros.
         blocks = gl.maximum(gl.minimum(blocks, gl.cdiv(row + 2 * SIDE + keys - queries, KEYS)), 1)
-    return tile < tiles, row, band * BAND + within % high, blocks
+    return tile < tiles, row, first + within % high, blocks
 
 
 @gluon.jit
-def _bring(q, k, v, shared, size, CAUSAL: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, BAND: gl.constexpr):
+def _bring(q, k, v, shared, size, CAUSAL: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr):
     """Codes of all tiles, as places become free; the last keys first."""
     of_q, of_k, of_v, q_full, q_free, k_full, k_free, v_full, v_free = shared
-    _, group, queries, keys, tiles = size
+    _, group, queries, keys, tiles, _ = size
     q_rows, k_rows = gl.cdiv(queries, 2 * SIDE) * 2 * SIDE, gl.cdiv(keys, KEYS) * KEYS
     at, done = 0, 0
     for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        there, row, head, blocks = _tile(turn, size, CAUSAL, BAND)
+        there, row, head, blocks = _tile(turn, size, CAUSAL)
         if there:
             of = head // group
             for half in gl.static_range(2):
@@ -172,7 +171,6 @@ def _attend(
     INTEGER: gl.constexpr,
     D: gl.constexpr,
     STAGES: gl.constexpr,
-    BAND: gl.constexpr,
     HALF: gl.constexpr,
 ):
     """Four warps' 64 queries of each tile."""
@@ -180,11 +178,11 @@ def _attend(
     RESULT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
     of_q, of_k, of_v, q_full, q_free, k_full, k_free, v_full, v_free = shared
     q_scale, k_scale, v_power, factor = scales
-    _, group, queries, keys, tiles = size
+    _, group, queries, keys, tiles, _ = size
     all_blocks = gl.cdiv(keys, KEYS)
     at, done = 0, 0
     for turn in range(gl.cdiv(tiles, gl.num_programs(0))):
-        there, row, head, blocks = _tile(turn, size, CAUSAL, BAND)
+        there, row, head, blocks = _tile(turn, size, CAUSAL)
         if there:
             of_scales, of_powers = k_scale + head // group * all_blocks, v_power + head // group * all_blocks
             times = gl.load(q_scale + head * gl.cdiv(queries, 2 * SIDE) + row // (2 * SIDE)) * factor
@@ -279,7 +277,7 @@ def _words(p):
 @gluon.jit
 def _hidden(scores, row, block, size, INTEGER: gl.constexpr, SCORES: gl.constexpr):
     """Scores, as `_scores` gives them, with the least there is where a key is after its query."""
-    _, _, queries, keys, _ = size
+    _, _, queries, keys, _, _ = size
     rows = row + gl.arange(0, SIDE, gl.SliceLayout(1, SCORES)) + keys - queries
     columns = block * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
     # The bits of a negative infinity.
@@ -311,7 +309,7 @@ def _softmax(
     """
     down = by * _CENTRE if INTEGER else by * 0.0
     if MASK:
-        _, _, _, keys, _ = size
+        keys = size[3]
         columns = block * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, SCORES))
         if CAUSAL:
             scores = _hidden(scores, row, block, size, INTEGER, SCORES)
@@ -331,7 +329,7 @@ def _write(acc, most, total, unit, to, head, row, queries, D: gl.constexpr, SCOR
     """Results over sums, zeros where nothing was seen, and the natural log of sums."""
     out, sums = to
     rows = row + gl.arange(0, SIDE, gl.SliceLayout(1, RESULT))
-    less = gl.convert_layout(gl.where(total > 0, gl.exp2(unit) / total, 0.0), gl.SliceLayout(1, RESULT))
+    less = gl.convert_layout(gl.where(total == 0, 0.0, gl.exp2(unit) / total), gl.SliceLayout(1, RESULT))
     place = (head * queries + rows).to(gl.int64)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, RESULT))[None, :]
     gl.store(out + place, (acc * less[:, None]).to(out.dtype.element_ty), (rows < queries)[:, None])
     rows = row + gl.arange(0, SIDE, gl.SliceLayout(1, SCORES))

@@ -240,7 +240,7 @@ def scale_of_range(low, high, SPEC: tl.constexpr):
     low = tl.where(low > 0, 0.0, low)
     high = tl.where(high < 0, 0.0, high)
     stored, scale = _store_scale(tl.div_rn(high, SPEC.divisor) - tl.div_rn(low, SPEC.divisor), SPEC)
-    zero = SPEC.element.min - _round_to_even(_within(tl.div_rn(low, scale)))
+    zero = SPEC.element.min - round_to_even(_within(tl.div_rn(low, scale)))
     zero = tl.minimum(tl.maximum(zero, SPEC.element.min), SPEC.element.max)
     return stored, scale, tl.where(scale == scale, zero, 0.0)
 
@@ -360,6 +360,6 @@ def _within(x):
 
 
 @triton.jit
-def _round_to_even(x):
+def round_to_even(x):
     """Integers nearest to |x| of up to 2^22: beyond 1.5 * 2^23, float32 has no others."""
     return (x + 12582912.0) - 12582912.0

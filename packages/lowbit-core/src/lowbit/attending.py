@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lowbit.attention import MODE, SAMPLE, Scheme
-from lowbit.element import E4M3FN
 from lowbit.format import Format
 from lowbit.hadamard import hadamard
+from lowbit.numerics import Scales, choose_scale, decode, encode
 
 ONE = 2.0**8
 """What stands for a weight of 1: e4m3 goes to 448, and keeps 2^-9 of numbers above 1."""
@@ -91,14 +91,16 @@ def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme) -> list[list[Tensor
 def _parts(x: Tensor, fmt: Format | None) -> list[Tensor]:
     if fmt is None:
         return [x]
-    return torch.ops.lowbit.quantize(x.contiguous(), None, None, None, str(fmt), MODE, "nearest", 0)
+    scales = choose_scale(x, fmt, mode=MODE)
+    return [encode(x, fmt, scales), scales.scale]
 
 
 def values_of(parts: list[Tensor], fmt: Format | None, d: int, dtype: torch.dtype) -> Tensor:
     """What `rounded` parts stand for."""
     if fmt is None:
         return parts[0].to(dtype)
-    return torch.ops.lowbit.dequantize(*parts, None, None, str(fmt), d, dtype)
+    data, scale = parts
+    return decode(data, fmt, Scales(scale), d, dtype)
 
 
 def attend(
@@ -109,12 +111,12 @@ def attend(
     causal: bool,  # noqa: FBT001 - an operator's arguments
     window: int,
     scale: float,
-    scheme: str,
+    scheme: str | Scheme,
     prefer: str,
 ) -> tuple[Tensor, Tensor]:
     """The reference of the operator `attention`: the result, and `log sum exp s` (B, H, S) in float32."""
     del prefer
-    how, d, heads = Scheme.parse(scheme), q.shape[3], k.shape[1]
+    how, d, heads = Scheme.parse(scheme) if isinstance(scheme, str) else scheme, q.shape[3], k.shape[1]
     parts = rounded(q, k, v, how)
     queries, keys = (values_of(part, how.qk, d, torch.float32) for part in parts[:2])
     values = values_of(parts[2], how.v, d, torch.float32)
@@ -122,16 +124,23 @@ def attend(
     for first, rows in _some(queries, heads):
         scores = seen.apply(rows @ keys[:, :, None].mT * scale, first, q.shape[2]) * math.log2(math.e)
         # A whole number, and any of them where nothing is seen.
-        most = scores.amax(-1, keepdim=True).ceil().nan_to_num(neginf=0.0) if k.shape[2] else rows.new_zeros(1)
+        most = scores.amax(-1, keepdim=True).ceil() if k.shape[2] else rows.new_zeros(1)
+        most = most.masked_fill(most == -math.inf, 0.0)
         weights = (scores - most).exp2() * ONE
         total = weights.sum(-1, keepdim=True)
-        weights = weights.to(q.dtype if how.v is None else E4M3FN.storage).float()
+        weights = _rounded_weights(weights, how, q.dtype)
         results.append((weights @ values[:, :, None] / total).masked_fill(total == 0, 0.0))
         sums.append((total.log2() + most - math.log2(ONE)).squeeze(-1) * math.log(2))
     result = torch.cat(results, 3).flatten(1, 2)
     if how.rotate_v:
         result = unrotated(result)
     return result.to(q.dtype), torch.cat(sums, 3).flatten(1, 2)
+
+
+def _rounded_weights(weights: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    if scheme.v is None:
+        return weights.to(dtype).float()
+    return scheme.v.element.decode(scheme.v.element.encode(weights))
 
 
 def _some(x: Tensor, heads: int) -> Iterator[tuple[int, Tensor]]:
@@ -166,7 +175,8 @@ def gradients(
     for first, rows in _some(queries, heads):
         place = slice(first, first + rows.shape[3])
         scores = seen.apply((rows @ keys[:, :, None].mT).float() * scale, first, queries.shape[2])
-        weights = (scores - rows_of_sums[..., place, None]).exp().nan_to_num(0.0)
+        of = rows_of_sums[..., place, None]
+        weights = (scores - of).exp().masked_fill(of == -math.inf, 0.0)
         got = rows_of_grad[..., place, :]
         to_scores = weights * ((got @ values[:, :, None].mT).float() - delta[..., place, None]) * scale
         rounded_weights, to_scores = weights.to(dtype), to_scores.to(dtype)

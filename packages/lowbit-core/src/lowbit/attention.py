@@ -18,13 +18,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from lowbit.backends import Call, Selection, generation, select
-from lowbit.element import E4M3FN, element
 from lowbit.errors import FormatError
 from lowbit.format import WHOLE, Format
 from lowbit.hadamard import hadamard
@@ -38,9 +37,6 @@ SAMPLE: Final = 256
 
 MODE: Final[ScaleMode] = "rceil"
 """How scales that are powers of two are chosen: the least that saturates nothing."""
-
-
-_INTEGERS = element("int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +61,11 @@ class Scheme:
 
     def __post_init__(self) -> None:
         """Check what formats may be."""
-        for name, fmt, elements in (("qk", self.qk, (_INTEGERS, E4M3FN)), ("v", self.v, (E4M3FN,))):
+        for name, fmt, elements in (("qk", self.qk, ("int8", "e4m3fn")), ("v", self.v, ("e4m3fn",))):
             if fmt is None:
                 continue
-            if fmt.element not in elements or fmt.zero is not None or fmt.tensor_scale:
-                names = " or ".join(each.name for each in elements)
+            if fmt.element.name not in elements or fmt.zero is not None or fmt.tensor_scale:
+                names = " or ".join(elements)
                 msg = f"attention rounds {name} to {names}, without zero points and tensor scales; this is {fmt}"
                 raise FormatError(msg)
             if fmt.block not in {(TOKENS, WHOLE), (WHOLE, WHOLE)}:
@@ -196,7 +192,7 @@ def _check(
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         msg = f"heads of keys must divide those of queries; given are {shapes}"
         raise FormatError(msg)
-    if not q.dtype.is_floating_point or q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
         msg = f"attention needs one dtype of float32, bfloat16 and float16; given are {q.dtype}, {k.dtype}, {v.dtype}"
         raise FormatError(msg)
     if window is not None and (window < 1 or not causal):
@@ -219,21 +215,25 @@ def _check(
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def attention_call(
+    q: Tensor, mask: Tensor | None, window: int, scheme: str
+) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None, *tuple[str, ...]]:
+    """What decides on the kernel, as `Call.of` takes it after the op's name."""
+    facts = (scheme, *("mask",) * (mask is not None), *("window",) * bool(window))
+    return str(Scheme.parse(scheme).qk), "", q.device, q.dtype, None, q.shape[-1], *facts
+
+
 def selection(q: Tensor, mask: Tensor | None, window: int, scheme: str, prefer: str) -> Selection:
     """The kernel that attention of these runs on, and why others do not.
 
     Raises:
         NoKernelError: none does.
     """
-    facts = (*("mask",) * (mask is not None), *("window",) * bool(window))
-    return _select(q.device.type, q.dtype, q.shape[-1], scheme, prefer, facts, generation())
+    return _select(attention_call(q, mask, window, scheme), prefer, generation())
 
 
 @cache
-def _select(
-    device: str, dtype: torch.dtype, d: int, scheme: str, prefer: str, facts: tuple[str, ...], renewed: int
-) -> Selection:
+def _select(call: tuple[Any, ...], prefer: str, renewed: int) -> Selection:
     # Backends may have been found anew.
     del renewed
-    call = Call("attention", Scheme.parse(scheme).qk, None, device, dtype, k=d, facts=(scheme, *facts))
-    return select(call, prefer=tuple(prefer.split(",")) if prefer else (), bound=False)
+    return select(Call.of("attention", *call), prefer=tuple(prefer.split(",")) if prefer else (), bound=False)

@@ -52,11 +52,18 @@ class Call:
 
     @staticmethod
     def of(
-        op: str, fmt: str, activation: str, device: torch.device, dtype: torch.dtype, n: int | None, k: int | None
+        op: str,
+        fmt: str,
+        activation: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        n: int | None,
+        k: int | None,
+        *facts: str,
     ) -> Call:
         """The call that spec strings stand for; no activation is an empty one."""
         parsed = Activation.parse(activation) if activation else None
-        return Call(op, Format.parse(fmt) if fmt else None, parsed, device.type, dtype, n, k)
+        return Call(op, Format.parse(fmt) if fmt else None, parsed, device.type, dtype, n, k, facts)
 
     def __str__(self) -> str:
         """The call in a line."""

@@ -296,7 +296,7 @@ class _Weight:
                 value = pool(values, ids, offsets, by, mode, padding, last=last)
                 size = pool(values.abs(), ids, offsets, None if by is None else by.abs(), mode, padding, last=last)
                 lost = 0 if mode == "max" else (len(ids) + _FEW) * _UNIT
-                value, bound = _rounded(value, lost * size, None, self.dtype)
+                value, bound = rounded_to(value, lost * size, None, self.dtype)
                 yield Case(f"{words}{_shown(weight)}, {told}", arguments, (Wanted(value, self.dtype, bound),), weight)
 
 
@@ -369,7 +369,7 @@ class _Use:
         if bias:
             added = sample((n,), seed=2, dtype=self.dtype)
         first = (a.qdata, a.scales.scale, a.scales.zero, a.scales.tensor_scale)
-        value, bound = _rounded(*_product(a, _matrix(weight)), added, self.dtype)
+        value, bound = rounded_to(*_product(a, _matrix(weight)), added, self.dtype)
         words = f"a {(m, k)}, b {_shown(weight)}, {told}{', bias' * bias}"
         arguments = (*first, *_parts(weight), added, str(a.format), str(weight.format), k, self.dtype)
         return Case(words, arguments, (Wanted(value, self.dtype, bound),))
@@ -386,7 +386,7 @@ class _Use:
             for e, end in enumerate(ends):
                 b = _expert(weight, e)
                 product = _of_values(a.values()[start:end], b.values(), as_bytes=_meet_as_bytes(a, b))
-                value[start:end], bound[start:end] = _rounded(*product, None, self.dtype)
+                value[start:end], bound[start:end] = rounded_to(*product, None, self.dtype)
                 start = end
             yield self._grouped(a, weight, ends, Wanted(value, self.dtype, bound))
 
@@ -399,7 +399,7 @@ class _Use:
             values, found = (a.values(), b.values()), list[tuple[Tensor, Tensor]]()
             for start, end in zip([0, *ends], ends, strict=False):
                 cut = (side[:, start:end] for side in values)
-                found.append(_rounded(*_of_values(*cut, as_bytes=_meet_as_bytes(a, b)), None, self.dtype))
+                found.append(rounded_to(*_of_values(*cut, as_bytes=_meet_as_bytes(a, b)), None, self.dtype))
             value, bound = (torch.stack(parts) for parts in zip(*found, strict=True))
             yield self._grouped(a, weight, ends, Wanted(value, self.dtype, bound))
 
@@ -440,14 +440,14 @@ class _Use:
             x = x * use.pre_scale.to(x.dtype)
         if self.activation is not None:
             tokens = quantize_input(x, self.activation, use.act_scale, use.act_zero)
-            return _rounded(*_product(tokens, matrix), bias, x.dtype)
+            return rounded_to(*_product(tokens, matrix), bias, x.dtype)
         values, info = matrix.values(), torch.finfo(x.dtype)
         product, error = _float_product(x.to(torch.float32), values)
         if x.dtype != torch.float32:
             size = values.abs().to(torch.float64) + info.smallest_normal
             error += info.eps / 2 * (x.abs().to(torch.float64) @ size.T)
             error += info.eps / 2 * (product.abs() + error)
-        return _rounded(product, error, bias, x.dtype)
+        return rounded_to(product, error, bias, x.dtype)
 
 
 def _product(a: Matrix, b: Matrix) -> tuple[Tensor, Tensor]:
@@ -462,7 +462,7 @@ def _product(a: Matrix, b: Matrix) -> tuple[Tensor, Tensor]:
 def _of_values(a: Tensor, b: Tensor, *, as_bytes: bool) -> tuple[Tensor, Tensor]:
     """The same of values, of which tensor cores for 8-bit floats may multiply the codes."""
     product, error = _float_product(a, b)
-    return product, error + _tensor_core_error(a, b) if as_bytes and a.shape[-1] else error
+    return product, error + tensor_core_error(a, b) if as_bytes and a.shape[-1] else error
 
 
 def _float_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -476,7 +476,7 @@ def _meet_as_bytes(a: Matrix, b: Matrix) -> bool:
     return a.format.element.name in {"e4m3fn", "e5m2"} and (weight.kind == "float" or weight.bits <= 4)
 
 
-def _tensor_core_error(a: Tensor, b: Tensor) -> Tensor:
+def tensor_core_error(a: Tensor, b: Tensor) -> Tensor:
     """What a sum of products of 8-bit floats may lose in tensor cores, columns in order, in parts or not.
 
     They add 32 products at a time to a sum, and keep 13 bits below the largest of them and it.
@@ -500,7 +500,7 @@ def _integers(matrix: Matrix) -> Tensor:
     return matrix.codes().to(torch.float64) - (0 if zero is None else zero.to(torch.float64))
 
 
-def _rounded(product: Tensor, error: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rounded_to(product: Tensor, error: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Exact result and its bound, once the bias is added in float32 and the sum rounded to `dtype`."""
     info, exact = torch.finfo(dtype), product
     if bias is not None:

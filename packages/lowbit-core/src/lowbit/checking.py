@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.activation import Activation
+from lowbit.attention_cases import attentions
 from lowbit.backends import Backend, Call, Description, Kernel
 from lowbit.cases import Case, Cases, Wanted, calls, moves
 from lowbit.errors import BackendError, NoKernelError
@@ -130,7 +131,7 @@ def check_backend(
     with torch.no_grad():
         for device in devices:
             made = (calls(fmt, activations, dtypes, shapes, device) for fmt in formats)
-            for call, cases in chain(moves(dtypes, device), *made):
+            for call, cases in chain(moves(dtypes, device), attentions(dtypes, device), *made):
                 takers = [trial for trial in trials if _takes(trial, call)]
                 if takers:
                     _try(takers, call, cases)
@@ -237,7 +238,7 @@ def _check(kernel: Kernel, call: Call, case: Case) -> None:
 
 def _outputs(result: Any, call: Call, given: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the kernel returned, as the operator's schema promises it: tensors of their own, without gaps."""
-    several = call.op.startswith("quantize") or call.op == "pad_groups"
+    several = call.op.startswith("quantize") or call.op in {"attention", "pad_groups"}
     found: Sequence[Any] = result if several else [result]
     if not isinstance(found, (list, tuple)) or not all(isinstance(part, Tensor) for part in found):
         raise _FaultError(f"returns {type(result).__name__}; needed is {'tensors' if several else 'a tensor'}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.compiler import is_exporting
 
 from lowbit.activation import Activation
+from lowbit.attention import Scheme
 from lowbit.backends import kernel
 from lowbit.element import E4M3FN, E5M2, E8M0
 from lowbit.format import Format
@@ -64,6 +65,9 @@ def _as_traced(name: str, value: Any) -> Any:
         return bits if name.endswith("qdata") else element.as_bits().decode(bits)
     if name.endswith("format"):
         return traced_format(Format.parse(value))
+    if name == "scheme":
+        scheme = Scheme.parse(value)
+        return replace(scheme, qk=traced_format(scheme.qk), v=None if scheme.v is None else traced_format(scheme.v))
     if name == "activation" and value:
         activation = Activation.parse(value)
         return replace(activation, format=traced_format(activation.format))

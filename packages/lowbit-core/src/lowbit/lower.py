@@ -256,7 +256,7 @@ class _Graphs:
             op = _op(node)
             assert op is not None
             assert kernel.pack is not None
-            fmt, activation, _, dtype, _, k = _call_of(node, op)
+            fmt, activation, _, dtype, _, k, *_ = _call_of(node, op)
             assert k is not None
             weight = QuantizedTensor.from_parts(
                 inner["qdata"],
@@ -335,7 +335,9 @@ def _arguments(node: Node) -> dict[str, Any]:
     return {name: given.get(name, left_out[name]) for name in names}
 
 
-def _call_of(node: Node, op: str) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None]:
+def _call_of(
+    node: Node, op: str
+) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None, *tuple[str, ...]]:
     return call_of(op, [_value(argument) for argument in _arguments(node).values()])
 
 

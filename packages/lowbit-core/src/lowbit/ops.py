@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
 from lowbit.attending import Seen, gradients, rounded
-from lowbit.attention import Scheme, selection
+from lowbit.attention import Scheme, attention_call, selection
 from lowbit.backends import kernel_for, without_autocast
 from lowbit.blocked import blocked_shape
 from lowbit.decompose import argument_names, decompose
@@ -86,7 +86,8 @@ _SCHEMAS = {
     "unpad_groups": "(Tensor x, Tensor offs, int align, SymInt rows) -> Tensor",
     # q (B, H, S, D), k and v (B, G, T, D), a mask of those, a window or 0 -> like q, and the log of its sums (B, H, S)
     "attention": (
-        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, int window, float scale, str scheme, str prefer) "
+        "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, int window, float softmax_scale, str scheme, "
+        "str prefer) "
         "-> (Tensor, Tensor)"
     ),
     # ids (..), weight (V, D) -> (.., D)
@@ -127,19 +128,22 @@ _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch.
 _FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0}
 
 
-def call_of(op: str, args: Sequence[Any]) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None]:
-    """What decides on the kernel for these arguments of an op, as `kernel_for` takes it after the op's name."""
+def call_of(
+    op: str, args: Sequence[Any]
+) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None, *tuple[str, ...]]:
+    """What decides on the kernel for these arguments of an op, as `Call.of` takes it after the op's name."""
     first = args[0]
+    if op == "attention":
+        return attention_call(first, args[3], args[5], args[7])
     if (at := _FORMAT_AT.get(op)) is not None:
         # Of groups rows may have none, and columns one.
         fmt = (args[at] if args[at] is not None else one_format(args[at + 1])) if at else ""
         return fmt, "", first.device, first.dtype, None, first.shape[-1]
     if op == "dequantize":
         return args[4], "", first.device, args[-1], None, args[-2]
-    if op == "embedding":
-        return args[5], "", args[1].device, args[-1], args[1].shape[0], args[-2]
-    if op == "embedding_bag":
-        return args[10], "", args[3].device, args[-1], args[3].shape[0], args[-2]
+    if op.startswith("embedding"):
+        fmt, table = (args[5], args[1]) if op == "embedding" else (args[10], args[3])
+        return fmt, "", table.device, args[-1], table.shape[0], args[-2]
     if op.startswith("scaled_"):
         a_format, b_format, k, dtype = args[-4:]
         # Tokens are no part of a call: groups of them are what is summed over.
@@ -155,6 +159,7 @@ def typed(scale: Tensor, fmt: str) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: Any, window: int, *rest: Any) -> Any:
+    # It alone may be told which backends will do.
     chosen = selection(q, mask, window, *rest[-2:]).kernel
     return without_autocast(chosen.run, q.device.type, q, k, v, mask, causal, window, *rest)
 

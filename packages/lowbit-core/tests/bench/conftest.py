@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -110,21 +108,3 @@ def _number(text):
     over, _, under = text.replace("\N{MINUS SIGN}", "-").partition("/")
     digits, _, prefix = over.partition("\N{NO-BREAK SPACE}")
     return float(digits) * 1000 ** " kMGTP".index(prefix or " ") / float(under or 1)
-
-
-@pytest.fixture
-def chromium(tmp_path):
-    """`chromium(page, ...)`: the document that a headless browser makes of a page, when its scripts have run."""
-    found = [path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))]
-    if not found:
-        pytest.skip("needs Chromium: apt-get install chromium")
-    fixed = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-
-    def run(page, *arguments):
-        file = tmp_path / "wrapper.html"
-        file.write_text(page, encoding="utf-8")
-        command = [found[0], *fixed.split(), f"--user-data-dir={tmp_path / 'profile'}", *arguments]
-        command += ["--hide-scrollbars", "--dump-dom", file.as_uri()]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-
-    return run

@@ -225,7 +225,7 @@ addEventListener("load", () => {
 """
 
 
-def test_a_browser_fits_it_into_a_phone(chromium, given):
+def test_a_browser_fits_it_into_a_phone(chromium, given, tmp_path):
     names = ("linear-h100", "cast-epyc-zen3", "bags-xeon", "attention-h100", "gptq-h100")
     pages = [render([read_run(next(file for file in FILES if f"bench-{name}" in file.name))]) for name in names]
     pages.append(render([run_of(given(device="a-very-long-name-" * 9), "x" * 200)]))
@@ -234,8 +234,9 @@ def test_a_browser_fits_it_into_a_phone(chromium, given):
         for page in pages
         for width in (360, 1000)
     ]
-    wrapper = f"<!doctype html><body>{''.join(frames)}<script>{_MEASURE}</script>"
-    dom = chromium(wrapper, "--window-size=1200,1000")
+    wrapper = tmp_path / "wrapper.html"
+    wrapper.write_text(f"<!doctype html><body>{''.join(frames)}<script>{_MEASURE}</script>", encoding="utf-8")
+    dom = chromium("--window-size=1200,1000", "--dump-dom", wrapper.as_uri())
     found = json.loads(html.unescape(re.search(r'data-measured="(.*?)"', dom)[1]))
     assert len(found) == 2 * len(pages)
     for i, page in enumerate(found):

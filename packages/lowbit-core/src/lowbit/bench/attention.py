@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -21,7 +22,6 @@ from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, copies, pl
 from lowbit.bench.inputs import Kind, normal
 from lowbit.bench.peers import attentions
 from lowbit.bench.timing import time_calls
-from lowbit.errors import LowbitError
 
 _HEADS, _D = 32, 128
 _SCHEMES = ("INT8_FP8", "INT8_FP8_ROTATED")
@@ -53,11 +53,9 @@ def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
         lengths = ((_HEADS, queries), (heads, keys), (heads, keys))
         return tuple(normal(1, *each, _D, kind=kind, seed=i, device=device) for i, each in enumerate(lengths))
 
-    name, run = _fastest(data("normal"), causal=causal)
-    candidate = _lowbit(data("normal"), scheme, (), read + written, causal=causal)
-    forced: tuple[Contender | Refusal, ...] = ()
-    if isinstance(candidate, Contender):
-        forced = (_lowbit(data("normal"), scheme, ("cuda",), read + written, causal=causal),)
+    operands = data("normal")
+    name, run = _fastest(operands, causal=causal)
+    candidate, peers = _lowbit(operands[0], scheme, read + written, causal=causal)
     return Case(
         {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys, "scheme": scheme},
         # Two products; a causal mask leaves half of each.
@@ -66,26 +64,19 @@ def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
         partial(_exact, causal=causal),
         candidate,
         Contender(f"torch {name}", copies, run, read + written, plain),
-        peers=(
-            *forced,
-            *(attentions(read, written, device, causal=causal, decode=decode) if given.peers else ()),
-        ),
+        peers=peers + (attentions(read, written, device, causal=causal, decode=decode) if given.peers else ()),
     )
 
 
-def _lowbit(
-    data: tuple[Tensor, ...], scheme: str, prefer: tuple[str, ...], moved: float, *, causal: bool
-) -> Contender | Refusal:
-    """Attention as lowbit chooses it, or by the backends that are preferred, even where others are faster."""
-    name = "lowbit by force" if prefer else "lowbit"
-    try:
-        chosen = selection(data[0], None, 0, scheme, ",".join(prefer))
-    except LowbitError as error:
-        return Refusal(name, " ".join(str(error).split()))
-    if chosen.kernel.name.startswith("reference."):
-        return Refusal(name, "; ".join(map(str, chosen.refusals)) or "no installed backend has attention")
-    run = partial(attention, scheme=scheme, causal=causal, prefer=prefer)
-    return Contender(name, copies, run, moved, plain, chosen.kernel.name, chosen.refusals)
+def _lowbit(q: Tensor, scheme: str, moved: float, *, causal: bool) -> tuple[Contender | Refusal, tuple[Contender, ...]]:
+    """Attention as lowbit chooses it, and on codes even where that is slower; the reference is no contender."""
+    chosen = selection(q, None, 0, scheme, "")
+    kernel, backend = chosen.kernel.name, chosen.kernel.name.partition(".")[0]
+    if backend == "reference":
+        return Refusal("lowbit", "; ".join(map(str, chosen.refusals)) or "no installed backend has attention"), ()
+    run = partial(attention, scheme=scheme, causal=causal)
+    candidate = Contender("lowbit", copies, run, moved, plain, kernel, chosen.refusals)
+    return candidate, (replace(candidate, name="lowbit by force", run=partial(run, prefer=(backend,))),)
 
 
 def _fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..., Tensor]]:
