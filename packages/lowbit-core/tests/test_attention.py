@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lowbit
 from lowbit import Attention, FormatError, NoKernelError, Scheme, UnsupportedOpError, attending, attention
@@ -92,6 +93,14 @@ def test_rounding_is_that_of_numpy():
     assert sqnr(expected, found) > 60
 
 
+def test_queries_that_share_keys_have_one_scale_a_head():
+    q, k, v = operands()
+    q[:, 1] *= 100
+    (_, scale), *_ = attending.rounded(q, k, v, SCHEMES["FP8_HEAD"])
+    most = q.view(2, 2, 2 * 200, 64).abs().amax((2, 3)).repeat_interleave(2, 1)
+    torch.testing.assert_close(scale[..., 0, 0], most / 448)
+
+
 def test_the_mean_is_of_keys_evenly_spread():
     k = drawn(1, 2, 1000, 8)
     spread = torch.tensor([i * 1000 // 256 for i in range(256)])
@@ -124,6 +133,48 @@ def test_some_queries_at_a_time_are_all_of_them(monkeypatch):
         found.append((out, *torch.autograd.grad(out, given, to_out)))
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def turns(tokens, d, batch=None):
+    """Tables (.., T, D / 2) of rotary embeddings, of sequences that begin at other places."""
+    at = torch.arange(tokens) + (0 if batch is None else torch.arange(batch)[:, None] * 5)
+    angles = at[..., None] * 1e4 ** (-torch.arange(d // 2) / (d // 2))
+    return angles.cos(), angles.sin()
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_rotary_embeddings_turn_pairs_of_channels(batch):
+    q, k, v = operands()
+    cos, sin = turns(300, 64, batch)
+    turn = torch.complex(cos, sin).to(torch.complex128)
+    turn = turn if batch is None else turn[:, None]
+    found = [attending.roped(x, cos, sin) for x in (q, k)]
+    for x, out in zip((q, k), found, strict=True):
+        pairs = torch.complex(*x.double().chunk(2, -1)) * turn[..., -x.shape[2] :, :]
+        torch.testing.assert_close(out, torch.cat([pairs.real, pairs.imag], -1).float())
+    expected = attention(*found, v, scheme="INT8_FP8_ROTATED", causal=True)
+    for tables in ((cos, sin), tuple(torch.cat([x, x], -1) for x in (cos, sin))):
+        assert torch.equal(attention(q, k, v, scheme="INT8_FP8_ROTATED", causal=True, rope=tables), expected)
+        assert torch.equal(Attention("INT8_FP8_ROTATED", causal=True)(q, k, v, rope=tables), expected)
+
+
+def test_rotary_embeddings_round_as_transformers_does():
+    x, (cos, sin) = drawn(2, 4, 300, 64, dtype=torch.bfloat16), turns(300, 64)
+    both = [torch.cat([table, table], -1).bfloat16() for table in (cos, sin)]
+    assert torch.equal(attending.roped(x, cos, sin), apply_rotary_pos_emb(x, x, *(t[None] for t in both))[0])
+
+
+def test_gradients_pass_rotary_embeddings():
+    given, tables, to_out = operands(), turns(300, 64), drawn(2, 4, 200, 64, seed=9)
+    for x in given:
+        x.requires_grad_()
+    q, k, v = given
+    wide = [x.double() for x in tables]
+    turned = attending.roped(q.double(), *wide), attending.roped(k.double(), *wide), v
+    right = torch.autograd.grad(exact(*turned, lower(200, 300)), given, to_out.double())
+    found = torch.autograd.grad(attention(q, k, v, scheme="INT8", causal=True, rope=tables), given, to_out)
+    for one, other in zip(right, found, strict=True):
+        assert sqnr(one, other) > 28
 
 
 def test_codes_are_what_backward_keeps():
@@ -214,6 +265,11 @@ def test_bad_schemes_are_refused(scheme, reason):
         ({"window": 0, "causal": True}, "positive"),
         ({"mask": torch.ones(2, 3, 200, 300, dtype=torch.bool)}, "broadcast"),
         ({"mask": torch.ones(300, dtype=torch.int32)}, "dtype"),
+        ({"rope": turns(200, 64)}, "all 300 keys' tokens"),
+        ({"rope": turns(300, 32)}, "64 channels"),
+        ({"rope": turns(300, 64, 3)}, "cos and sin"),
+        ({"rope": (turns(300, 64)[0], turns(300, 64)[1].int())}, "floating point"),
+        ({"rope": (turns(300, 64)[0], turns(300, 64)[1].requires_grad_())}, "detach"),
     ],
 )
 def test_bad_input_is_refused(change, reason):

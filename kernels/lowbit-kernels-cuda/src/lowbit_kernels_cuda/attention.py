@@ -54,26 +54,37 @@ def run(
     scale: float,
     scheme: str,
     prefer: str,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowbit.attention`."""
     del mask, window
     queries, keys, parsed = q.shape[2], k.shape[2], Scheme.parse(scheme)
     with torch.cuda.device_of(q):
-        # Torch's causal queries are the first tokens, not the last.
-        alike = not causal or queries in (keys, 1)
-        if not prefer and min(queries, keys) < _least(parsed) and alike and q.numel() and keys:
-            return _plain(q, k, v, scale, causal=causal and queries > 1)
+        short = not prefer and min(queries, keys) < _least(parsed)
+        if short and q.numel() and keys and alike(queries, keys, causal=causal):
+            return plain(q, k, v, scale, cos, sin, causal=causal)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         sums = torch.empty(q.shape[:3], device=q.device)
         if not (q.numel() and keys):
             return out.zero_(), sums.fill_(-torch.inf)
-        made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, parsed)
+        made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, parsed, cos, sin)
         import_module("lowbit_kernels_cuda.hopper_attention").attend(made, out, sums, scale, causal=causal)
         return out, sums
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """Attention in q's dtype, by cuDNN, and the log of its sums."""
+def alike(queries: int, keys: int, *, causal: bool) -> bool:
+    """Whether torch's own attention sees the same: its causal queries are the first tokens, not the last."""
+    return not causal or queries in (keys, 1)
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cos: Tensor | None, sin: Tensor | None, *, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention in q's dtype, by cuDNN, of queries and keys that are `alike`, and the log of its sums."""
+    causal = causal and q.shape[2] > 1
+    if cos is not None and sin is not None:
+        q, k = import_module("lowbit_kernels_cuda.heads").roped(q, k, cos, sin)
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001 - only operators give sums
     out, sums, *_ = attend(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out.contiguous(), sums.reshape(q.shape[:3])

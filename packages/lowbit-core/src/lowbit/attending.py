@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.attention import MODE, SAMPLE, Scheme
-from lowbit.format import Format
+from lowbit.format import WHOLE, Format
 from lowbit.hadamard import hadamard
 from lowbit.numerics import Scales, choose_scale, decode, encode
 
@@ -73,19 +73,43 @@ def unrotated(x: Tensor) -> Tensor:
     return x @ (hadamard(d) * d**-0.5).to(x.device, x.dtype).T
 
 
-def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme) -> list[list[Tensor]]:
+def roped(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """Channels `i` and `i + D / 2` of x (B, H, S, D), turned by angles: the last S rows of tables (.., T, D / 2).
+
+    Each product and sum is rounded to x's dtype, as in transformers. Without tables x as it is.
+    """
+    if cos is None or sin is None:
+        return x
+    first = cos.shape[-2] - x.shape[2]
+    c, s = (table[..., first:, :].to(x.dtype).unsqueeze(-3) for table in (cos, sin))
+    low, high = x.chunk(2, -1)
+    return torch.cat([low * c - high * s, high * c + low * s], -1)
+
+
+def rounded(
+    q: Tensor, k: Tensor, v: Tensor, scheme: Scheme, cos: Tensor | None = None, sin: Tensor | None = None
+) -> list[list[Tensor]]:
     """Parts of queries, keys and values, as `lowbit.quantize` makes them of what the scheme makes of them.
 
     Values that are not rounded are one part, as they are.
     """
-    q, k, values = q.float(), k.float(), v
+    q, k, values = roped(q, cos, sin).float(), roped(k, cos, sin).float(), v
     if scheme.smooth:
         k = k - mean_of_keys(k)
     if scheme.rotate_qk:
         q, k = rotated(q), rotated(k)
     if scheme.rotate_v:
         values = rotated(v.float()).to(v.dtype if scheme.v is None else torch.float32)
-    return [_parts(q, scheme.qk), _parts(k, scheme.qk), _parts(values, scheme.v)]
+    return [_parts_of_queries(q, scheme.qk, k.shape[1]), _parts(k, scheme.qk), _parts(values, scheme.v)]
+
+
+def _parts_of_queries(q: Tensor, fmt: Format, groups: int) -> list[Tensor]:
+    """Parts of queries (B, H, S, D), of which one scale for all tokens is that of all heads that share keys."""
+    if fmt.block[0] != WHOLE:
+        return _parts(q, fmt)
+    (batch, heads, queries, d), each = q.shape, q.shape[1] // groups
+    codes, scale = _parts(q.reshape(batch, groups, each * queries, d), fmt)
+    return [codes.view(batch, heads, queries, codes.shape[-1]), scale.repeat_interleave(each, 1)]
 
 
 def _parts(x: Tensor, fmt: Format | None) -> list[Tensor]:
@@ -113,11 +137,13 @@ def attend(
     scale: float,
     scheme: str | Scheme,
     prefer: str,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference of the operator `attention`: the result, and `log sum exp s` (B, H, S) in float32."""
     del prefer
     how, d, heads = Scheme.parse(scheme) if isinstance(scheme, str) else scheme, q.shape[3], k.shape[1]
-    parts = rounded(q, k, v, how)
+    parts = rounded(q, k, v, how, cos, sin)
     queries, keys = (values_of(part, how.qk, d, torch.float32) for part in parts[:2])
     values = values_of(parts[2], how.v, d, torch.float32)
     seen, results, sums = Seen(mask, causal, window), [], []
@@ -158,6 +184,8 @@ def gradients(
     scheme: Scheme,
     seen: Seen,
     scale: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, in grad's dtype, as if rounding were the identity.
 
@@ -188,4 +216,6 @@ def gradients(
         result, to_k = unrotated(result), unrotated(to_k)
     if scheme.rotate_v:
         to_v = unrotated(to_v)
-    return result.to(dtype), to_k.to(dtype), to_v.to(dtype)
+    # A turn by the opposite angle is the transpose.
+    back = cos, None if sin is None else -sin
+    return roped(result.to(dtype), *back), roped(to_k.to(dtype), *back), to_v.to(dtype)

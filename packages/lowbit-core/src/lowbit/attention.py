@@ -43,7 +43,8 @@ MODE: Final[ScaleMode] = "rceil"
 class Scheme:
     """How attention rounds; the spec string is its parts with commas, as `int8:128x*:float32,e4m3fn:128x*:e8m0,smooth`.
 
-    Scales cover 128 tokens of a head (block 128x*) or all of them (*x*).
+    Scales cover 128 tokens of a head (block 128x*) or all of them (*x*); of queries then those of all heads that share
+    keys.
 
     Raises:
         FormatError: an element that is not int8 or e4m3fn, values in int8, other blocks, or zero points.
@@ -123,6 +124,7 @@ def attention(
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
     prefer: Sequence[str] = (),
 ) -> Tensor:
     """Attention (B, H, S, D), in q's dtype, of float queries (B, H, S, D), keys and values (B, G, T, D).
@@ -132,15 +134,20 @@ def attention(
     `scale` is `1 / sqrt(D)` unless given. A query that sees nothing gets zeros. `prefer` names the only backends that
     will do, which then also run where plain attention would be faster.
 
+    `rope` is the cosine and the sine (T, D / 2) or (B, T, D / 2) of each token's angles: queries and keys get rotary
+    position embeddings, which turn the channels `i` and `i + D / 2`, before they are rounded. Of tables with D columns,
+    whose halves are alike in transformers, the first half is read. They have no gradient.
+
     Raises:
         FormatError: the scheme is unknown, shapes or dtypes do not fit, or a window is given without causal.
         NoKernelError: no backend of `prefer` takes this call.
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     _check(q, k, v, mask, scheme, causal=causal, window=window)
+    tables = (None, None) if rope is None else _tables(rope, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = mask, causal, window or 0, scale, str(scheme), ",".join(prefer)
-    return torch.ops.lowbit.attention(q, k, v, *arguments)[0]
+    return torch.ops.lowbit.attention(q, k, v, *arguments, *tables)[0]
 
 
 class Attention(nn.Module):
@@ -164,7 +171,14 @@ class Attention(nn.Module):
         self.scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
         self.causal, self.window, self.scale, self.prefer = causal, window, scale, tuple(prefer)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        rope: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """As `attention`."""
         return attention(
             *(q, k, v),
@@ -173,6 +187,7 @@ class Attention(nn.Module):
             causal=self.causal,
             window=self.window,
             scale=self.scale,
+            rope=rope,
             prefer=self.prefer,
         )
 
@@ -210,6 +225,25 @@ def _check(
             raise FormatError(msg)
     if (scheme.rotate_qk or scheme.rotate_v) and q.shape[-1]:
         hadamard(q.shape[-1])
+
+
+def _tables(rope: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The tables (.., T, D / 2) of rotary embeddings, checked."""
+    cos, sin = rope
+    (batch, _, queries, d), keys = q.shape, k.shape[2]
+    told = f"cos {tuple(cos.shape)} in {cos.dtype}, sin {tuple(sin.shape)} in {sin.dtype}"
+    fits = cos.shape == sin.shape and cos.dim() in (2, 3) and cos.shape[-2] == keys and cos.shape[-1] in (d // 2, d)
+    if not fits or (cos.dim() == 3 and cos.shape[0] not in (1, batch)) or d % 2 or queries > keys:
+        shape = "cos and sin (T, D / 2) or (B, T, D / 2)"
+        msg = f"rope needs {shape} of all {keys} keys' tokens, {d} channels; given: {told}"
+        raise FormatError(msg)
+    if not (cos.is_floating_point() and sin.is_floating_point()):
+        msg = f"rope needs floating point tables; given: {told}"
+        raise FormatError(msg)
+    if cos.requires_grad or sin.requires_grad:
+        msg = "rope's tables have no gradient here; detach them"
+        raise FormatError(msg)
+    return cos[..., : d // 2], sin[..., : d // 2]
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

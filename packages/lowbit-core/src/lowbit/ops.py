@@ -84,11 +84,11 @@ _SCHEMAS = {
     "pad_groups": "(Tensor x, Tensor? index, Tensor offs, int align) -> (Tensor, Tensor)",
     # rows of padded groups, offs as they were before -> the rows (M, K)
     "unpad_groups": "(Tensor x, Tensor offs, int align, SymInt rows) -> Tensor",
-    # q (B, H, S, D), k and v (B, G, T, D), a mask of those, a window or 0 -> like q, and the log of its sums (B, H, S)
+    # q (B, H, S, D), k and v (B, G, T, D), a mask of those, a window or 0, tables of rotary embeddings (.., T, D / 2)
+    # -> like q, and the log of its sums (B, H, S)
     "attention": (
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, int window, float softmax_scale, str scheme, "
-        "str prefer) "
-        "-> (Tensor, Tensor)"
+        "str prefer, Tensor? cos=None, Tensor? sin=None) -> (Tensor, Tensor)"
     ),
     # ids (..), weight (V, D) -> (.., D)
     "embedding": f"(Tensor ids, {_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
@@ -158,10 +158,10 @@ def typed(scale: Tensor, fmt: str) -> Tensor:
     return scale.view(E8M0.storage) if scale.dtype == torch.uint8 and Format.parse(fmt).scale is E8M0 else scale
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: Any, window: int, *rest: Any) -> Any:
+def _attention(*args: Any) -> Any:
     # It alone may be told which backends will do.
-    chosen = selection(q, mask, window, *rest[-2:]).kernel
-    return without_autocast(chosen.run, q.device.type, q, k, v, mask, causal, window, *rest)
+    q, mask, window, (scheme, prefer) = args[0], args[3], args[5], args[7:9]
+    return without_autocast(selection(q, mask, window, scheme, prefer).kernel.run, q.device.type, *args)
 
 
 def _implementation(op: str) -> Callable[..., Any]:
@@ -384,23 +384,25 @@ def _unpad_groups_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, causal, window, ctx.scale, scheme, _ = inputs
+    q, k, v, mask, causal, window, ctx.scale, scheme, _, *tables = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.scheme, ctx.causal, ctx.window = Scheme.parse(scheme), causal, window
+    cos, sin = tables or (None, None)
     # Codes, which are half of what was given, or less.
-    ctx.save_for_backward(mask, *output, *(part for parts in rounded(q, k, v, ctx.scheme) for part in parts))
+    codes = rounded(q, k, v, ctx.scheme, cos, sin)
+    ctx.save_for_backward(mask, cos, sin, *output, *(part for parts in codes for part in parts))
 
 
 def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    mask, out, sums, *parts = ctx.saved_tensors
+    mask, cos, sin, out, sums, *parts = ctx.saved_tensors
     if mask is not None and ctx.needs_input_grad[3]:
         msg = "attention's mask has no gradient here; detach it, or use torch's attention"
         raise UnsupportedOpError(msg)
     found = gradients(
         *(grad, out, sums, [parts[:2], parts[2:4], parts[4:]], ctx.scheme),
-        *(Seen(mask, ctx.causal, ctx.window), ctx.scale),
+        *(Seen(mask, ctx.causal, ctx.window), ctx.scale, cos, sin),
     )
-    return (*found, *(None,) * 6)
+    return (*found, *(None,) * 8)
 
 
 _FAKES: dict[str, Callable[..., Any]] = {

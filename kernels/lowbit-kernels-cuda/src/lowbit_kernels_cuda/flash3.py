@@ -1,0 +1,89 @@
+"""Attention on FlashAttention-3's 8-bit kernels, where its package is installed: heads with one scale each."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lowbit.attention import Scheme
+from lowbit.backends import Call
+from lowbit.format import WHOLE
+from lowbit_kernels_cuda.attention import alike, plain
+
+_PACKAGE = "flash_attn_interface"
+_CHANNELS = (64, 128, 256)
+# From how many queries and keys on it is faster than torch's own, rounding included: `lowbit bench attention`.
+_LEAST = 8192
+
+
+def refuses(call: Call) -> str | None:
+    """What keeps `run` from a call."""
+    scheme = Scheme.parse(call.facts[0])
+    if not _installed():
+        return f"needs FlashAttention-3, whose module {_PACKAGE} is not installed"
+    if torch.cuda.get_device_capability()[0] != 9:
+        return "needs a Hopper GPU (compute capability 9.0)"
+    if call.x_dtype != torch.bfloat16 or call.k not in _CHANNELS:
+        return f"needs bfloat16, and heads of 64, 128 or 256 channels; these are {call.x_dtype} and have {call.k}"
+    if "mask" in call.facts:
+        return "takes no mask; causal and a window are all that it hides"
+    whole = scheme.v is not None and scheme.qk.block[0] == scheme.v.block[0] == WHOLE
+    if not whole or scheme.qk.element.kind != "float" or scheme.rotate_v:
+        return f"needs e4m3 with one float32 scale a head, and values that are not rotated; this is {scheme}"
+    return None
+
+
+@cache
+def _installed() -> bool:
+    return find_spec(_PACKAGE) is not None
+
+
+def how(call: Call) -> str:
+    """What runs for which lengths, in words."""
+    del call
+    return (
+        f"torch's own attention, which rounds nothing, runs below {_LEAST} queries and keys, where it is faster; "
+        "prefer=('cuda',) rounds those, too"
+    )
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,  # noqa: FBT001 - an operator's arguments
+    window: int,
+    scale: float,
+    scheme: str,
+    prefer: str,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `lowbit.attention`."""
+    del mask
+    queries, keys = q.shape[2], k.shape[2]
+    if not (q.numel() and keys):
+        return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+    with torch.cuda.device_of(q):
+        if not prefer and min(queries, keys) < _LEAST and not window and alike(queries, keys, causal=causal):
+            return plain(q, k, v, scale, cos, sin, causal=causal)
+        heads, attend = import_module("lowbit_kernels_cuda.heads"), import_module(_PACKAGE).flash_attn_func
+        codes, scales = zip(*heads.rounded_whole(q, k, v, Scheme.parse(scheme), cos, sin), strict=True)
+        names = ("q_descale", "k_descale", "v_descale")
+        out, sums = attend(
+            *codes,
+            softmax_scale=scale,
+            causal=causal,
+            window_size=(window - 1, 0) if window else (-1, -1),
+            return_attn_probs=True,
+            **dict(zip(names, scales, strict=True)),
+        )
+    if causal and queries > keys:
+        # Of queries that see nothing.
+        sums = sums.masked_fill(sums == torch.inf, -torch.inf)
+    return out.transpose(1, 2).contiguous(), sums
