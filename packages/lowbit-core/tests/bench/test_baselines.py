@@ -12,6 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import FlopCounterMode
 
+from lowbit import attending
 from lowbit.backends import Refusal
 from lowbit.bench import Given, attention, peers
 from lowbit.bench.case import footprint
@@ -19,6 +20,11 @@ from lowbit.bench.inputs import sqnr
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("small")
+
+
+@pytest.fixture(autouse=True)
+def rotary_embeddings_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(attention, "_turned", attention._turn)
 
 
 def cases(length, *, peers=False):
@@ -58,10 +64,10 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
     code, results, printed = bench("attention", "--shapes", "48")
     assert code == 0
     told = [tuple(row["case"].values()) for row in results["rows"]]
-    steps = ("causal prefill", "prefill", "decode")
-    schemes = ("INT8_FP8", "INT8_FP8_ROTATED")
+    steps = ("causal prefill", "causal prefill + RoPE", "prefill", "decode")
+    schemes = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD")
     assert told == [(step, f"32/{heads}", 48, scheme) for heads in (32, 8) for step in steps for scheme in schemes]
-    assert "not lowbit: no installed backend has attention (12 times)" in printed.out
+    assert "not lowbit: no installed backend has attention (24 times)" in printed.out
     for row in results["rows"]:
         _, baseline = row["contenders"]
         assert baseline["name"] in {"torch flash", "torch math"}
@@ -72,7 +78,8 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
 
 def test_operations_and_bytes_of_attention_are_those_of_its_products_and_operands():
     for case in cases(48):
-        data, causal = case.data("normal"), case.told["step"] == "causal prefill"
+        data, causal = case.data("normal"), case.told["step"].startswith("causal")
+        data = data[:3]
         assert [len(x[0]) for x in data] == [32, *2 * [int(case.told["heads"].removeprefix("32/"))]]
         with FlopCounterMode(display=False) as counter:
             out = attention._attention(SDPBackend.MATH, *data, causal=False)
@@ -84,7 +91,9 @@ def test_exact_attention_is_that_of_one_query_after_the_other(monkeypatch):
     monkeypatch.setattr(attention, "_ROWS", 16)
     for case in cases(40):
         data = case.data("outliers")
-        wanted = attended(*(x.double() for x in data), causal=case.told["step"] == "causal prefill")
+        q, k, v, *tables = (x.double() for x in data)
+        q, k = (attending.roped(x, *tables or (None, None)) for x in (q, k))
+        wanted = attended(q, k, v, causal=case.told["step"].startswith("causal"))
         torch.testing.assert_close(case.exact(*data), wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -132,6 +141,9 @@ def test_others_attention_computes_what_is_exact(monkeypatch, as_on_gpu):
     module(monkeypatch, "flash_attn_interface", **attends)
     module(monkeypatch, "sageattention", sageattn=sage)
     for case in cases(24, peers=True):
+        if case.told["step"].endswith("RoPE"):
+            assert not case.peers
+            continue
         data = case.data("normal")
         before, exact = [x.clone() for x in data], case.exact(*data)
         found = {peer.name: sqnr(exact, result(peer, data)) for peer in case.peers}
@@ -150,7 +162,7 @@ def test_others_attention_computes_what_is_exact(monkeypatch, as_on_gpu):
 
 
 def test_codes_of_heads_are_scaled_by_the_greatest_value_of_those_that_share_keys():
-    q, k, _ = cases(24)[6].data("outliers")
+    q, k, _ = cases(24)[12].data("outliers")
     for x, each in ((q.transpose(1, 2), 4), (k.transpose(1, 2), 1)):
         scale, codes = peers._fp8_heads(x, 8)
         for head in range(x.shape[2]):

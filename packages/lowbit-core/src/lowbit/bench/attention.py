@@ -6,7 +6,7 @@ One sequence, 32 heads of queries of 128 values each, 32 or 8 of keys and values
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from lowbit.attending import roped
 from lowbit.attention import attention, selection
 from lowbit.backends import Refusal
 from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, copies, plain
@@ -24,7 +25,8 @@ from lowbit.bench.peers import attentions
 from lowbit.bench.timing import time_calls
 
 _HEADS, _D = 32, 128
-_SCHEMES = ("INT8_FP8", "INT8_FP8_ROTATED")
+_SCHEMES = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD")
+_STEPS = ("causal prefill", "causal prefill + RoPE", "prefill", "decode")
 _BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -38,20 +40,20 @@ _ROWS = 1024
 
 
 def _cases(given: Given) -> Iterator[Case]:
-    steps = ("causal prefill", "prefill", "decode")
-    for (keys,), heads, step, scheme in product(given.shapes, (_HEADS, 8), steps, _SCHEMES):
+    for (keys,), heads, step, scheme in product(given.shapes, (_HEADS, 8), _STEPS, _SCHEMES):
         yield _case(given, keys, heads, step, scheme)
 
 
 def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
-    causal, decode = step == "causal prefill", step == "decode"
+    causal, decode, turned = step.startswith("causal"), step == "decode", step.endswith("RoPE")
     queries, device, itemsize = 1 if decode else keys, given.device, torch.bfloat16.itemsize
     written = _HEADS * queries * _D * itemsize
     read = written + 2 * heads * keys * _D * itemsize
 
     def data(kind: Kind) -> tuple[Tensor, ...]:
         lengths = ((_HEADS, queries), (heads, keys), (heads, keys))
-        return tuple(normal(1, *each, _D, kind=kind, seed=i, device=device) for i, each in enumerate(lengths))
+        made = [normal(1, *each, _D, kind=kind, seed=i, device=device) for i, each in enumerate(lengths)]
+        return (*made, *_tables(keys, device)) if turned else tuple(made)
 
     operands = data("normal")
     name, run = _fastest(operands, causal=causal)
@@ -64,7 +66,8 @@ def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
         partial(_exact, causal=causal),
         candidate,
         Contender(f"torch {name}", copies, run, read + written, plain),
-        peers=peers + (attentions(read, written, device, causal=causal, decode=decode) if given.peers else ()),
+        peers=peers
+        + (attentions(read, written, device, causal=causal, decode=decode) if given.peers and not turned else ()),
     )
 
 
@@ -74,13 +77,26 @@ def _lowbit(q: Tensor, scheme: str, moved: float, *, causal: bool) -> tuple[Cont
     kernel, backend = chosen.kernel.name, chosen.kernel.name.partition(".")[0]
     if backend == "reference":
         return Refusal("lowbit", "; ".join(map(str, chosen.refusals)) or "no installed backend has attention"), ()
-    run = partial(attention, scheme=scheme, causal=causal)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor, prefer: Sequence[str] = ()) -> Tensor:
+        rope = (tables[0], tables[1]) if tables else None
+        return attention(q, k, v, scheme=scheme, causal=causal, rope=rope, prefer=prefer)
+
     candidate = Contender("lowbit", copies, run, moved, plain, kernel, chosen.refusals)
     return candidate, (replace(candidate, name="lowbit by force", run=partial(run, prefer=(backend,))),)
 
 
+def _tables(tokens: int, device: torch.device) -> list[Tensor]:
+    """The cosine and the sine (T, D / 2) of rotary embeddings, in bfloat16."""
+    angles = torch.outer(torch.arange(tokens), 1e4 ** (-torch.arange(_D // 2) / (_D // 2)))
+    return [table.to(device, torch.bfloat16) for table in (angles.cos(), angles.sin())]
+
+
 def _fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..., Tensor]]:
-    """The backend of torch that is the fastest on this, by a short measurement, and its name."""
+    """The backend of torch that is the fastest on this, by a short measurement, and its name.
+
+    Rotary embeddings are compiled, into one kernel.
+    """
     device, make, times = data[0].device, copies(*data), dict[str, float]()
     runs = {name: partial(_attention, backend, causal=causal) for name, backend in _BACKENDS.items()}
     for name, run in runs.items():
@@ -103,13 +119,25 @@ def _fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[.
     return name, runs[name]
 
 
-def _attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def _attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor, causal: bool) -> Tensor:
+    if tables:
+        q, k = _turned(q, k, *tables)
     with sdpa_kernel(backend):
         return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _exact(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    return roped(q, cos, sin), roped(k, cos, sin)
+
+
+_turned = torch.compile(_turn)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor, causal: bool) -> Tensor:
     """`softmax(q k^T / sqrt(D)) v` in float64, a head and some queries at a time."""
+    if tables:
+        cos, sin = (table.double() for table in tables)
+        q, k = (roped(x.double(), cos, sin) for x in (q, k))
     out, each = q.new_empty(q.shape, dtype=torch.float64), q.shape[1] // k.shape[1]
     for head in range(q.shape[1]):
         keys, values = (x[0, head // each].double() for x in (k, v))
