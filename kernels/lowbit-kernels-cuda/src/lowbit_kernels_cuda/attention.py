@@ -10,6 +10,7 @@ from torch import Tensor
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit.format import WHOLE
+from lowbit_kernels_cuda import plain_attention
 
 # Channels of a head whose codes and sums fit registers.
 _CHANNELS = (64, 128)
@@ -61,7 +62,9 @@ def run(
     with torch.cuda.device_of(q):
         # Torch's causal queries are the first tokens, not the last.
         alike = not causal or queries in (keys, 1)
-        if not prefer and min(queries, keys) < _least(parsed) and alike and q.numel() and keys:
+        if not prefer and min(queries, keys) < _least(parsed) and q.numel() and keys:
+            if not alike:
+                return plain_attention.attend(q, k, v, None, scale, causal=causal, window=0)
             return _plain(q, k, v, scale, causal=causal and queries > 1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         sums = torch.empty(q.shape[:3], device=q.device)

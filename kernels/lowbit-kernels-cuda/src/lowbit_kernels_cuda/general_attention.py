@@ -48,7 +48,7 @@ class Tile:
 
 def tile(d: int) -> Tile:
     """The tile for codes of so many channels, whose sums have to fit registers twice: by 128 keys, and in all."""
-    return Tile(128, 64, 4 if d <= 64 else 8, 3) if d <= 128 else Tile(64, 64, 8, 2)
+    return Tile(128, 64, 8, 3) if d <= 128 else Tile(64, 64, 8, 2)
 
 
 @dataclass(frozen=True, slots=True)
