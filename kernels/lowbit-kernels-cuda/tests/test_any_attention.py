@@ -14,6 +14,7 @@ from lowbit.attention import SCHEMES, Scheme
 from lowbit.backends import Kernel
 from lowbit.bench.inputs import sqnr
 from lowbit.testing import check_backend
+from lowbit.varlen_attending import attend_varlen
 from lowbit_kernels_cuda import any_attention, general_heads, plain_attention
 from lowbit_kernels_cuda.general_heads import Sequences, channels
 
@@ -48,12 +49,14 @@ def test_the_kernel_is_what_its_backend_is_checked_for(device, scheme, dtype):
         wanted &= device == "cuda" or "window" in call.facts
         return any_attention.refuses(call) if wanted else "not now"
 
-    row = Kernel("own.attention", "attention", device, 1, any_attention.run, refuses)
-    own = SimpleNamespace(name="own", probe=lambda: None, kernels=lambda: (row,))
+    runs = {"attention": any_attention.run, "varlen_attention": any_attention.run_varlen}
+    rows = tuple(Kernel(f"own.{op}", op, device, 1, run, refuses) for op, run in runs.items())
+    own = SimpleNamespace(name="own", probe=lambda: None, kernels=lambda: rows)
     if scheme == "INT8" and dtype == torch.float32:
         pytest.skip("values stay as they are in 16 bits alone")
-    (checked,) = check_backend(own, formats=(), devices=(device,)).rows
-    assert checked.runs > checked.calls == (3 if device == "cuda" else 1)
+    checked = check_backend(own, formats=(), devices=(device,)).rows
+    assert [row.calls for row in checked] == ([3, 2] if device == "cuda" else [1, 1])
+    assert all(row.runs > row.calls for row in checked)
 
 
 CASES = [
@@ -117,6 +120,54 @@ def test_heads_are_rounded_as_the_reference_rounds_them(device, scheme):
         torch.testing.assert_close(scale, parts[1].float(), rtol=1e-5 if turned else 0.0, atol=0.0)
         assert not data[:, :, tokens:].float().any()
         assert not data[..., width:].float().any()
+
+
+PACKED = [("INT8", HALF, 40, True, 0), ("INT8_FP8_ROTATED", torch.float32, 32, True, 50)]
+
+
+@pytest.mark.parametrize(
+    ("device", "scheme", "dtype", "d", "causal", "window"),
+    on("cpu", PACKED[0])
+    + on("cuda", *PACKED, *((scheme, torch.bfloat16, d, False, 0) for scheme in ALL for d in (64, 128, 256))),
+)
+def test_packed_sequences_are_each_as_the_reference_has_them(device, scheme, dtype, d, causal, window):
+    queries, keys = (1, 0, 130, 20, 5), (131, 3, 7, 0, 9)
+    if device == "cuda":
+        queries, keys = (*queries, *range(20), 1000), (*keys, *range(1, 21), 900)
+    q, k, v = (
+        drawn(sum(n), h, d, seed=i, device=device, dtype=dtype)
+        for i, (n, h) in enumerate(((queries, 2), (keys, 1), (keys, 1)))
+    )
+    ends = [torch.tensor([0, *each], device=device).cumsum(0).to(torch.int32) for each in (queries, keys)]
+    arguments = q, k + 2, v, *ends, max(queries), max(keys), causal, window, d**-0.5, str(ALL[scheme]), "cuda"
+    found, sums = any_attention.run_varlen(*arguments)
+    expected, of = attend_varlen(*arguments)
+    assert found.is_contiguous()
+    assert sqnr(expected, found) > 40
+    seen = of.isfinite()
+    assert torch.equal(seen, sums.isfinite())
+    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=1e-2 if ALL[scheme].rotate_qk else 1e-3)
+    assert not found.transpose(0, 1)[~seen].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("causal", "window"), [(False, 0), (True, 0), (True, 30)])
+def test_torch_attends_to_packed_sequences_unless_codes_are_asked_for(causal, window):
+    queries, keys, d = (1, 0, 300, 20, 5), (131, 3, 200, 0, 9), 100
+    q, k, v = (
+        drawn(sum(n), h, d, seed=i, device="cuda") for i, (n, h) in enumerate(((queries, 4), (keys, 2), (keys, 2)))
+    )
+    ends = [torch.tensor([0, *each], device="cuda").cumsum(0).to(torch.int32) for each in (queries, keys)]
+    found, sums = any_attention.run_varlen(q, k, v, *ends, 300, 200, causal, window, 0.1, str(SCHEMES["FP8"]), "")
+    for i in range(5):
+        rows, columns = (slice(int(end[i]), int(end[i + 1])) for end in ends)
+        heads = (q[rows].double(), *(x[columns].double().repeat_interleave(2, 1) for x in (k, v)))
+        of_q, of_k, of_v = (x.transpose(0, 1).unsqueeze(0) for x in heads)
+        scores = (of_q @ of_k.mT * 0.1).unsqueeze(2)
+        scores = attending.Seen(None, causal, window).apply(scores, 0, queries[i]).squeeze(2)
+        expected = (scores.softmax(-1).nan_to_num(0.0) @ of_v)[0].transpose(0, 1)
+        torch.testing.assert_close(found[rows].double(), expected, rtol=5e-3, atol=5e-3)
+        torch.testing.assert_close(sums[:, rows].double(), scores.logsumexp(-1)[0], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("device", on("cpu", ()) + on("cuda", ()))

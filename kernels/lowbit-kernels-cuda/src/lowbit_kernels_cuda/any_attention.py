@@ -73,6 +73,33 @@ def run(
         return kernel.attend(q, k, v, of_q, of_k, kernel.Seen(mask, causal, window), scale, Scheme.parse(scheme))
 
 
+def run_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,  # noqa: FBT001 - an operator's arguments
+    window: int,
+    scale: float,
+    scheme: str,
+    prefer: str,
+) -> tuple[Tensor, Tensor]:
+    """See `lowbit.varlen_attention`."""
+    with torch.cuda.device_of(q):
+        if not (q.numel() and len(k)):
+            return _nothing(q, (q.shape[1], len(q)))
+        if q.dtype != torch.float32 and not _codes(prefer, max_q, max_k):
+            return plain_attention.attend_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal=causal, window=window)
+        kernel, count = _kernel(), len(cu_q) - 1
+        of_q, of_k = kernel.Sequences(count, len(q), cu_q), kernel.Sequences(count, len(k), cu_k)
+        heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out, sums = kernel.attend(*heads, of_q, of_k, kernel.Seen(None, causal, window), scale, Scheme.parse(scheme))
+        return out[0].transpose(0, 1).contiguous(), sums[0]
+
+
 def _nothing(q: Tensor, sums: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """What queries get that see nothing."""
     return q.new_zeros(q.shape), torch.full(sums, -torch.inf, device=q.device)

@@ -52,6 +52,11 @@ class Cuda:
                 *("cuda.attention_any", "attention", "cuda", 10, any_attention.run, any_attention.refuses),
                 how=any_attention.how,
             ),
+            Kernel(
+                *("cuda.varlen_attention", "varlen_attention", "cuda", 10),
+                *(any_attention.run_varlen, any_attention.refuses),
+                how=any_attention.how,
+            ),
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
             Kernel(
                 *("cuda.linear", "linear", "cuda", 10),
