@@ -114,7 +114,9 @@ def attend(
     return out, sums
 
 
-@triton.jit(do_not_specialize=["count", "queries_given", "keys_given", "k_blocks", "group", "window"])
+@triton.jit(
+    do_not_specialize=["sums_sequence", "sums_head", "count", "queries_given", "keys_given", "k_blocks", "group", "window"]
+)
 def attend_codes(
     q,
     k,
