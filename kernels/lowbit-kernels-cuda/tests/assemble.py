@@ -286,7 +286,6 @@ if __name__ == "__main__":
     for capability, scheme, d, more in (
         (80, "FP8", 64, {"packed": True}),
         (90, "INT8_FP8_ROTATED", 128, {}),
-        (90, "FP8_HEAD", 256, {"mask": True}),
         (100, "INT8", 40, {"mask": True}),
     ):
         kernels = attending(scheme, d, capability, **more)
