@@ -10,21 +10,37 @@ import sys
 import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
-from triton.runtime.jit import mangle_type
+from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.activation import Activation
+from lowbit.attention import SCHEMES
 from lowbit.format import Format
-from lowbit_kernels_cuda import byte_linear, expanded, hopper, hopper_blocks, hopper_bytes, hopper_rows, inputs, plans
+from lowbit_kernels_cuda import (
+    byte_linear,
+    expanded,
+    general_attention,
+    heads,
+    hopper,
+    hopper_attention,
+    hopper_blocks,
+    hopper_bytes,
+    hopper_rows,
+    inputs,
+    plans,
+)
 from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.dots import linear_dots
+from lowbit_kernels_cuda.general_heads import Sequences
 from lowbit_kernels_cuda.lifts import lift
 from lowbit_kernels_cuda.linear import constants
 from lowbit_kernels_cuda.packed import folds
@@ -33,6 +49,7 @@ from lowbit_kernels_cuda.scaling import spec as spec_of
 from lowbit_kernels_cuda.weights import parts, places
 
 N, K = 1024, 4096
+FAKES = FakeTensorMode()
 
 
 def compiled(spec, tokens, plan, capability, *, even=True, experts=0, others=0):
@@ -167,6 +184,28 @@ def by_rows(name, experts):
     return built(hopper_rows.rows_wgmma, given, known_as, 90)
 
 
+def attending(scheme, d, capability, *, mask=False, packed=False):
+    """Every kernel that attention of codes launches: Hopper's without a mask or packed sequences, else any GPU's."""
+    torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
+    spec_of.cache_clear()
+    launched, how = [], SCHEMES[scheme]
+    with FAKES, mock.patch.object(JITFunction, "run", lambda *given, **known: launched.append((given, known))):
+        q, k, v = (torch.empty(1, heads, 512, d, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+        if mask or packed:
+            cu = torch.empty(3, dtype=torch.int32, device="cuda") if packed else None
+            of = Sequences(2 if packed else 1, 512, cu)
+            seen = torch.empty(512, 512, dtype=torch.bool, device="cuda") if mask else None
+            general_attention.attend(q, k, v, of, of, general_attention.Seen(seen, True, 300), 0.1, how)
+        else:
+            made, sums = heads.rounded(q, k, v, how), torch.empty(1, 4, 512, device="cuda")
+            with mock.patch.object(hopper_attention, "multiprocessors", return_value=132):
+                hopper_attention.attend(made, torch.empty_like(q), sums, 0.1, causal=True)
+    for (kernel, *given), known in launched:
+        names = [parameter.name for parameter in kernel.params]
+        built(kernel, dict(zip(names, given, strict=False)), known, capability)
+    return {kernel.__name__ for (kernel, *_), _ in launched}
+
+
 def built(kernel, given, known_as, capability):
     """A kernel as launched with arguments and constants of these names."""
     signature, known, aligned = {}, {}, {}
@@ -185,9 +224,8 @@ def built(kernel, given, known_as, capability):
         value = known_as.get(parameter.name, given.get(parameter.name))
         signature[parameter.name] = told(value, (i,), constant=parameter.is_constexpr)
     source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(kernel, signature, known, aligned)
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": known_as["num_warps"]}
-    )
+    options = {name: known_as[name] for name in ("num_warps", "num_stages") if name in known_as}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def overlap(kernel):
@@ -245,3 +283,10 @@ if __name__ == "__main__":
     for name in ("INT4_G128", "MXFP4"):
         expanding(name)
         sys.stdout.write(f"90 {name} expanded\n")
+    for capability, scheme, d, more in (
+        (80, "FP8", 64, {"packed": True}),
+        (90, "INT8_FP8_ROTATED", 128, {}),
+        (100, "INT8", 40, {"mask": True}),
+    ):
+        kernels = attending(scheme, d, capability, **more)
+        sys.stdout.write(f"{capability} {scheme} by {' '.join(sorted(kernels))}\n")

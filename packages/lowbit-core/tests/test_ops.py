@@ -71,6 +71,9 @@ def calls(fmt, dtype=torch.bfloat16):
     yield "unpad_groups", (sample((40, k), dtype=dtype), OFFSETS, 8, 5)
     heads = [sample((2, each, 9, 64), seed=i, dtype=dtype) for i, each in enumerate((4, 2, 2))]
     yield "attention", (*heads, None, True, 5, 0.125, str(SCHEMES["INT8_FP8"]), "")
+    packed = [each.transpose(1, 2).flatten(0, 1) for each in heads]
+    ends = torch.tensor([0, 7, 7, 18], dtype=torch.int32)
+    yield "varlen_attention", (*packed, ends, ends, 11, 11, True, 5, 0.125, str(SCHEMES["INT8_FP8"]), "")
     yield "embedding", (torch.tensor([[1, 0, 5]]), *parts(weight), spec, k, dtype)
     by = torch.tensor([0.5, -2.0, 3.0])
     bags = (torch.tensor([1, 0, 5]), torch.tensor([0, 2, 2]))

@@ -10,6 +10,7 @@ from torch import Tensor
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit.format import WHOLE
+from lowbit_kernels_cuda import plain_attention
 
 # Channels of a head whose codes and sums fit registers.
 _CHANNELS = (64, 128)
@@ -61,8 +62,7 @@ def run(
     del mask, window
     queries, keys, parsed = q.shape[2], k.shape[2], Scheme.parse(scheme)
     with torch.cuda.device_of(q):
-        short = not prefer and min(queries, keys) < _least(parsed)
-        if short and q.numel() and keys and alike(queries, keys, causal=causal):
+        if not prefer and min(queries, keys) < _least(parsed) and q.numel() and keys:
             return plain(q, k, v, scale, cos, sin, causal=causal)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         sums = torch.empty(q.shape[:3], device=q.device)
@@ -73,18 +73,23 @@ def run(
         return out, sums
 
 
-def alike(queries: int, keys: int, *, causal: bool) -> bool:
-    """Whether torch's own attention sees the same: its causal queries are the first tokens, not the last."""
-    return not causal or queries in (keys, 1)
-
-
 def plain(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, cos: Tensor | None, sin: Tensor | None, *, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    causal: bool,
+    window: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in q's dtype, by cuDNN, of queries and keys that are `alike`, and the log of its sums."""
-    causal = causal and q.shape[2] > 1
-    if cos is not None and sin is not None:
-        q, k = import_module("lowbit_kernels_cuda.heads").roped(q, k, cos, sin)
+    """Attention in q's dtype, by cuDNN where it sees the same, and the log of its sums."""
+    queries, keys = q.shape[2], k.shape[2]
+    q, k = plain_attention.turned(q, k, cos, sin)
+    # CuDNN's causal queries are the first tokens, not the last.
+    if window or (causal and queries not in (keys, 1)):
+        return plain_attention.attend(q, k, v, None, scale, causal=causal, window=window)
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001 - only operators give sums
-    out, sums, *_ = attend(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    out, sums, *_ = attend(q, k, v, None, True, 0.0, causal and queries > 1, False, scale=scale)
     return out.contiguous(), sums.reshape(q.shape[:3])

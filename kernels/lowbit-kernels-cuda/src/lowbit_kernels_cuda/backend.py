@@ -16,7 +16,7 @@ from torch.fx import Graph
 
 from lowbit.backends import Call, Kernel
 from lowbit.format import WHOLE
-from lowbit_kernels_cuda import attention, block_scaled, flash3, packed, plain_bytes
+from lowbit_kernels_cuda import any_attention, attention, block_scaled, flash3, packed, plain_bytes
 
 _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -47,8 +47,17 @@ class Cuda:
             _row("quantize_rotated", "quantize_rotated", 10, "casts:quantize_rotated", _refuses_cast),
             _row("quantize_groups", "quantize_groups", 10, "casts:quantize_groups", _refuses_cast),
             _row("dequantize", "dequantize", 10, "values:dequantize", _refuses_cast),
-            Kernel("cuda.attention", "attention", "cuda", 10, attention.run, attention.refuses, how=attention.how),
-            Kernel("cuda.attention_fa3", "attention", "cuda", 11, flash3.run, flash3.refuses, how=flash3.how),
+            Kernel("cuda.attention", "attention", "cuda", 20, attention.run, attention.refuses, how=attention.how),
+            Kernel("cuda.attention_fa3", "attention", "cuda", 20, flash3.run, flash3.refuses, how=flash3.how),
+            Kernel(
+                *("cuda.attention_any", "attention", "cuda", 10, any_attention.run, any_attention.refuses),
+                how=any_attention.how,
+            ),
+            Kernel(
+                *("cuda.varlen_attention", "varlen_attention", "cuda", 10),
+                *(any_attention.run_varlen, any_attention.refuses),
+                how=any_attention.how,
+            ),
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
             Kernel(
                 *("cuda.linear", "linear", "cuda", 10),

@@ -12,7 +12,7 @@ from torch import Tensor
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit.format import WHOLE
-from lowbit_kernels_cuda.attention import alike, plain
+from lowbit_kernels_cuda.attention import plain
 
 _PACKAGE = "flash_attn_interface"
 _CHANNELS = (64, 128, 256)
@@ -70,8 +70,8 @@ def run(
     if not (q.numel() and keys):
         return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        if not prefer and min(queries, keys) < _LEAST and not window and alike(queries, keys, causal=causal):
-            return plain(q, k, v, scale, cos, sin, causal=causal)
+        if not prefer and min(queries, keys) < _LEAST:
+            return plain(q, k, v, scale, cos, sin, causal=causal, window=window)
         heads, attend = import_module("lowbit_kernels_cuda.heads"), import_module(_PACKAGE).flash_attn_func
         codes, scales = zip(*heads.rounded_whole(q, k, v, Scheme.parse(scheme), cos, sin), strict=True)
         names = ("q_descale", "k_descale", "v_descale")

@@ -409,19 +409,21 @@ def _largest(x):
 def _store(low, high, by, place, there, D: tl.constexpr, SPEC: tl.constexpr, DO: tl.constexpr):
     """Write codes of both halves: of blocks all, zeros where no token is."""
     there = there[:, None] | (DO == _BLOCKS)
-    if not SPEC.fused:
-        divisor = divisor_of(by, SPEC, -1)
-        tl.store(place, _code(divide(low, divisor, SPEC, -1), SPEC), there)
-        tl.store(place + D // 2, _code(divide(high, divisor, SPEC, -1), SPEC), there)
-    elif (by > 2.0**-100) & (by < 2.0**100):
+    if SPEC.fused and (by > 2.0**-100) & (by < 2.0**100):
         # Nothing on the way is subnormal.
         inverse = tl.div_rn(-1.0, by)
         tl.store(place, _code(_quotient(low, by, inverse), SPEC), there)
         tl.store(place + D // 2, _code(_quotient(high, by, inverse), SPEC), there)
     else:
-        divisor = divisor_of(by, SPEC, 2)
-        tl.store(place, _code(divide(low, divisor, SPEC, 2), SPEC), there)
-        tl.store(place + D // 2, _code(divide(high, divisor, SPEC, 2), SPEC), there)
+        tl.store(place, nearest_code(low, by, SPEC), there)
+        tl.store(place + D // 2, nearest_code(high, by, SPEC), there)
+
+
+@triton.jit
+def nearest_code(x, by, SPEC: tl.constexpr):
+    """The nearest codes by any scales, as stored."""
+    CORRECTIONS: tl.constexpr = 2 if SPEC.fused else -1
+    return _code(divide(x, divisor_of(by, SPEC, CORRECTIONS), SPEC, CORRECTIONS), SPEC)
 
 
 @triton.jit
@@ -433,7 +435,7 @@ def _quotient(x, by, inverse):
 
 @triton.jit
 def _code(x, SPEC: tl.constexpr):
-    """The nearest codes, the largest for what is beyond, as bytes of the kind that they are stored as."""
+    """The nearest codes to quotients, the largest for what is beyond, as stored."""
     if SPEC.element.kind == "int":
         # A quotient is less than the largest code and a half, and so is its negative.
         code = (tl.minimum(x, SPEC.element.max) + _CENTRE).to(tl.int32, bitcast=True).to(tl.int8)

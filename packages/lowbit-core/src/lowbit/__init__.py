@@ -51,6 +51,7 @@ from lowbit.numerics import Scales, choose_scale
 from lowbit.plan import Plan, plan
 from lowbit.recipe import Recipe, Rule
 from lowbit.tensor import QuantizedTensor, quantize
+from lowbit.varlen import varlen_attention
 
 __all__ = [
     "ELEMENTS",
@@ -112,4 +113,5 @@ __all__ = [
     "save",
     "select",
     "unbind",
+    "varlen_attention",
 ]

@@ -142,25 +142,32 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """The reference of the operator `attention`: the result, and `log sum exp s` (B, H, S) in float32."""
     del prefer
-    how, d, heads = Scheme.parse(scheme) if isinstance(scheme, str) else scheme, q.shape[3], k.shape[1]
-    parts = rounded(q, k, v, how, cos, sin)
+    how = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+    return attend_rounded(rounded(q, k, v, how, cos, sin), how, Seen(mask, causal, window), scale, q.dtype)
+
+
+def attend_rounded(
+    parts: list[list[Tensor]], how: Scheme, seen: Seen, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `attend`, in a dtype, of what `rounded` gave."""
+    d, heads = parts[0][0].shape[3], parts[1][0].shape[1]
     queries, keys = (values_of(part, how.qk, d, torch.float32) for part in parts[:2])
     values = values_of(parts[2], how.v, d, torch.float32)
-    seen, results, sums = Seen(mask, causal, window), [], []
+    results, sums = [], []
     for first, rows in _some(queries, heads):
-        scores = seen.apply(rows @ keys[:, :, None].mT * scale, first, q.shape[2]) * math.log2(math.e)
+        scores = seen.apply(rows @ keys[:, :, None].mT * scale, first, queries.shape[2]) * math.log2(math.e)
         # A whole number, and any of them where nothing is seen.
-        most = scores.amax(-1, keepdim=True).ceil() if k.shape[2] else rows.new_zeros(1)
+        most = scores.amax(-1, keepdim=True).ceil() if keys.shape[2] else rows.new_zeros(1)
         most = most.masked_fill(most == -math.inf, 0.0)
         weights = (scores - most).exp2() * ONE
         total = weights.sum(-1, keepdim=True)
-        weights = _rounded_weights(weights, how, q.dtype)
+        weights = _rounded_weights(weights, how, dtype)
         results.append((weights @ values[:, :, None] / total).masked_fill(total == 0, 0.0))
         sums.append((total.log2() + most - math.log2(ONE)).squeeze(-1) * math.log(2))
     result = torch.cat(results, 3).flatten(1, 2)
     if how.rotate_v:
         result = unrotated(result)
-    return result.to(q.dtype), torch.cat(sums, 3).flatten(1, 2)
+    return result.to(dtype), torch.cat(sums, 3).flatten(1, 2)
 
 
 def _rounded_weights(weights: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:

@@ -143,7 +143,7 @@ def attention(
         NoKernelError: no backend of `prefer` takes this call.
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    _check(q, k, v, mask, scheme, causal=causal, window=window)
+    check_heads(q, k, v, mask, scheme, causal=causal, window=window)
     tables = (None, None) if rope is None else _tables(rope, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = mask, causal, window or 0, scale, str(scheme), ",".join(prefer)
@@ -197,9 +197,14 @@ class Attention(nn.Module):
         return ", ".join(told + ([f"window={self.window}"] if self.window else []))
 
 
-def _check(
+def check_heads(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scheme: Scheme, *, causal: bool, window: int | None
 ) -> None:
+    """Refuse what is no attention.
+
+    Raises:
+        FormatError: see `attention`.
+    """
     shapes = f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}"
     if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         msg = f"attention needs queries (B, H, S, D), and keys and values (B, G, T, D); given are {shapes}"
@@ -263,11 +268,16 @@ def selection(q: Tensor, mask: Tensor | None, window: int, scheme: str, prefer: 
     Raises:
         NoKernelError: none does.
     """
-    return _select(attention_call(q, mask, window, scheme), prefer, generation())
+    return selected("attention", attention_call(q, mask, window, scheme), prefer, generation())
 
 
 @cache
-def _select(call: tuple[Any, ...], prefer: str, renewed: int) -> Selection:
+def selected(op: str, call: tuple[Any, ...], prefer: str, renewed: int) -> Selection:
+    """The kernel for an op's `attention_call` among backends of one `generation`.
+
+    Raises:
+        NoKernelError: none takes it.
+    """
     # Backends may have been found anew.
     del renewed
-    return select(Call.of("attention", *call), prefer=tuple(prefer.split(",")) if prefer else (), bound=False)
+    return select(Call.of(op, *call), prefer=tuple(prefer.split(",")) if prefer else (), bound=False)

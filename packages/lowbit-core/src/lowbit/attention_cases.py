@@ -29,6 +29,8 @@ from lowbit.grid import sample
 _UNIT, _D = 2.0**-24, 64
 # Sequences, heads of queries and of keys, queries, keys.
 _SIZES = ((2, 4, 2, 5, 200), (1, 2, 2, 130, 130), (1, 3, 1, 1, 1), (1, 2, 1, 4, 3), (1, 1, 1, 0, 5), (1, 1, 1, 3, 0))
+# Queries and keys of sequences that are packed.
+_LENGTHS = (((5, 1, 0, 130, 3), (140, 1, 3, 130, 0)), ((0, 0), (0, 0)))
 # In the place of the log of no sum.
 _NONE = -1e4
 
@@ -42,6 +44,8 @@ def attentions(dtypes: Sequence[torch.dtype], device: str) -> Iterator[tuple[Cal
                 here = Call.of("attention", *attention_call(q, q if masked else None, window, str(scheme)))
                 call = replace(here, device=device)
                 yield call, partial(_cases, scheme, dtype, masked=masked, window=window)
+                if not masked:
+                    yield replace(call, op="varlen_attention"), partial(_packed, scheme, dtype, window=window)
 
 
 def _cases(scheme: Scheme, dtype: torch.dtype, *, masked: bool, window: int) -> Iterator[Case]:
@@ -58,6 +62,31 @@ def _cases(scheme: Scheme, dtype: torch.dtype, *, masked: bool, window: int) -> 
             arguments = (q, k, v, mask, causal, window, _D**-0.5, str(scheme), "checked", cos, sin)
             turned = roped(q, cos, sin), roped(k, cos, sin), v
             yield Case(told, arguments, _wanted(*turned, Seen(mask, causal, window), scheme), read=_told)
+
+
+def _packed(scheme: Scheme, dtype: torch.dtype, *, window: int) -> Iterator[Case]:
+    heads, groups = 4, 2
+    for lengths in _LENGTHS:
+        tokens = list(map(sum, lengths))
+        shapes = ((tokens[0], heads, _D), *2 * [(tokens[1], groups, _D)])
+        q, k, v = (sample(shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes))
+        ends = [torch.tensor([0, *each]).cumsum(0).to(torch.int32) for each in lengths]
+        for causal in (True,) if window else (False, True):
+            wanted: list[list[Tensor]] = [[], [], [], []]
+            of_each = [x.split(each) for x, each in zip((q, k, v), (*lengths, lengths[1]), strict=True)]
+            for each in zip(*of_each, strict=True):
+                alone = (x.transpose(0, 1).unsqueeze(0) for x in each)
+                out, sums = _wanted(*alone, Seen(None, causal, window), scheme)
+                bounds = out.bound, sums.bound
+                assert bounds[0] is not None
+                assert bounds[1] is not None
+                parts = (out.value, bounds[0], sums.value, bounds[1])
+                for of_all, part in zip(wanted, parts, strict=True):
+                    of_all.append(part[0].movedim(1, 0))
+            value, bound, total, near = (torch.cat(each) for each in wanted)
+            arguments = (q, k, v, *ends, *map(max, lengths), causal, window, _D**-0.5, str(scheme), "checked")
+            expected = Wanted(value, dtype, bound), Wanted(total.T, torch.float32, near.T)
+            yield Case(f"lengths {lengths}, {causal=}", arguments, expected, read=_told)
 
 
 def _told(found: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

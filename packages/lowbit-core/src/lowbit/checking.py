@@ -238,7 +238,7 @@ def _check(kernel: Kernel, call: Call, case: Case) -> None:
 
 def _outputs(result: Any, call: Call, given: Sequence[Tensor]) -> Sequence[Tensor]:
     """What the kernel returned, as the operator's schema promises it: tensors of their own, without gaps."""
-    several = call.op.startswith("quantize") or call.op in {"attention", "pad_groups"}
+    several = call.op.startswith("quantize") or call.op in {"attention", "varlen_attention", "pad_groups"}
     found: Sequence[Any] = result if several else [result]
     if not isinstance(found, (list, tuple)) or not all(isinstance(part, Tensor) for part in found):
         raise _FaultError(f"returns {type(result).__name__}; needed is {'tensors' if several else 'a tensor'}")

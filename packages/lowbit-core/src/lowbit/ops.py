@@ -10,6 +10,7 @@ rows.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from lowbit.experts import by_expert
 from lowbit.format import Format
 from lowbit.groups import check_groups, one_format, padded_rows
 from lowbit.numerics import data_shape
+from lowbit.varlen import varlen_selection
+from lowbit.varlen_attending import gradients_varlen, rounded_varlen
 
 SCALES = {"scale": "format", "a_scale": "a_format", "b_scale": "b_format"}
 """Names of arguments that may come as the bytes of an e8m0 scale, and of the format each belongs to."""
@@ -90,6 +93,12 @@ _SCHEMAS = {
         "(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, int window, float softmax_scale, str scheme, "
         "str prefer, Tensor? cos=None, Tensor? sin=None) -> (Tensor, Tensor)"
     ),
+    # q (tokens, H, D), k and v (tokens, G, D) of sequences that begin at cu (B + 1,) int32 -> like q, and (H, tokens)
+    "varlen_attention": (
+        "(Tensor q, Tensor k, Tensor v, Tensor cu_q, Tensor cu_k, SymInt max_q, SymInt max_k, bool causal, int window, "
+        "float softmax_scale, str scheme, str prefer) "
+        "-> (Tensor, Tensor)"
+    ),
     # ids (..), weight (V, D) -> (.., D)
     "embedding": f"(Tensor ids, {_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
     # ids (M,), offsets (B,) of bags, or (B + 1,) with the end of the last, weights (M,), weight (V, D) -> (B, D)
@@ -133,8 +142,9 @@ def call_of(
 ) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None, *tuple[str, ...]]:
     """What decides on the kernel for these arguments of an op, as `Call.of` takes it after the op's name."""
     first = args[0]
-    if op == "attention":
-        return attention_call(first, args[3], args[5], args[7])
+    if op.endswith("attention"):
+        mask, window, scheme = (args[3], args[5], args[7]) if op == "attention" else (None, args[8], args[10])
+        return attention_call(first, mask, window, scheme)
     if (at := _FORMAT_AT.get(op)) is not None:
         # Of groups rows may have none, and columns one.
         fmt = (args[at] if args[at] is not None else one_format(args[at + 1])) if at else ""
@@ -164,9 +174,15 @@ def _attention(*args: Any) -> Any:
     return without_autocast(selection(q, mask, window, scheme, prefer).kernel.run, q.device.type, *args)
 
 
+def _varlen_attention(q: Tensor, *args: Any) -> Any:
+    *_, window, _, scheme, prefer = args
+    chosen = varlen_selection(q, window, scheme, prefer).kernel
+    return without_autocast(chosen.run, q.device.type, q, *args)
+
+
 def _implementation(op: str) -> Callable[..., Any]:
-    if op == "attention":
-        return _attention
+    if op.endswith("attention"):
+        return _attention if op == "attention" else _varlen_attention
     names = argument_names(getattr(torch.ops.lowbit, op).default)
     scales = [(names.index(scale), names.index(fmt)) for scale, fmt in SCALES.items() if scale in names]
 
@@ -309,6 +325,12 @@ def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _varlen_attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    del rest
+    sums = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), sums
+
+
 def _embedding_fake(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
 
@@ -405,6 +427,31 @@ def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
     return (*found, *(None,) * 8)
 
 
+def _varlen_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *ends = inputs[:7]
+    ctx.lengths, ctx.of_keys = ends[2:], k.shape
+    ctx.causal, ctx.window, ctx.scale, scheme, _ = inputs[7:]
+    ctx.mark_non_differentiable(output[1])
+    ctx.scheme = Scheme.parse(scheme)
+    parts = rounded_varlen(q, k, v, *ends, ctx.scheme)
+    ctx.save_for_backward(*ends[:2], *output, *(part for each in parts for of in each for part in of))
+
+
+def _varlen_attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    cu_q, cu_k, out, sums, *saved = ctx.saved_tensors
+    of_each = iter(saved)
+    counts = 2, 2, 1 if ctx.scheme.v is None else 2
+    size = sum(counts)
+    parts = [[list(islice(of_each, count)) for count in counts] for _ in range(len(saved) // size)]
+    found = gradients_varlen(
+        *(grad, out, sums, ctx.of_keys, cu_q, cu_k, *ctx.lengths, parts, ctx.scheme),
+        causal=ctx.causal,
+        window=ctx.window,
+        scale=ctx.scale,
+    )
+    return (*found, *(None,) * 9)
+
+
 _FAKES: dict[str, Callable[..., Any]] = {
     "quantize": _quantize_fake,
     "quantize_blocked": _quantize_blocked_fake,
@@ -418,6 +465,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "scaled_grouped_mm_k": _scaled_grouped_mm_k_fake,
     "grouped_mm": _grouped_mm_fake,
     "attention": _attention_fake,
+    "varlen_attention": _varlen_attention_fake,
     "embedding": _embedding_fake,
     "embedding_bag": _embedding_bag_fake,
     "pad_groups": _pad_groups_fake,
@@ -432,6 +480,7 @@ for _name, _fake in _FAKES.items():
     torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "attention": (_attention_backward, _attention_context),
+    "varlen_attention": (_varlen_attention_backward, _varlen_attention_context),
     "linear": (_linear_backward, _linear_context),
     "grouped_mm": (_grouped_mm_backward, _grouped_mm_context),
     "pad_groups": (_pad_groups_backward, _pad_groups_context),

@@ -25,6 +25,7 @@ from lowbit.hadamard import Rotation
 from lowbit.numerics import Scales, choose_scale, data_shape, decode, encode, total_scale
 from lowbit.packing import unpack
 from lowbit.philox import offset_seed
+from lowbit.varlen_attending import attend_varlen
 
 if TYPE_CHECKING:
     from lowbit.tensor import QuantizedTensor
@@ -457,6 +458,7 @@ class Reference:
             "scaled_grouped_mm_k": _scaled_grouped_mm,
             "grouped_mm": _grouped_mm,
             "attention": attend,
+            "varlen_attention": attend_varlen,
             "embedding": _embedding,
             "embedding_bag": _embedding_bag,
             "quantize_blocked": _quantize_blocked,
