@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.attending import laid_out_as
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit_kernels_cuda import plain_attention
@@ -68,12 +69,15 @@ def run(
     with torch.cuda.device_of(q):
         if not (q.numel() and keys):
             return _nothing(q, q.shape[:3])
-        q, k = plain_attention.turned(q, k, cos, sin)
-        if not _codes(prefer, queries, keys):
-            return plain_attention.attend(q, k, v, mask, scale, causal=causal, window=window)
-        kernel = _kernel()
-        of_q, of_k = kernel.Sequences(batch, queries), kernel.Sequences(batch, keys)
-        return kernel.attend(q, k, v, of_q, of_k, kernel.Seen(mask, causal, window), scale, Scheme.parse(scheme))
+        given = plain_attention.turned(q, k, cos, sin)
+        if _codes(prefer, queries, keys):
+            kernel = _kernel()
+            of_q, of_k = kernel.Sequences(batch, queries), kernel.Sequences(batch, keys)
+            seen = kernel.Seen(mask, causal, window)
+            out, sums = kernel.attend(*given, v, of_q, of_k, seen, scale, Scheme.parse(scheme))
+        else:
+            out, sums = plain_attention.attend(*given, v, mask, scale, causal=causal, window=window)
+        return laid_out_as(out, q), sums
 
 
 def run_varlen(
@@ -105,7 +109,7 @@ def run_varlen(
 
 def _nothing(q: Tensor, sums: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """What queries get that see nothing."""
-    return q.new_zeros(q.shape), torch.full(sums, -torch.inf, device=q.device)
+    return torch.zeros_like(q), torch.full(sums, -torch.inf, device=q.device)
 
 
 def _kernel() -> Any:

@@ -7,6 +7,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from lowbit.attending import laid_out_as
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit.format import WHOLE
@@ -64,13 +65,15 @@ def run(
     with torch.cuda.device_of(q):
         if not prefer and min(queries, keys) < _least(parsed) and q.numel() and keys:
             return plain(q, k, v, scale, cos, sin, causal=causal)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        sums = torch.empty(q.shape[:3], device=q.device)
+        out, sums = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
         if not (q.numel() and keys):
             return out.zero_(), sums.fill_(-torch.inf)
         made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, parsed, cos, sin)
-        import_module("lowbit_kernels_cuda.hopper_attention").attend(made, out, sums, scale, causal=causal)
-        return out, sums
+        # Heads lie beside one another in a token, or tokens in a head.
+        simple = out.is_contiguous() or out.transpose(1, 2).is_contiguous()
+        to = out if simple else out.contiguous()
+        import_module("lowbit_kernels_cuda.hopper_attention").attend(made, to, sums, scale, causal=causal)
+        return out if simple else out.copy_(to), sums
 
 
 def plain(
@@ -85,11 +88,12 @@ def plain(
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Attention in q's dtype, by cuDNN where it sees the same, and the log of its sums."""
-    queries, keys = q.shape[2], k.shape[2]
+    queries, keys, given = q.shape[2], k.shape[2], q
     q, k = plain_attention.turned(q, k, cos, sin)
     # CuDNN's causal queries are the first tokens, not the last.
     if window or (causal and queries not in (keys, 1)):
-        return plain_attention.attend(q, k, v, None, scale, causal=causal, window=window)
+        out, sums = plain_attention.attend(q, k, v, None, scale, causal=causal, window=window)
+        return laid_out_as(out, given), sums
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001 - only operators give sums
     out, sums, *_ = attend(q, k, v, None, True, 0.0, causal and queries > 1, False, scale=scale)
-    return out.contiguous(), sums.reshape(q.shape[:3])
+    return laid_out_as(out, given), sums.reshape(q.shape[:3])

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lowbit.attending import laid_out_as
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit.format import WHOLE
@@ -86,4 +87,4 @@ def run(
     if causal and queries > keys:
         # Of queries that see nothing.
         sums = sums.masked_fill(sums == torch.inf, -torch.inf)
-    return out.transpose(1, 2).contiguous(), sums
+    return laid_out_as(out.transpose(1, 2), q), sums

@@ -43,7 +43,10 @@ _CACHE = 24 << 20
 
 
 def attend(made: Rounded, out: Tensor, sums: Tensor, scale: float, *, causal: bool) -> None:
-    """Write attention (B, H, S, D) of rounded heads and the log of its sums (B, H, S), both contiguous."""
+    """Write attention (B, H, S, D) of rounded heads, and the log of its sums (B, H, S), contiguous.
+
+    The result is contiguous, or (B, S, H, D) transposed.
+    """
     batch, heads, queries, d = out.shape
     keys, group = made.keys, batch * heads // len(made.k)
     tiles = batch * heads * triton.cdiv(queries, TOKENS)
@@ -54,7 +57,8 @@ def attend(made: Rounded, out: Tensor, sums: Tensor, scale: float, *, causal: bo
         described(made.k.view(-1, d), TOKENS, d),
         described(made.v.view(-1, made.v.shape[2]), d, TOKENS),
         *(made.q_scale, made.k_scale, made.v_power, out, sums, scale * math.log2(math.e)),
-        *(batch * heads, group, queries, keys, tiles, together),
+        *(batch * heads, group, queries, keys, tiles, together, heads),
+        TOKENS_FIRST=not out.is_contiguous(),
         CAUSAL=causal,
         INTEGER=made.q.dtype == torch.int8,
         D=d,
@@ -63,7 +67,7 @@ def attend(made: Rounded, out: Tensor, sums: Tensor, scale: float, *, causal: bo
     )
 
 
-@gluon.jit(do_not_specialize=["queries", "keys", "tiles", "together"])
+@gluon.jit(do_not_specialize=["queries", "keys", "tiles", "together", "each"])
 def attention_wgmma(
     q,
     k,
@@ -80,6 +84,8 @@ def attention_wgmma(
     keys,
     tiles,
     together,
+    each,
+    TOKENS_FIRST: gl.constexpr,
     CAUSAL: gl.constexpr,
     INTEGER: gl.constexpr,
     D: gl.constexpr,
@@ -95,11 +101,11 @@ def attention_wgmma(
     v_full, v_free = _barriers(STAGES, 1), _barriers(STAGES, 2)
     shared = of_q, of_k, of_v, q_full, q_free, k_full, k_free, v_full, v_free
     size = heads, group, queries, keys, tiles, together
-    scales, to = (q_scale, k_scale, v_power, factor), (out, sums)
+    scales, to = (q_scale, k_scale, v_power, factor), (out, sums, each)
     gl.warp_specialize(
         [
-            (_attend, (shared, scales, to, size, CAUSAL, INTEGER, D, STAGES, 0)),
-            (_attend, (shared, scales, to, size, CAUSAL, INTEGER, D, STAGES, 1)),
+            (_attend, (shared, scales, to, size, TOKENS_FIRST, CAUSAL, INTEGER, D, STAGES, 0)),
+            (_attend, (shared, scales, to, size, TOKENS_FIRST, CAUSAL, INTEGER, D, STAGES, 1)),
             (_bring, (q, k, v, shared, size, CAUSAL, D, STAGES)),
         ],
         [4, 1],
@@ -167,6 +173,7 @@ def _attend(
     scales,
     to,
     size,
+    TOKENS_FIRST: gl.constexpr,
     CAUSAL: gl.constexpr,
     INTEGER: gl.constexpr,
     D: gl.constexpr,
@@ -233,7 +240,7 @@ def _attend(
             mbarrier.arrive(v_free.index(at % STAGES), count=1)
             at += 1
             done += 1
-            _write(acc, most, total, unit, to, head, row, queries, D, SCORES, RESULT)
+            _write(acc, most, total, unit, to, head, row, queries, TOKENS_FIRST, D, SCORES, RESULT)
 
 
 @gluon.jit
@@ -325,12 +332,29 @@ def _softmax(
 
 
 @gluon.jit
-def _write(acc, most, total, unit, to, head, row, queries, D: gl.constexpr, SCORES: gl.constexpr, RESULT: gl.constexpr):
+def _write(
+    acc,
+    most,
+    total,
+    unit,
+    to,
+    head,
+    row,
+    queries,
+    TOKENS_FIRST: gl.constexpr,
+    D: gl.constexpr,
+    SCORES: gl.constexpr,
+    RESULT: gl.constexpr,
+):
     """Results over sums, zeros where nothing was seen, and the natural log of sums."""
-    out, sums = to
+    out, sums, each = to
     rows = row + gl.arange(0, SIDE, gl.SliceLayout(1, RESULT))
     less = gl.convert_layout(gl.where(total == 0, 0.0, gl.exp2(unit) / total), gl.SliceLayout(1, RESULT))
-    place = (head * queries + rows).to(gl.int64)[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, RESULT))[None, :]
+    if TOKENS_FIRST:
+        at = ((head // each).to(gl.int64) * queries + rows) * each + head % each
+    else:
+        at = head.to(gl.int64) * queries + rows
+    place = at[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, RESULT))[None, :]
     gl.store(out + place, (acc * less[:, None]).to(out.dtype.element_ty), (rows < queries)[:, None])
     rows = row + gl.arange(0, SIDE, gl.SliceLayout(1, SCORES))
     gl.store(sums + head * queries + rows, (most - _SHIFT + gl.log2(total)) * _LN2, rows < queries)

@@ -20,7 +20,7 @@ _ops: Any = torch.ops.aten
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, *, causal: bool, window: int
 ) -> tuple[Tensor, Tensor]:
-    """Attention like q, contiguous, and the log of its sums; see `lowbit.attention`. There are queries and keys."""
+    """Attention like q, in any strides, and the log of its sums; see `lowbit.attention`. There are queries and keys."""
     (*_, queries, d), keys = q.shape, k.shape[2]
     # Kernels take channels in eights.
     q, k, v = _padded(q), _padded(k), _padded(v)
@@ -37,7 +37,7 @@ def attend(
         out, sums = _fused(q, k, v, bias.expand(*q.shape[:3], keys), scale, causal=False)
         nothing = (bias == -torch.inf).all(-1)
         out, sums = out.masked_fill(nothing.unsqueeze(-1), 0.0), sums.masked_fill(nothing, -torch.inf)
-    return out[..., :d].contiguous(), sums
+    return out[..., :d], sums
 
 
 def attend_varlen(

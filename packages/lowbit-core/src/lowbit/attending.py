@@ -86,6 +86,12 @@ def roped(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     return torch.cat([low * c - high * s, high * c + low * s], -1)
 
 
+def laid_out_as(x: Tensor, q: Tensor) -> Tensor:
+    """`x`, or a copy of it, in the strides that the operator's results have: heads and tokens lie as they do in q."""
+    made = torch.empty_like(q)
+    return x if x.stride() == made.stride() else made.copy_(x)
+
+
 def rounded(
     q: Tensor, k: Tensor, v: Tensor, scheme: Scheme, cos: Tensor | None = None, sin: Tensor | None = None
 ) -> list[list[Tensor]]:
@@ -143,7 +149,9 @@ def attend(
     """The reference of the operator `attention`: the result, and `log sum exp s` (B, H, S) in float32."""
     del prefer
     how = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    return attend_rounded(rounded(q, k, v, how, cos, sin), how, Seen(mask, causal, window), scale, q.dtype)
+    parts, seen = rounded(q, k, v, how, cos, sin), Seen(mask, causal, window)
+    out, sums = attend_rounded(parts, how, seen, scale, q.dtype)
+    return torch.empty_like(q).copy_(out), sums
 
 
 def attend_rounded(

@@ -322,7 +322,7 @@ def _unpad_groups_fake(x: Tensor, offs: Tensor, align: int, rows: int) -> Tensor
 
 def _attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     del rest
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _varlen_attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
