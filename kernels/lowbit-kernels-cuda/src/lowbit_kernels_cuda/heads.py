@@ -207,14 +207,14 @@ def _keep(
     _, by = _scale(low, high, SPEC)
     rows = head.to(tl.int64) * blocks * BLOCK + block * BLOCK + tl.arange(0, BLOCK)
     place = codes + rows[:, None] * D + tl.arange(0, D // 2)[None, :]
-    tl.store(place, nearest_code(low, by, SPEC).to(codes.dtype.element_ty, bitcast=True))
-    tl.store(place + D // 2, nearest_code(high, by, SPEC).to(codes.dtype.element_ty, bitcast=True))
+    tl.store(place, _code(low, by, SPEC).to(codes.dtype.element_ty, bitcast=True))
+    tl.store(place + D // 2, _code(high, by, SPEC).to(codes.dtype.element_ty, bitcast=True))
     # Products of zeros are zeros by any scale, and the smaller it is, the more exactly: see `_CENTRE` of the products.
     tl.store(scale + head * blocks + block, tl.where(_largest(low, high) == 0, _OF_ZEROS, by))
 
 
 @triton.jit
-def nearest_code(x, by, SPEC: tl.constexpr):
+def _code(x, by, SPEC: tl.constexpr):
     """The bytes of the nearest codes, the largest for what is beyond."""
     x = tl.div_rn(x, tl.zeros_like(x) + by)
     if SPEC.element.kind == "int":
@@ -232,8 +232,8 @@ def _keep_values(low, high, codes, power, head, block, blocks, D: tl.constexpr, 
     """Codes of values, tokens last, and the power of two that is their scale."""
     stored, by = _scale(low, high, SPEC)
     place = codes.to(tl.pointer_type(tl.uint8)) + head.to(tl.int64) * D * blocks * BLOCK + block * BLOCK
-    _store_values(nearest_code(low, by, SPEC), place, blocks, D)
-    _store_values(nearest_code(high, by, SPEC), place + D // 2 * blocks * BLOCK, blocks, D)
+    _store_values(_code(low, by, SPEC), place, blocks, D)
+    _store_values(_code(high, by, SPEC), place + D // 2 * blocks * BLOCK, blocks, D)
     tl.store(power + head * blocks + block, tl.where(by == by, stored.to(tl.float32) - 127.0, by))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.attention import MODE, SAMPLE, Scheme
-from lowbit.format import Format
+from lowbit.format import WHOLE, Format
 from lowbit.hadamard import hadamard
 from lowbit.numerics import Scales, choose_scale, decode, encode
 
@@ -85,7 +85,16 @@ def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme) -> list[list[Tensor
         q, k = rotated(q), rotated(k)
     if scheme.rotate_v:
         values = rotated(v.float()).to(v.dtype if scheme.v is None else torch.float32)
-    return [_parts(q, scheme.qk), _parts(k, scheme.qk), _parts(values, scheme.v)]
+    return [_parts_of_queries(q, scheme.qk, k.shape[1]), _parts(k, scheme.qk), _parts(values, scheme.v)]
+
+
+def _parts_of_queries(q: Tensor, fmt: Format, groups: int) -> list[Tensor]:
+    """Parts of queries (B, H, S, D), of which one scale for all tokens is that of all heads that share keys."""
+    if fmt.block[0] != WHOLE:
+        return _parts(q, fmt)
+    (batch, heads, queries, d), each = q.shape, q.shape[1] // groups
+    codes, scale = _parts(q.reshape(batch, groups, each * queries, d), fmt)
+    return [codes.view(batch, heads, queries, codes.shape[-1]), scale.repeat_interleave(each, 1)]
 
 
 def _parts(x: Tensor, fmt: Format | None) -> list[Tensor]:
