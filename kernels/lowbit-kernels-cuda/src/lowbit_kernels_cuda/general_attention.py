@@ -46,11 +46,13 @@ class Tile:
     stages: int
 
 
-def tile(d: int, *, plain: bool) -> Tile:
-    """The tile for codes of so many channels and plain values or rounded: measured on Hopper, and small enough for all."""
+def tile(d: int, *, plain: bool, masked: bool) -> Tile:
+    """The tile for codes of so many channels and plain values or rounded: measured on Hopper; it fits all GPUs."""
+    warps, stages = (4, 3) if d <= 128 else (8, 2)
     if plain:
-        return Tile(128, 64, 4, 3) if d <= 128 else Tile(128, 64, 8, 2)
-    return Tile(64, 128, 4, 3) if d <= 128 else Tile(64, 128, 8, 2)
+        return Tile(128, 64, warps, stages)
+    # Of a mask some blocks are in shared memory, too.
+    return Tile(64, 64 if masked else 128, warps, stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,7 @@ def attend(
     out = torch.empty(shape, dtype=kind, device=q.device)
     out = out if of_q.cu is None else out.transpose(1, 2)
     sums = torch.empty(q.shape[:3], device=q.device)
-    made, how = rounded(q, k, v, scheme, of_q, of_k), tile(wide, plain=scheme.v is None)
+    made, how = rounded(q, k, v, scheme, of_q, of_k), tile(wide, plain=scheme.v is None, masked=seen.mask is not None)
     # Of codes that are multiplied as bytes nothing is moved.
     integer, native = scheme.qk.element.kind == "int", spec(_E4M3, MODE, q.device).convert != ""
     lift = 1.0 if native else _LIFT
