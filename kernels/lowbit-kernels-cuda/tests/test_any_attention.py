@@ -32,6 +32,11 @@ def drawn(*shape, seed, device="cpu", dtype=HALF):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
+def near(scheme):
+    """What sums may be off by: a code may be the next one in a rotation, and tensor cores lose bits of e4m3."""
+    return 1e-2 if ALL[scheme].rotate_qk else 5e-3 if ALL[scheme].qk.element.kind == "float" else 1e-3
+
+
 def operands(device, dtype, h, g, queries, keys, d):
     """Heads of a token lie side by side."""
     shapes = (queries, h), (keys, g), (keys, g)
@@ -95,7 +100,7 @@ def test_products_are_those_of_the_reference(device, scheme, dtype, h, g, querie
     assert sqnr(expected, found) > 40
     seen = of.isfinite()
     assert torch.equal(seen, sums.isfinite())
-    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=1e-2 if ALL[scheme].rotate_qk else 1e-3)
+    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=near(scheme))
     assert not found[~seen].any()
 
 
@@ -116,7 +121,7 @@ def test_heads_are_rounded_as_the_reference_rounds_them(device, scheme):
         # Sums of a rotation have another order, and a few results are on the other side of a line between codes.
         turned = how.rotate_v if values else how.rotate_qk
         assert (data[:, :, :tokens, :width].float() != parts[0].float()).float().mean() <= (0.001 if turned else 0.0)
-        scale = codes.scale.view(heads, 2, -1, 1).transpose(0, 1)
+        scale = codes.scale.repeat_interleave(heads // len(codes.scale), 0).view(heads, 2, -1, 1).transpose(0, 1)
         torch.testing.assert_close(scale, parts[1].float(), rtol=1e-5 if turned else 0.0, atol=0.0)
         assert not data[:, :, tokens:].float().any()
         assert not data[..., width:].float().any()
@@ -146,7 +151,7 @@ def test_packed_sequences_are_each_as_the_reference_has_them(device, scheme, dty
     assert sqnr(expected, found) > 40
     seen = of.isfinite()
     assert torch.equal(seen, sums.isfinite())
-    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=1e-2 if ALL[scheme].rotate_qk else 1e-3)
+    torch.testing.assert_close(sums[seen], of[seen], rtol=1e-4, atol=near(scheme))
     assert not found.transpose(0, 1)[~seen].any()
 
 

@@ -46,9 +46,13 @@ class Tile:
     stages: int
 
 
-def tile(d: int) -> Tile:
-    """The tile for codes of so many channels, whose sums have to fit registers twice: by 128 keys, and in all."""
-    return Tile(128, 64, 8, 3) if d <= 128 else Tile(64, 64, 8, 2)
+def tile(d: int, *, plain: bool, masked: bool) -> Tile:
+    """The tile for codes of so many channels and plain values or rounded: measured on Hopper; it fits all GPUs."""
+    warps, stages = (4, 3) if d <= 128 else (8, 2)
+    if plain:
+        return Tile(128, 64, warps, stages)
+    # Of a mask some blocks are in shared memory, too.
+    return Tile(64, 64 if masked else 128, warps, stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,7 @@ def attend(
     out = torch.empty(shape, dtype=kind, device=q.device)
     out = out if of_q.cu is None else out.transpose(1, 2)
     sums = torch.empty(q.shape[:3], device=q.device)
-    made, how = rounded(q, k, v, scheme, of_q, of_k), tile(wide)
+    made, how = rounded(q, k, v, scheme, of_q, of_k), tile(wide, plain=scheme.v is None, masked=seen.mask is not None)
     # Of codes that are multiplied as bytes nothing is moved.
     integer, native = scheme.qk.element.kind == "int", spec(_E4M3, MODE, q.device).convert != ""
     lift = 1.0 if native else _LIFT
@@ -193,7 +197,7 @@ def attend_codes(
     place = (head.to(tl.int64) * q_blocks + block) * BLOCK + part * QUERIES + tl.arange(0, QUERIES)
     query = tl.load(q + place[:, None] * D + channel[None, :])
     if Q_WHOLE:
-        by = tl.load(q_scale + head * count + sequence) * tl.load(k_scale + of * count + sequence) * factor
+        by = tl.load(q_scale + of * count + sequence) * tl.load(k_scale + of * count + sequence) * factor
     else:
         by = tl.load(q_scale + head * q_blocks + block) * factor
     # Keys of the sequence.
@@ -300,7 +304,8 @@ def _weights(p, NATIVE: tl.constexpr, SPEC: tl.constexpr):
     if NATIVE:
         value = p.to(tl.float8e4nv)
     else:
-        value = _half(encode_float(p, 0.0, SPEC.element, False))
+        ELEMENT: tl.constexpr = SPEC.element
+        value = _half(encode_float(p, 0.0, ELEMENT, False))
     return value
 
 

@@ -21,14 +21,15 @@ from torch import Tensor
 from lowbit.attention import MODE, SAMPLE, TOKENS, Scheme
 from lowbit.format import WHOLE, Format
 from lowbit.hadamard import hadamard
-from lowbit_kernels_cuda.codes import to_float32
-from lowbit_kernels_cuda.heads import nearest_code
-from lowbit_kernels_cuda.scaling import magnitude, raw, scale_of_amax, spec
+from lowbit_kernels_cuda.codes import encode_float, to_float32
+from lowbit_kernels_cuda.scaling import divide, divisor_of, magnitude, raw, scale_of_amax, spec
 
 BLOCK = tl.constexpr(TOKENS)
 _SAMPLE = tl.constexpr(SAMPLE)
-# Channels that are multiplied by a Hadamard matrix at a time.
-_PART = 64
+# 1.5 * 2^23: around it float32 has integers alone, whose last bits are those of the number added to it.
+_CENTRE = tl.constexpr(12582912.0)
+# Channels that are multiplied by a Hadamard matrix at a time, so that shared memory suffices.
+_PART = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ class Codes:
     """Codes of heads and their scales, in float32.
 
     `data` is (heads, 128 * blocks, D'), or of values (heads, D', 128 * blocks), with D' a power of two and zeros beyond
-    the channels and tokens that there are; `scale` (heads, blocks), or (heads, sequences) if a head has one alone.
+    the channels and tokens that there are; `scale` (heads, blocks), or (heads, sequences) if a head has one alone, of
+    queries all heads that share keys.
     """
 
     data: Tensor
@@ -81,7 +83,7 @@ def channels(d: int) -> int:
 def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme, of_q: Sequences, of_k: Sequences) -> Heads:
     """Queries, keys and values (sequences, heads, tokens, D) as a scheme has them; with `cu`, of one sequence."""
     turn = _matrix(q.shape[3], channels(q.shape[3]), q.device) if scheme.rotate_qk else None
-    made_q = _codes(q, scheme.qk, of_q, None, turn)
+    made_q = _codes(q, scheme.qk, of_q, None, turn, together=q.shape[1] // k.shape[1])
     made_k = _codes(k, scheme.qk, of_k, _means(k, of_k) if scheme.smooth else None, turn)
     turn = _matrix(v.shape[3], channels(v.shape[3]), v.device) if scheme.rotate_v else None
     if scheme.v is not None:
@@ -93,28 +95,37 @@ def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme, of_q: Sequences, of
 
 
 def _codes(
-    x: Tensor, fmt: Format, of: Sequences, mean: Tensor | None, turn: Tensor | None, *, values: bool = False
+    x: Tensor,
+    fmt: Format,
+    of: Sequences,
+    mean: Tensor | None,
+    turn: Tensor | None,
+    *,
+    together: int = 1,
+    values: bool = False,
 ) -> Codes:
     heads, d, whole = x.shape[1], channels(x.shape[3]), fmt.block[0] == WHOLE
     size = (d, of.blocks * TOKENS) if values else (of.blocks * TOKENS, d)
     made = Codes(
         torch.empty(heads, *size, dtype=fmt.element.storage, device=x.device),
-        torch.empty(heads, of.count if whole else of.blocks, device=x.device),
+        torch.empty((heads // together, of.count) if whole else (heads, of.blocks), device=x.device),
     )
-    most = torch.zeros(heads, of.count, dtype=torch.int32, device=x.device) if whole else None
+    most = torch.zeros_like(made.scale, dtype=torch.int32) if whole else None
     kernel: Any = _round
     # The largest of a head is found before what depends on it.
     for find in (True, False) if whole else (False,):
         kernel[(of.blocks, heads)](
-            *(raw(x), raw(made.data), made.scale, most, mean, turn, of.cu, *x.stride(), of.count, of.tokens),
+            *(raw(x), raw(made.data), made.scale, most, mean, turn, of.cu, *x.stride(), of.count, of.tokens, together),
             COUNT=of.places,
             WIDTH=x.shape[3],
             D=d,
             PART=min(d, _PART),
-            SPEC=spec(fmt, MODE, x.device),
+            SPEC=spec(fmt, MODE, x.device if x.device.type == "cuda" else None),
             FIND=find,
             VALUES=values,
             num_warps=8,
+            num_stages=1,
+            enable_fp_fusion=False,
         )
     return made
 
@@ -219,6 +230,7 @@ def _round(
     of_channel,
     count,
     tokens,
+    together,
     COUNT: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
@@ -229,7 +241,8 @@ def _round(
 ):
     """A program a block of 128 tokens of a head.
 
-    `most` has the bits of heads' largest magnitudes, which a launch with FIND finds, or is None: scales of blocks.
+    `most` has the bits of heads' largest magnitudes, so many heads `together`, which a launch with FIND finds, or is
+    None: scales of blocks.
     """
     at, head = tl.program_id(0), tl.program_id(1)
     sequence, start, length, before = block_of(at, cu, count, tokens, COUNT)
@@ -256,7 +269,7 @@ def _round(
     largest = tl.max(tl.max(magnitude(value), 1), 0)
     place = scale + head * tl.num_programs(0) + at
     if most is not None:
-        place = head * count + sequence
+        place = head // together * count + sequence
         if FIND:
             tl.atomic_max(most + place, largest)
             return
@@ -264,7 +277,9 @@ def _round(
         place = scale + place
     _, by = scale_of_amax(largest.to(tl.float32, bitcast=True), 1.0, SPEC, "")
     tl.store(place, by)
-    code = nearest_code(value, by, SPEC).to(codes.dtype.element_ty, bitcast=True)
+    CORRECTIONS: tl.constexpr = 2 if SPEC.fused else -1
+    value = divide(value, divisor_of(by, SPEC, CORRECTIONS), SPEC, CORRECTIONS)
+    code = _code(value, SPEC).to(codes.dtype.element_ty, bitcast=True)
     column = tl.arange(0, D)
     row = at * BLOCK + tl.arange(0, BLOCK)
     if VALUES:
@@ -284,3 +299,17 @@ def _read(of, of_channel, mean, there, begin, WIDTH: tl.constexpr, SIZE: tl.cons
     if mean is not None:
         value = tl.where(there, value - tl.load(mean + channel)[None, :], 0.0)
     return value
+
+
+@triton.jit
+def _code(x, SPEC: tl.constexpr):
+    """The nearest codes, the largest for what is beyond, as bytes."""
+    ELEMENT: tl.constexpr = SPEC.element
+    if ELEMENT.kind == "int":
+        # A quotient is less than the largest code and a half, and so is its negative.
+        code = (tl.minimum(x, ELEMENT.max) + _CENTRE).to(tl.int32, bitcast=True).to(tl.int8)
+    elif SPEC.convert != "":
+        code = x.to(tl.float8e4nv)
+    else:
+        code = encode_float(x, 0.0, ELEMENT, False).to(tl.uint8)
+    return code

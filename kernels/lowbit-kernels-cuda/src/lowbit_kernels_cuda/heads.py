@@ -415,13 +415,13 @@ def _store(low, high, by, place, there, D: tl.constexpr, SPEC: tl.constexpr, DO:
         tl.store(place, _code(_quotient(low, by, inverse), SPEC), there)
         tl.store(place + D // 2, _code(_quotient(high, by, inverse), SPEC), there)
     else:
-        tl.store(place, nearest_code(low, by, SPEC), there)
-        tl.store(place + D // 2, nearest_code(high, by, SPEC), there)
+        tl.store(place, _any_code(low, by, SPEC), there)
+        tl.store(place + D // 2, _any_code(high, by, SPEC), there)
 
 
 @triton.jit
-def nearest_code(x, by, SPEC: tl.constexpr):
-    """The nearest codes by any scales, as stored."""
+def _any_code(x, by, SPEC: tl.constexpr):
+    """The nearest codes by any scale, as stored."""
     CORRECTIONS: tl.constexpr = 2 if SPEC.fused else -1
     return _code(divide(x, divisor_of(by, SPEC, CORRECTIONS), SPEC, CORRECTIONS), SPEC)
 

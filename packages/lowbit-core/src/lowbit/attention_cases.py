@@ -75,14 +75,11 @@ def _packed(scheme: Scheme, dtype: torch.dtype, *, window: int) -> Iterator[Case
             wanted: list[list[Tensor]] = [[], [], [], []]
             of_each = [x.split(each) for x, each in zip((q, k, v), (*lengths, lengths[1]), strict=True)]
             for each in zip(*of_each, strict=True):
-                alone = (x.transpose(0, 1).unsqueeze(0) for x in each)
-                out, sums = _wanted(*alone, Seen(None, causal, window), scheme)
-                bounds = out.bound, sums.bound
-                assert bounds[0] is not None
-                assert bounds[1] is not None
-                parts = (out.value, bounds[0], sums.value, bounds[1])
-                for of_all, part in zip(wanted, parts, strict=True):
-                    of_all.append(part[0].movedim(1, 0))
+                one, two, three = (x.transpose(0, 1).unsqueeze(0) for x in each)
+                for i, told in enumerate(_wanted(one, two, three, Seen(None, causal, window), scheme)):
+                    assert told.bound is not None
+                    wanted[2 * i].append(told.value[0].transpose(0, 1))
+                    wanted[2 * i + 1].append(told.bound[0].transpose(0, 1))
             value, bound, total, near = (torch.cat(each) for each in wanted)
             arguments = (q, k, v, *ends, *map(max, lengths), causal, window, _D**-0.5, str(scheme), "checked")
             expected = Wanted(value, dtype, bound), Wanted(total.T, torch.float32, near.T)

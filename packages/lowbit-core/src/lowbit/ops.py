@@ -428,13 +428,11 @@ def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
 
 
 def _varlen_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, *ends = inputs[:7]
-    ctx.lengths, ctx.of_keys = ends[2:], k.shape
-    ctx.causal, ctx.window, ctx.scale, scheme, _ = inputs[7:]
+    q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.window, ctx.scale, scheme, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.scheme = Scheme.parse(scheme)
-    parts = rounded_varlen(q, k, v, *ends, ctx.scheme)
-    ctx.save_for_backward(*ends[:2], *output, *(part for each in parts for of in each for part in of))
+    ctx.scheme, ctx.of_keys = Scheme.parse(scheme), k.shape
+    parts = rounded_varlen(q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.scheme)
+    ctx.save_for_backward(cu_q, cu_k, *output, *(part for each in parts for of in each for part in of))
 
 
 def _varlen_attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
@@ -444,7 +442,7 @@ def _varlen_attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...
     size = sum(counts)
     parts = [[list(islice(of_each, count)) for count in counts] for _ in range(len(saved) // size)]
     found = gradients_varlen(
-        *(grad, out, sums, ctx.of_keys, cu_q, cu_k, *ctx.lengths, parts, ctx.scheme),
+        *(grad, out, sums, ctx.of_keys, cu_q, cu_k, ctx.max_q, ctx.max_k, parts, ctx.scheme),
         causal=ctx.causal,
         window=ctx.window,
         scale=ctx.scale,

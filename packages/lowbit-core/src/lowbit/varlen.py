@@ -67,7 +67,8 @@ def _check(
             f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}"
         )
         raise FormatError(msg)
-    check_heads(*(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), None, scheme, causal=causal, window=window)
+    one, two, three = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    check_heads(one, two, three, None, scheme, causal=causal, window=window)
     for name, cu in (("cu_q", cu_q), ("cu_k", cu_k)):
         if cu.dim() != 1 or cu.dtype != torch.int32 or cu.device != q.device or cu.shape != cu_q.shape or not len(cu):
             msg = (

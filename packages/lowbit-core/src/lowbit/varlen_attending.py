@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,7 +105,8 @@ def _sequences(
 
 def _all(cu: Tensor, tokens: int, most: int) -> _Tokens:
     start, length = cu[:-1], cu.diff()
-    torch._assert_async((length <= most).all(), "a sequence is longer than max_q or max_k says")  # noqa: SLF001
+    holds: Any = torch.ops.aten._assert_async.msg  # noqa: SLF001 - no other name
+    holds((length <= most).all(), "a sequence is longer than max_q or max_k says")
     token = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
     which = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp_max(len(start) - 1)
     return _Tokens(start, length, most, which * most + (token - start[which]))
