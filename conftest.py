@@ -1,7 +1,7 @@
 """What every member's tests share, before torch and Triton are first imported.
 
-Parallel workers, which already fill the cores, keep torch to one thread each. Where there is no GPU, Triton interprets
-kernels, whichever test imports it first.
+Parallel workers, which already fill the cores, keep torch and numba to one thread each, and what they start, too. Where
+there is no GPU, Triton interprets kernels, whichever test imports it first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import shutil
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for library in ("OMP", "NUMBA"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
 if shutil.which("nvidia-smi") is None:
     os.environ["TRITON_INTERPRET"] = "1"

@@ -31,10 +31,13 @@ SETS["amx"] = SETS["avx512_bf16"] | {"amx_tile", "amx_int8", "amx_bf16"}
 HERE = [name for name, needed in SETS.items() if needed <= set(FLAGS)]
 # Of Intel's processors, those without AMX multiply pairs of bfloat16s more slowly than float32s.
 BEST = "avx512_vnni" if HERE and HERE[-1] == "avx512_bf16" and "GenuineIntel" in FLAGS else HERE[-1] if HERE else ""
+# Products of their own, and all else of the set before.
+OF_PRODUCTS = {"avx512_bf16", "amx"}
 pytestmark = pytest.mark.skipif(not library.FILE.exists(), reason="there is no library for this processor or system")
 
 CHECK = """
     import sys
+    from types import SimpleNamespace
     import torch
     from lowbit.activation import Activation
     from lowbit.testing import check_backend
@@ -46,8 +49,91 @@ CHECK = """
     # Sets differ in how they multiply, not in how they read inputs; some multiply bfloat16s as they are.
     dtypes = (torch.bfloat16,) if library.isa() in {"avx512_bf16", "amx"} else (torch.float32,)
     dtypes = (torch.float32, torch.bfloat16, torch.float16) if "best" in sys.argv else dtypes
+    if "products" in sys.argv:
+        products = tuple(kernel for kernel in backend.kernels() if kernel.op in {"linear", "grouped_mm"})
+        backend = SimpleNamespace(name="x86", probe=backend.probe, kernels=lambda: products)
     report = check_backend(backend, activations=rounded, dtypes=dtypes)
     assert all(row.runs > row.calls > 0 for row in report.rows), report
+"""
+
+
+# Scales of 1, sums below 2^24: float32 has every bit, of the largest codes and of those that are cut off.
+EXACT = """
+    import torch, lowbit
+    from lowbit_kernels_x86 import library
+    from lowbit_kernels_x86.weights import pack
+
+    x = torch.randint(-128, 128, (45, 256), generator=torch.Generator().manual_seed(0)).float()
+    x[0], x[1], x[2] = 127, -128, 1000
+    codes = x.clamp(-135, 120).long()
+    act = "static:int8:*x*:float32:zero=int8", torch.ones(1), torch.tensor([7], dtype=torch.int8)
+    for spec in ("int8:1x*:float32", "int8:16x128:float32", "int8:1x*:float32:zero=int8", "int4:1x*:float32",
+                 "uint4:1x*:float32:zero=uint4", "int2:1x*:float32", "uint1:1x*:float32:zero=uint1", "int4:1x64:float32",
+                 "uint8:1x32:float32:zero=uint8"):
+        for k in (256,) if spec in {"int4:1x64:float32", "uint8:1x32:float32:zero=uint8"} else (160, 200, 256):
+            q = lowbit.quantize(torch.randn(37, k, generator=torch.Generator().manual_seed(1)), spec)
+            q.scale.fill_(1)
+            wanted = codes[:, :k] @ q.dequantize(torch.float32).long().T
+            packed, scale, *zero = pack(q)
+            for tokens in (1, 3, 11, 45):
+                rest = *(zero or [None]), *[None] * 4, spec, 37, *act
+                found = torch.ops.lowbit_x86.linear(x[:tokens, :k].contiguous(), packed, scale, *rest)
+                assert torch.equal(found.long(), wanted[:tokens]), (spec, k, tokens)
+"""
+
+# Few tokens meet integers without being rounded: inputs far apart, all 0, too small for digits, and not finite.
+DIGITS = """
+    import torch, lowbit
+    from lowbit_kernels_x86.weights import pack
+
+    x = torch.randn(6, 4096, generator=torch.Generator().manual_seed(0))
+    x[1, 7], x[2] = 1e4, 0
+    x[3, 100], x[4] = -3e4, 1e-35
+    for spec in ("int8:1x*:float32", "int8:1x*:float32:zero=int8", "int4:1x128:bfloat16", "uint4:1x32:float32:zero=uint4",
+                 "int2:1x64:bfloat16", "uint1:1x*:float32:zero=uint1"):
+        w = torch.randn(37, 4096, generator=torch.Generator().manual_seed(1))
+        bias = torch.randn(37, generator=torch.Generator().manual_seed(2))
+        for k in (4096, 160 if "x*" in spec else 4096 - 128):
+            q = lowbit.quantize(w[:, :k].contiguous(), spec)
+            packed, scale, *zero = pack(q)
+            values = q.dequantize(torch.float32).double()
+            for first, last in ((0, 1), (1, 2), (0, 2), (1, 4), (0, 4), (4, 5), (3, 5)):
+                some = x[first:last, :k].contiguous()
+                rest = *(zero or [None]), None, None, bias, None, spec, 37, "", None, None
+                found = torch.ops.lowbit_x86.linear(some, packed, scale, *rest).double()
+                # What float32 loses of sums of so many, and what digits lose of the largest input.
+                size = some.double().abs()
+                bound = 2.0**-16 * (size @ values.abs().T + bias.double().abs())
+                bound += 2.0**-30 * size.amax(1, keepdim=True) * values.abs().sum(1)
+                error = (found - some.double() @ values.T - bias.double()).abs()
+                assert bool((error <= bound).all()), (spec, k, first, last, float((error / bound).max()))
+            some = x[:2, :k].clone()
+            some[1, 5] = float("nan")
+            found = torch.ops.lowbit_x86.linear(some, packed, scale, *rest)
+            assert bool(found[1].isnan().all()), spec
+            assert bool(found[0].isfinite().all()), spec
+"""
+
+# More scales than a vector has, with zero points, and without any, which are 0 then.
+BAGS = """
+    import torch, lowbit
+    from lowbit_kernels_x86 import library
+
+    library.isa()
+    ids, offsets = torch.arange(40).repeat(3)[:111], torch.tensor([0, 1, 1, 30])
+    for bits in range(1, 9):
+        for end in ("", ":zero=uint8", *[":zero=int8"] * (bits < 8)):
+            for group in (8, 24):
+                spec = f"uint{bits}:1x{group}:float32{end}"
+                q = lowbit.quantize(torch.randn(40, group * 35, generator=torch.Generator().manual_seed(0)), spec)
+                rows = q.dequantize(torch.float32)
+                rest = -1, False, spec, rows.shape[1], torch.float32
+                for mode in ("sum", "max"):
+                    found = torch.ops.lowbit_x86.embedding_bag(ids, offsets, None, *q.stored, mode, *rest)
+                    wanted = torch.nn.functional.embedding_bag(ids, rows.double(), offsets, mode=mode)
+                    assert bool((found - wanted).abs().amax() <= 2**-18 * wanted.abs().amax()), (spec, mode)
+                found = torch.ops.lowbit_x86.embedding(ids, *q.stored, spec, rows.shape[1], torch.float32)
+                assert torch.equal(found, rows[ids]), spec
 """
 
 
@@ -59,7 +145,10 @@ def in_process(code, isa, *arguments):
 
 @pytest.mark.parametrize("isa", HERE)
 def test_every_set_of_instructions_passes(isa):
-    done = in_process(CHECK, isa, *(["best"] if isa == BEST else []))
+    """In one process each: it takes seconds to import torch."""
+    code = [CHECK, EXACT, DIGITS, *([] if isa in OF_PRODUCTS else [BAGS])]
+    told = ["best"] if isa == BEST else ["products"] if isa in OF_PRODUCTS else []
+    done = in_process("".join(map(textwrap.dedent, code)), isa, *told)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [isa]
 
@@ -125,107 +214,6 @@ def test_numbers_too_small_for_pairs_are_kept():
     for tokens in (1, 20):
         x = torch.full((tokens, 64), 2.0**-130, dtype=torch.bfloat16)
         assert weights.run(x, parts, description, None).count_nonzero() > 0
-
-
-EXACT = """
-    import torch, lowbit
-    from lowbit_kernels_x86 import library
-    from lowbit_kernels_x86.weights import pack
-
-    x = torch.randint(-128, 128, (45, 256), generator=torch.Generator().manual_seed(0)).float()
-    x[0], x[1], x[2] = 127, -128, 1000
-    codes = x.clamp(-135, 120).long()
-    act = "static:int8:*x*:float32:zero=int8", torch.ones(1), torch.tensor([7], dtype=torch.int8)
-    for spec in ("int8:1x*:float32", "int8:16x128:float32", "int8:1x*:float32:zero=int8", "int4:1x*:float32",
-                 "uint4:1x*:float32:zero=uint4", "int2:1x*:float32", "uint1:1x*:float32:zero=uint1", "int4:1x64:float32",
-                 "uint8:1x32:float32:zero=uint8"):
-        for k in (256,) if spec in {"int4:1x64:float32", "uint8:1x32:float32:zero=uint8"} else (160, 200, 256):
-            q = lowbit.quantize(torch.randn(37, k, generator=torch.Generator().manual_seed(1)), spec)
-            q.scale.fill_(1)
-            wanted = codes[:, :k] @ q.dequantize(torch.float32).long().T
-            packed, scale, *zero = pack(q)
-            for tokens in (1, 3, 11, 45):
-                rest = *(zero or [None]), *[None] * 4, spec, 37, *act
-                found = torch.ops.lowbit_x86.linear(x[:tokens, :k].contiguous(), packed, scale, *rest)
-                assert torch.equal(found.long(), wanted[:tokens]), (spec, k, tokens)
-"""
-
-
-@pytest.mark.parametrize("isa", HERE)
-def test_products_of_integers_are_exact(isa):
-    """Scales of 1, sums below 2^24: float32 has every bit, of the largest codes and of those that are cut off."""
-    done = in_process(EXACT, isa)
-    assert done.returncode == 0, done.stderr
-
-
-DIGITS = """
-    import torch, lowbit
-    from lowbit_kernels_x86.weights import pack
-
-    x = torch.randn(6, 4096, generator=torch.Generator().manual_seed(0))
-    x[1, 7], x[2] = 1e4, 0
-    x[3, 100], x[4] = -3e4, 1e-35
-    for spec in ("int8:1x*:float32", "int8:1x*:float32:zero=int8", "int4:1x128:bfloat16", "uint4:1x32:float32:zero=uint4",
-                 "int2:1x64:bfloat16", "uint1:1x*:float32:zero=uint1"):
-        w = torch.randn(37, 4096, generator=torch.Generator().manual_seed(1))
-        bias = torch.randn(37, generator=torch.Generator().manual_seed(2))
-        for k in (4096, 160 if "x*" in spec else 4096 - 128):
-            q = lowbit.quantize(w[:, :k].contiguous(), spec)
-            packed, scale, *zero = pack(q)
-            values = q.dequantize(torch.float32).double()
-            for first, last in ((0, 1), (1, 2), (0, 2), (1, 4), (0, 4), (4, 5), (3, 5)):
-                some = x[first:last, :k].contiguous()
-                rest = *(zero or [None]), None, None, bias, None, spec, 37, "", None, None
-                found = torch.ops.lowbit_x86.linear(some, packed, scale, *rest).double()
-                # What float32 loses of sums of so many, and what digits lose of the largest input.
-                size = some.double().abs()
-                bound = 2.0**-16 * (size @ values.abs().T + bias.double().abs())
-                bound += 2.0**-30 * size.amax(1, keepdim=True) * values.abs().sum(1)
-                error = (found - some.double() @ values.T - bias.double()).abs()
-                assert bool((error <= bound).all()), (spec, k, first, last, float((error / bound).max()))
-            some = x[:2, :k].clone()
-            some[1, 5] = float("nan")
-            found = torch.ops.lowbit_x86.linear(some, packed, scale, *rest)
-            assert bool(found[1].isnan().all()), spec
-            assert bool(found[0].isfinite().all()), spec
-"""
-
-
-@pytest.mark.parametrize("isa", HERE)
-def test_few_tokens_meet_integers_without_being_rounded(isa):
-    """Inputs far apart, all 0, too small for digits, and not finite."""
-    done = in_process(DIGITS, isa)
-    assert done.returncode == 0, done.stderr
-
-
-BAGS = """
-    import torch, lowbit
-    from lowbit_kernels_x86 import library
-
-    library.isa()
-    ids, offsets = torch.arange(40).repeat(3)[:111], torch.tensor([0, 1, 1, 30])
-    for bits in range(1, 9):
-        for end in ("", ":zero=uint8", *[":zero=int8"] * (bits < 8)):
-            for group in (8, 24):
-                spec = f"uint{bits}:1x{group}:float32{end}"
-                q = lowbit.quantize(torch.randn(40, group * 35, generator=torch.Generator().manual_seed(0)), spec)
-                rows = q.dequantize(torch.float32)
-                rest = -1, False, spec, rows.shape[1], torch.float32
-                for mode in ("sum", "max"):
-                    found = torch.ops.lowbit_x86.embedding_bag(ids, offsets, None, *q.stored, mode, *rest)
-                    wanted = torch.nn.functional.embedding_bag(ids, rows.double(), offsets, mode=mode)
-                    assert bool((found - wanted).abs().amax() <= 2**-18 * wanted.abs().amax()), (spec, mode)
-                found = torch.ops.lowbit_x86.embedding(ids, *q.stored, spec, rows.shape[1], torch.float32)
-                assert torch.equal(found, rows[ids]), spec
-"""
-
-
-# The others have products of their own alone.
-@pytest.mark.parametrize("isa", [isa for isa in HERE if isa not in {"avx512_bf16", "amx"}])
-def test_bags_of_unsigned_codes_with_more_scales_than_a_vector_has(isa):
-    """With zero points, and without any, which are 0 then."""
-    done = in_process(BAGS, isa)
-    assert done.returncode == 0, done.stderr
 
 
 SPECS = [

@@ -39,15 +39,15 @@ def test_predictions_come_closer_on_other_text(kind):
         return model, divergence(model, original, other)
 
     (_, before), (model, after) = solved(GPTQ), solved(DISTILLED)
+    told = notes[-1][-1].split()
     assert after < 0.95 * before
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.head.weight is model.embed.weight
-    again, same = solved(DISTILLED)
-    assert same == after
-    told = notes[-1][-1].split()
     held = text(1)[-1]
     # What it tells is of what was held out, the head's inputs and all as the model computes them.
-    assert float(told[3]) == pytest.approx(divergence(again, original, held), rel=1e-2)
+    assert float(told[3]) == pytest.approx(divergence(model, original, held), rel=1e-2)
+    if kind == "int2":
+        assert solved(DISTILLED)[1] == after
 
 
 def test_what_is_no_better_is_not_kept(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -61,24 +63,24 @@ def layer(weight, bias):
     return module
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("weight", WEIGHTS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @through_modules
-def test_integer_products_round_once(offset, weight, activation, dtype, through):
-    x = (sample((5, K), seed=1) + offset).to(dtype)
-    bias = sample((12,), seed=2, dtype=dtype)
-    q, fmt, scales = prepare(weight, ACTIVATIONS[activation], x)
-    a, a_scale = integers(encode(x, fmt, scales), fmt, scales, K)
-    b, b_scale = integers(q.qdata, q.format, q.scales, K)
-    # Exact in int64; float64 then holds integer and scales to 2^-52, far below the result's own rounding.
-    exact = (a @ b.T).to(torch.float64) * a_scale * b_scale.T + bias.to(torch.float64)
-    half = torch.finfo(dtype).eps / 2
-    found = through(layer(q, bias))(x)
-    assert found.dtype == dtype
-    slack = 2.0**-50 * ((a @ b.T).abs() * a_scale * b_scale.T + bias.abs())
-    assert ((found.to(torch.float64) - exact).abs() <= half * (1 + 2.0**-10) * exact.abs() + slack).all()
+def test_integer_products_round_once(weight, activation, through):
+    for offset, dtype in product(OFFSETS, (torch.float32, torch.bfloat16)):
+        x = (sample((5, K), seed=1) + offset).to(dtype)
+        bias = sample((12,), seed=2, dtype=dtype)
+        q, fmt, scales = prepare(weight, ACTIVATIONS[activation], x)
+        a, a_scale = integers(encode(x, fmt, scales), fmt, scales, K)
+        b, b_scale = integers(q.qdata, q.format, q.scales, K)
+        # Exact in int64; float64 then holds integer and scales to 2^-52, far below the result's own rounding.
+        exact = (a @ b.T).to(torch.float64) * a_scale * b_scale.T + bias.to(torch.float64)
+        half = torch.finfo(dtype).eps / 2
+        found = through(layer(q, bias))(x)
+        assert found.dtype == dtype
+        slack = 2.0**-50 * ((a @ b.T).abs() * a_scale * b_scale.T + bias.abs())
+        error = (found.to(torch.float64) - exact).abs()
+        assert (error <= half * (1 + 2.0**-10) * exact.abs() + slack).all(), (offset, dtype)
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)

@@ -411,59 +411,14 @@ def test_a_browser_shows_it_light_and_dark(chromium, tmp_path, scheme, color):
     assert _corner(picture) == color
 
 
-# A window may not be as narrow as a phone, so the page is measured in frames.
-_MEASURE = """
-addEventListener("load", () => {
-  const touch = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
-  const measured = [...document.querySelectorAll("iframe")].map((frame) => {
-    const page = frame.contentDocument, root = page.documentElement;
-    page.querySelectorAll("details").forEach((details) => { details.open = true; });
-    const plots = [...page.querySelectorAll("svg.plot")].filter((svg) => svg.getClientRects().length);
-    const scale = (svg) => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
-    const size = (text) => parseFloat(getComputedStyle(text).fontSize) * scale(text.ownerSVGElement);
-    const texts = plots.map((svg) => [...svg.querySelectorAll("text")]);
-    const press = (label) => {
-      const head = [...page.querySelectorAll("table.sortable th button")].find((b) => b.textContent === label);
-      head.click();
-      const column = head.parentElement.cellIndex;
-      return [...page.querySelectorAll("table.sortable tbody tr")].map((row) => row.cells[column].textContent);
-    };
-    return {
-      scroll: root.scrollWidth,
-      client: root.clientWidth,
-      plots: plots.length,
-      smallest: Math.min(...texts.flat().map(size)),
-      touching: texts.flatMap((all) => all.flatMap((a, i) => all.slice(i + 1)
-        .filter((b) => touch(a.getBoundingClientRect(), b.getBoundingClientRect()))
-        .map((b) => [a.textContent, b.textContent]))),
-      outside: texts.flatMap((all) => all.filter((t) => t.getBoundingClientRect().right > root.clientWidth)).length,
-      rising: press("Output SQNR, dB"),
-      falling: press("Output SQNR, dB"),
-    };
-  });
-  document.body.dataset.measured = JSON.stringify(measured);
-});
-"""
-
-
-def test_a_browser_fits_it_into_a_phone_and_sorts_its_table(chromium, tmp_path):
+def test_a_browser_fits_it_into_a_phone_and_sorts_its_table(measured):
     long = {"title": "org/" + "a-very-long-name-" * 9, "command": "lowbit quantize " + "a" * 300}
-    pages = [(_report(), 375), (_report(blocks=32, **long), 375), (_report(blocks=32), 1000), (_report(), 700)]
-    frames = [
-        f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(report.to_html())}"></iframe>'
-        for report, width in pages
-    ]
-    wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(f"<!doctype html><body>{''.join(frames)}<script>{_MEASURE}</script>", encoding="utf-8")
-    dom = chromium("--window-size=1200,1000", "--dump-dom", wrapper.as_uri())
-    found = json.loads(html.unescape(re.search(r'data-measured="(.*?)"', dom)[1]))
-    for (report, width), page in zip(pages, found, strict=True):
-        assert page["client"] == width
-        assert page["scroll"] == width
+    reports = [(_report(), 375), (_report(blocks=32, **long), 375), (_report(blocks=32), 1000), (_report(), 700)]
+    column = "Output SQNR, dB"
+    found = measured([(report.to_html(), width) for report, width in reports], press=[column, column])
+    for (report, _), page in zip(reports, found, strict=True):
         assert page["plots"] == 2
-        assert page["smallest"] >= 11
-        assert page["touching"] == []
-        assert page["outside"] == 0
+        rising, falling = ([float(cell) for cell in cells] for cells in page["pressed"])
         values = sorted(round(layer.output_sqnr, 6) for layer in report.layers)
-        assert [float(cell) for cell in page["rising"]] == pytest.approx(values, abs=0.051)
-        assert [float(cell) for cell in page["falling"]] == pytest.approx(values[::-1], abs=0.051)
+        assert rising == pytest.approx(values, abs=0.051)
+        assert falling == pytest.approx(values[::-1], abs=0.051)

@@ -36,12 +36,11 @@ def linear(weight, bias=None):
 
 @each_format
 @modes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @through_modules
-def test_linear(fmt, mode, dtype, through):
+def test_linear(fmt, mode, through):
     with mode():
-        for q in weights(fmt, dtype):
-            d = q.dequantize()
+        for q in (*weights(fmt, torch.float32), *weights(fmt, torch.bfloat16)):
+            dtype, d = q.dtype, q.dequantize()
             n, k = q.shape
             bias = sample((n,), seed=1, dtype=dtype)
             module = through(linear(q, bias))

@@ -85,7 +85,8 @@ def awq(draw: random.Random, n: int, k: int, *, group: int, symmetric: bool) -> 
 
 
 def e4m3(draw: random.Random, n: int, k: int) -> Tensor:
-    raw = [[draw.choice([c for c in range(256) if c & 0x7F != 0x7F]) for _ in range(k)] for _ in range(n)]
+    numbers = [c for c in range(256) if c & 0x7F != 0x7F]
+    raw = [draw.choices(numbers, k=k) for _ in range(n)]
     return torch.tensor(raw, dtype=torch.uint8).view(torch.float8_e4m3fn)
 
 
@@ -125,17 +126,17 @@ def mxfp8(draw: random.Random, n: int, k: int) -> Weight:
     """e4m3 under powers of two."""
     codes = e4m3(draw, n, k)
     bytes_ = [[draw.randint(110, 134) for _ in range(k // 32)] for _ in range(n)]
-    values = [[float(codes[i, j]) * 2.0 ** (bytes_[i][j // 32] - 127) for j in range(k)] for i in range(n)]
     tensors = {"weight": codes, "weight_scale": torch.tensor(bytes_, dtype=torch.uint8)}
-    return Weight(tensors, torch.tensor(values, dtype=torch.float64))
+    powers = (tensors["weight_scale"].to(torch.float64) - 127).exp2()
+    return Weight(tensors, codes.to(torch.float64) * powers.repeat_interleave(32, 1))
 
 
 def fp8_blocks(draw: random.Random, n: int, k: int) -> Weight:
     """DeepSeek's: a multiplier for each 128 x 128."""
     codes = e4m3(draw, n, k)
     scale = torch.tensor([[draw.uniform(1e-4, 1e-1) for _ in range(-(-k // 128))] for _ in range(-(-n // 128))])
-    values = [[float(codes[i, j]) * float(scale[i // 128, j // 128]) for j in range(k)] for i in range(n)]
-    return Weight({"weight": codes, "weight_scale_inv": scale}, torch.tensor(values, dtype=torch.float64))
+    spread = scale.to(torch.float64).repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+    return Weight({"weight": codes, "weight_scale_inv": scale}, codes.to(torch.float64) * spread)
 
 
 def mxfp4_experts(draw: random.Random, experts: int, n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -80,7 +80,7 @@ def tensors(folder):
 
 
 def bits(tensor):
-    return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
+    return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_weight(a, b):

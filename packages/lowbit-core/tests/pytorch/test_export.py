@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cells import ROWS, column, inputs, model
+from cells import HALF, ROWS, column, inputs, model
 from test_compile import Convolutions
 from tolerance import assert_computed
 
@@ -24,7 +24,7 @@ def targets(program):
 # Torch 2.11's own.
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
-@column("torch.export")
+@column("torch.export", HALF)
 def test_export_and_back(row, tmp_path):
     made = model(row)
     program = exported(row, made)
