@@ -29,23 +29,18 @@ SCHEMES = {
 # What files call models, and pages.
 MODELS = {"qwen3-8b": "Qwen3-8B", "llama-1b": "Llama-3.2-1B", "8 layers": "8 layers of Llama-3-8B"}
 GRAPHS = {"resnet50": "ResNet-50", "bert-base": "BERT-base", "vit-b/16": "ViT-B/16"}
-LOW = ("INT4", "MXFP4", "NVFP4", "W4")
 
 
 def bits_of(form: str) -> int | None:
-    """8 or 4 bits a weight; None for others, that are no alternative to both."""
-    weight = form.partition("/")[0]
-    if weight.startswith(("int2", "int3", "MXFP6")):
-        return None
-    return 4 if weight.startswith(LOW) else 8
+    """8 or 4, the first number in the name of a format, scheme or recipe; None for others, which have no column."""
+    first = next((int(letter) for letter in form if letter.isdecimal()), None)
+    return first if first in {4, 8} else None
 
 
 def measured(machine: str, benchmark: str) -> list[Point]:
     """The newest points of lowbit's own, of shapes that somebody chose."""
     return newest(
-        p
-        for p in points()
-        if (p.machine, p.benchmark, p.role) == (machine, benchmark, "candidate") and not p.drawn and p.speedup
+        p for p in points() if (p.machine, p.benchmark, p.role) == (machine, benchmark, "candidate") and not p.drawn
     )
 
 
@@ -53,12 +48,9 @@ def ratios(machine: str, benchmark: str, size: str, key: str, **case: Any) -> li
     """The points of a benchmark; a case has its size and its scheme under these names."""
     found = []
     for point in measured(machine, benchmark):
-        form, rows = str(point.case[key]), point.case[size]
-        bits = bits_of(form)
-        if not point.matches(**case) or bits is None or point.speedup is None:
+        if not point.matches(**case) or point.speedup is None or (bits := bits_of(form := point.case[key])) is None:
             continue
-        if benchmark == "grouped":
-            rows /= point.case["experts"]
+        rows = point.case[size] / point.case["experts"] if benchmark == "grouped" else point.case[size]
         name = SCHEMES.get(form, form) if benchmark in {"linear", "grouped"} else form
         shape = str([value for name, value in point.case.items() if name not in {size, key}])
         found.append(Ratio(rows, name.replace("/", " by "), bits, point.speedup, point.stem, shape))
@@ -105,9 +97,9 @@ def models(machine: str) -> list[tuple[str, list[Ratio], Sequence[float]]]:
         for model in told["models"]:
             scheme = model["model"]
             for size, work, ratio in steps(told, model):
-                if scheme != "bfloat16":
+                if scheme != "bfloat16" and (bits := bits_of(scheme)) is not None:
                     words = f"{MODELS.get(name, name)}'s shape, {work}"
-                    newest_of[words, scheme, size] = Ratio(size, scheme, bits_of(scheme) or 0, ratio, stem)
+                    newest_of[words, scheme, size] = Ratio(size, scheme, bits, ratio, stem)
     names = dict.fromkeys(words for words, _, _ in newest_of)
     return [(name, [each for (words, _, _), each in newest_of.items() if words == name], ()) for name in names]
 
@@ -141,8 +133,9 @@ def exported(machine: str) -> list[tuple[str, list[Ratio], Sequence[float]]]:
 def optimizer(machine: str) -> list[Ratio]:
     """AdamW with states of 8 and 4 bits."""
     return [
-        Ratio(p.case["parameters"], f"AdamW(bits={p.case['bits']})", p.case["bits"], p.speedup or 0, p.stem)
+        Ratio(p.case["parameters"], f"AdamW(bits={p.case['bits']})", p.case["bits"], p.speedup, p.stem)
         for p in measured(machine, "optimizer")
+        if p.speedup is not None
     ]
 
 
@@ -204,7 +197,10 @@ def costs() -> list[str]:
             found = [rises.get((model, name, method)) for method in ("rtn", gptq)]
             cells.append("; ".join("-" if rise is None else f"{100 * rise:+.1f} %" for rise in found))
         here = [p for p in points() if p.role == "candidate" and p.benchmark == "linear" and p.case["format"] == form]
-        sqnr = [min(filter(None, values)) for values in ([p.sqnr for p in here], [p.outliers for p in here])]
+        sqnr = [
+            min(p.sqnr for p in here if p.sqnr is not None),
+            min(p.outliers for p in here if p.outliers is not None),
+        ]
         bits = chosen.weight_format(torch.bfloat16).bits_per_element((4096, 4096))
         rows.append([f"`{name}`", f"{bits / 16:.0%}", *cells, *(f"{value:.0f}" for value in sqnr)])
     header = ["weights, of bfloat16", "lm-tiny: nearest; GPTQ", "moe-tiny: nearest; GPTQ", "SQNR, dB", "with outliers"]

@@ -62,7 +62,7 @@ def kinds(found: Sequence[Point]) -> Iterator[tuple[str, ...]]:
 
 def kind(point: Point) -> str:
     """What a case belongs to: `INT4_G128`, `causal prefill, INT8_FP8`."""
-    told = {name: point.case[name] for name in names_of(point)}
+    told = {name: point.case.get(name, "") for name in names_of(point)}
     words = [f"{value} bits" if name == "bits" else str(value) for name, value in told.items() if value != ""]
     return ", ".join([*words, *(["drawn shapes"] if point.drawn else [])])
 

@@ -130,7 +130,7 @@ def test_a_newer_run_counts_and_others_stay_beside_the_lowbit_of_their_own(summa
 
 
 def test_runs_are_in_the_order_of_their_days_and_kernels(results_of):
-    first, second = (Path(f"{stem}.json") for stem in results_of.ORDER[:2])
+    first, second = (Path(f"bench-linear-rounded-{name}-h200-2026-11-29.json") for name in ("peers", "few"))
     older, newer = Path("bench-linear-zzz-2026-11-28.json"), Path("bench-linear-aaa-2026-11-30.json")
     assert sorted([newer, second, first, older], key=results_of.age) == [older, first, second, newer]
     assert [stem for stem in results_of.ORDER if not (results_of.BENCHMARKS / f"{stem}.json").exists()] == []
