@@ -63,10 +63,10 @@ def works(machine: str) -> list[tuple[str, list[Ratio], Sequence[float]]]:
     linear = [ratio for ratio in ratios(machine, "linear", "m", "format") if ratio.scheme in SCHEMES.values()]
     experts = ratios(machine, "grouped", "m", "format")
     found += [("linear layers: tokens at a time", linear, BINS), ("experts: rows for each", experts, BINS)]
-    for step, words in (("causal prefill", "causal"), ("prefill", "all to all")):
-        for rounded in ("INT8_FP8", "INT8_FP8_ROTATED"):
-            some = ratios(machine, "attention", "s", "scheme", step=step, scheme=rounded)
-            found.append((f"attention, {words}, `{rounded}`: tokens", some, ()))
+    attention = [p.case for p in measured(machine, "attention") if p.case["step"] != "decode"]
+    for step, rounded in dict.fromkeys((case["step"], case["scheme"]) for case in attention):
+        some = ratios(machine, "attention", "s", "scheme", step=step, scheme=rounded)
+        found.append((f"attention, {step}, `{rounded}`: tokens", some, ()))
     one = ratios(machine, "attention", "s", "scheme", step="decode")
     found.append(("attention of one token: keys", one, ()))
     for columns in (128, 4096):
