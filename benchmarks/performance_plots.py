@@ -1,4 +1,4 @@
-"""What `lowbit bench` measured, drawn as SVG for docs/performance.md; performance_page.py writes it."""
+"""What `lowbit bench` measured, drawn as SVG for docs/performance.md; pages.py writes it."""
 
 from __future__ import annotations
 
