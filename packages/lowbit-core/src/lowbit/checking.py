@@ -237,17 +237,20 @@ def _check(kernel: Kernel, call: Call, case: Case) -> None:
 
 
 def _outputs(result: Any, call: Call, given: Sequence[Tensor]) -> Sequence[Tensor]:
-    """What the kernel returned, as the operator's schema promises it: tensors of their own, without gaps."""
+    """What the kernel returned, as promised: tensors of their own, without gaps, or as queries where like these."""
     several = call.op.startswith("quantize") or call.op in {"attention", "varlen_attention", "pad_groups"}
     found: Sequence[Any] = result if several else [result]
     if not isinstance(found, (list, tuple)) or not all(isinstance(part, Tensor) for part in found):
         raise _FaultError(f"returns {type(result).__name__}; needed is {'tensors' if several else 'a tensor'}")
     memory = {tensor.untyped_storage().data_ptr() for tensor in given if tensor.numel()}
-    for part in found:
-        if part.device.type != call.device or not part.is_contiguous():
+    for i, part in enumerate(found):
+        as_queries = call.op == "attention" and i == 0
+        right = part.stride() == torch.empty_like(given[0]).stride() if as_queries else part.is_contiguous()
+        if part.device.type != call.device or not right:
+            needed = f"tensor in the strides of queries, {given[0].stride()}," if as_queries else "contiguous tensor"
             raise _FaultError(
                 f"returns shape {tuple(part.shape)} in strides {part.stride()} on {part.device}; needed is a "
-                f"contiguous tensor on {call.device}"
+                f"{needed} on {call.device}"
             )
         if part.numel() and part.untyped_storage().data_ptr() in memory:
             raise _FaultError("returns memory of its arguments; an operator's result must be new")
