@@ -109,12 +109,12 @@ def test_the_baseline_is_the_fastest_of_the_backends_that_run(monkeypatch):
     monkeypatch.setattr(attention, "_attention", attend)
     monkeypatch.setattr(attention, "time_calls", lambda make, *_, **__: SimpleNamespace(median=seconds[make(0)()]))
     data = (torch.ones(1, 32, 4, 128),) * 3
-    name, run = attention._fastest(data, causal=True)
+    name, run = attention.fastest(data, causal=True)
     assert (name, run(*data)) == ("efficient", SDPBackend.EFFICIENT_ATTENTION)
     assert SDPBackend.CUDNN_ATTENTION in ran
     seconds.clear()
     with pytest.raises(RuntimeError, match="no viable backend"):
-        attention._fastest(data, causal=True)
+        attention.fastest(data, causal=True)
 
 
 def test_others_attention_computes_what_is_exact(monkeypatch, as_on_gpu):

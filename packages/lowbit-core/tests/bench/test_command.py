@@ -109,6 +109,26 @@ def test_a_candidate_that_fails_is_a_problem_and_one_without_a_kernel_is_not(ben
     assert "not lowbit: no kernel takes it (2 times)" in printed.out
 
 
+def test_a_benchmark_has_options_and_contenders_tell_of_themselves(bench, given):
+    """Also how often it measures, and on which kinds of data."""
+
+    def cases(asked):
+        for case in benchmark().cases(asked):
+            baseline = replace(case.baseline, tell=lambda: {"perplexity": 7.25 * asked.options.twice})
+            yield replace(case, baseline=baseline, kinds=("normal",), samples=4)
+
+    given(replace(benchmark(), cases=cases, options=lambda parser: parser.add_argument("--twice", type=int, default=1)))
+    _, results, printed = bench("halves", "--shapes", "32", "--twice", "2")
+    lowbit, plain_ = results["rows"][0]["contenders"]
+    assert ("perplexity" in lowbit, plain_["perplexity"]) == (False, 14.5)
+    assert "14.5000" in printed.out
+    assert [each["samples"] for each in (lowbit, plain_)] == [4, 4]
+    assert list(lowbit["sqnr"]) == ["normal"]
+    given(benchmark())
+    with pytest.raises(SystemExit):
+        bench("halves", "--twice", "2")
+
+
 def test_results_are_on_disk_after_every_case(small, given, tmp_path):
     calls = []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lowbit.bench import timing
+from lowbit.bench import measure, timing
 from lowbit.bench.timing import calls_of, copies_of, samples_of, time_calls
 
 CPU = torch.device("cpu")
@@ -120,6 +120,12 @@ def test_long_calls_on_a_gpu_are_timed_alone_on_one_copy(gpu):
     assert (found.how, found.calls, found.rotated, found.samples, found.note) == ("flushed", 1, 1_000, 50, "")
 
 
+@pytest.mark.parametrize("each", [2e-3, 1e-5])
+def test_a_number_of_samples_takes_the_place_of_a_time(gpu, each):
+    gpu.each = each
+    assert timing._on_gpu(gpu.make, 8_700_000, 0.1, 20).samples == 20
+
+
 def test_what_no_graph_can_hold_is_timed_alone_and_says_why(gpu, monkeypatch):
     gpu.waits = "waits for the GPU: called a synchronizing CUDA operation"
     found = timing._on_gpu(gpu.make, 1_000_000, 0.1)
@@ -148,3 +154,13 @@ def test_a_gpu_takes_as_long_in_a_graph_as_the_bytes_need():
     waits = time_calls(lambda i: lambda: float(torch.ones((), device="cuda")), 4, torch.device("cuda"), budget=0.05)
     assert waits.how == "flushed"
     assert "waits for the GPU" in waits.note
+
+
+@pytest.mark.gpu
+def test_memory_of_a_call_is_its_peak_and_its_result():
+    x = torch.zeros(1 << 20, device="cuda")  # 4 MiB
+
+    def run():
+        return (x + 1)[:1] + (x.double() + 1)[:1]
+
+    assert 20 << 20 <= measure._taken(run, x.device) <= 24 << 20

@@ -27,7 +27,7 @@ from lowbit.bench.timing import time_calls
 _HEADS, _D = 32, 128
 _SCHEMES = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD")
 _STEPS = ("causal prefill", "causal prefill + RoPE", "prefill", "decode")
-_BACKENDS = {
+BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -56,7 +56,7 @@ def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
         return (*made, *_tables(keys, device)) if turned else tuple(made)
 
     operands = data("normal")
-    name, run = _fastest(operands, causal=causal)
+    name, run = fastest(operands, causal=causal)
     candidate, peers = _lowbit(operands[0], scheme, read + written, causal=causal)
     return Case(
         {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys, "scheme": scheme},
@@ -92,13 +92,13 @@ def _tables(tokens: int, device: torch.device) -> list[Tensor]:
     return [table.to(device, torch.bfloat16) for table in (angles.cos(), angles.sin())]
 
 
-def _fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..., Tensor]]:
+def fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..., Tensor]]:
     """The backend of torch that is the fastest on this, by a short measurement, and its name.
 
     Rotary embeddings are compiled, into one kernel.
     """
     device, make, times = data[0].device, copies(*data), dict[str, float]()
-    runs = {name: partial(_attention, backend, causal=causal) for name, backend in _BACKENDS.items()}
+    runs = {name: partial(_attention, backend, causal=causal) for name, backend in BACKENDS.items()}
     for name, run in runs.items():
         # It holds all scores at once, and on a GPU is for what no other takes.
         if name == "math" and times and device.type == "cuda":

@@ -6,9 +6,10 @@ A benchmark is a `Benchmark` that the entry-point group `lowbit.bench` names; an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from lowbit.activation import Activation
 from lowbit.backends import Call, Refusal, select
-from lowbit.bench.inputs import Kind
+from lowbit.bench.inputs import KINDS, Kind
 from lowbit.errors import NoKernelError
 from lowbit.format import WHOLE, Format
 
@@ -84,6 +85,8 @@ class Contender:
     refusals: tuple[Refusal, ...] = ()
     # Bytes of operands that a call touches, where they are not all.
     touched: int | None = None
+    # What else is told of it, by name.
+    tell: Callable[[], Mapping[str, float]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,10 @@ class Case:
     # lowbit's reference, where that is not the candidate: what the candidate's result should be, to the bit or nearly.
     reference: Contender | None = None
     peers: tuple[Contender | Refusal, ...] = ()
+    # The kinds of data that there are.
+    kinds: Sequence[Kind] = KINDS
+    # How often to measure; None: as often as the time for it allows.
+    samples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +121,8 @@ class Given:
     device: torch.device
     # Whether other libraries are to be measured, too.
     peers: bool
+    # Options of the benchmark's own.
+    options: Namespace = field(default_factory=Namespace)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +141,8 @@ class Benchmark:
     cases: Callable[[Given], Iterator[Case]]
     # Whether formats may be followed by a slash and the format of inputs.
     inputs: bool = False
+    # Adds options of its own to the command's.
+    options: Callable[[ArgumentParser], None] | None = None
 
     def shapes(self, seed: int, device: str, formats: Sequence[Format]) -> list[Shape]:
         """Ten shapes that nobody tuned for, the same ones for a seed, a device type and formats."""

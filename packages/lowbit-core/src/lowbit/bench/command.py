@@ -56,6 +56,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="to spend on each contender, about (0.5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, case by case")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there, as a page of HTML")
+    if argv and argv[0] in points and (own := _load(points[argv[0]]).options) is not None:
+        own(parser)
     options = parser.parse_args(argv)
     benchmark = _load(points[options.name])
     try:
@@ -165,7 +167,7 @@ def _given(benchmark: Benchmark, options: argparse.Namespace) -> Given:
     for shape in shapes:
         for use in uses:
             benchmark.check(shape, use)
-    return Given(shapes, uses, device, options.peers)
+    return Given(shapes, uses, device, options.peers, options)
 
 
 def _shape(text: str, names: Sequence[str]) -> Shape:

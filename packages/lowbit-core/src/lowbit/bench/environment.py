@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# Distributions that peers come in, beside lowbit's own.
+# Distributions that peers, and models, come in, beside lowbit's own.
 _TOLD = {
     "apache-tvm-ffi",
     "bitsandbytes",
@@ -29,6 +29,7 @@ _TOLD = {
     "tokenspeed-triton-kernels",
     "torch",
     "torchao",
+    "transformers",
     "triton",
     "triton-kernels",
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowbit.backends import Refusal
 from lowbit.bench.case import Case, Contender, footprint, words
 from lowbit.bench.ceilings import Ceilings
-from lowbit.bench.inputs import KINDS, Kind, sqnr
+from lowbit.bench.inputs import Kind, sqnr
 from lowbit.bench.timing import time_calls
 
 
@@ -23,17 +23,19 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, *, budget: flo
     """A row of results: the case, and of each contender times, rates and accuracy, or why there are none.
 
     `speedup` is over the baseline, `of_ceiling` the share of the rate that the ceilings allow. Accuracy is in dB: to
-    the `exact` result, and of the candidate to that of lowbit's `reference`.
+    the `exact` result, and of the candidate to that of lowbit's `reference`. `peak_bytes` are those of the operands and
+    of what a call takes beside them, on a GPU.
     """
     given = [("candidate", case.candidate), ("baseline", case.baseline)]
     given += [("reference", case.reference)] if case.reference is not None else []
     given += [("peer", peer) for peer in case.peers]
     rows = [_Row(role, contender) for role, contender in given]
-    for kind in KINDS:
+    for kind in case.kinds:
         _compare(rows, case, kind)
     data = case.data("normal")
     for row in rows:
-        row.attempt(partial(_time, row, data, device, budget))
+        row.attempt(row.tell)
+        row.attempt(partial(_time, row, data, device, budget, case.samples))
         if device.type == "cuda":
             # Copies of operands are most of a GPU's memory.
             gc.collect()
@@ -62,6 +64,11 @@ class _Row:
             return
         self.told |= {"name": contender.name, "kernel": contender.kernel, "moved_bytes": contender.moved, "sqnr": {}}
         self.told["refusals"] = [str(refusal) for refusal in contender.refusals]
+
+    def tell(self) -> None:
+        """Note what else a contender tells of itself."""
+        if isinstance(self.contender, Contender) and self.contender.tell is not None:
+            self.told |= self.contender.tell()
 
     def attempt(self, step: Callable[[], None]) -> None:
         """Take a step, unless one failed before; what it raises is told, so that the others are still measured."""
@@ -93,11 +100,22 @@ def _compare(rows: list[_Row], case: Case, kind: Kind) -> None:
         rows[0].told["sqnr"][kind]["reference"] = sqnr(results["reference"], results["candidate"])
 
 
-def _time(row: _Row, data: tuple[Tensor, ...], device: torch.device, budget: float) -> None:
+def _time(row: _Row, data: tuple[Tensor, ...], device: torch.device, budget: float, samples: int | None) -> None:
     contender = row.contender
     assert isinstance(contender, Contender)
     make = contender.prepare(*data)
-    touched = footprint(make(0)) if contender.touched is None else contender.touched
-    timing = time_calls(lambda i: partial(contender.run, *make(i)), touched, device, budget=budget)
+    held = footprint(make(0))
+    if device.type == "cuda":
+        row.told["peak_bytes"] = held + _taken(partial(contender.run, *make(0)), device)
+    touched = held if contender.touched is None else contender.touched
+    timing = time_calls(lambda i: partial(contender.run, *make(i)), touched, device, budget=budget, samples=samples)
     told = asdict(timing)
     row.told |= {"seconds": told.pop("median"), "quartiles": [told.pop("low"), told.pop("high")], **told}
+
+
+def _taken(run: Callable[[], Any], device: torch.device) -> int:
+    """Bytes of a GPU's memory that a call takes at most, its result among them."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before

@@ -91,9 +91,11 @@ def _cells(each: dict[str, Any], flops: float) -> dict[str, str]:
         "moves": rate(each["bytes_per_s"], "B/s"),
         "computes": rate(each["flops_per_s"], "FLOP/s") if flops else "",
         "of ceiling": f"{100 * each['of_ceiling']:.3g}%",
+        "memory": size(each["peak_bytes"]) if "peak_bytes" in each else "",
         "SQNR, dB": decibels(accuracy, "normal", "exact"),
         "with outliers": decibels(accuracy, "outliers", "exact"),
         "to reference": decibels(accuracy, "normal", "reference"),
+        "perplexity": f"{each['perplexity']:.4f}" if "perplexity" in each else "",
     }
 
 

@@ -69,22 +69,24 @@ def time_calls(
     device: torch.device,
     *,
     budget: float,
+    samples: int | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Timing:
     """Time calls on `device`; `make(i)` gives one over the i-th copy of its operands, which are `footprint` bytes.
 
-    `budget` is in seconds, and `clock` what a CPU's calls are timed by.
+    `budget` is in seconds, in place of which there may be a number of `samples`; `clock` is what a CPU's calls are
+    timed by.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return _on_gpu(make, footprint, budget)
+            return _on_gpu(make, footprint, budget, samples)
     runs = [make(i) for i in range(copies_of(footprint))]
     # The first call compiles and allocates; what the second takes says how many there can be.
     turns = cycle(runs)
     next(turns)()
     (estimate,) = _clocked(islice(turns, 1), clock)
-    samples = _clocked(islice(turns, samples_of(estimate, budget)), clock)
-    return _timing(samples, 1, len(runs) * footprint, "rotated")
+    taken = _clocked(islice(turns, samples or samples_of(estimate, budget)), clock)
+    return _timing(taken, 1, len(runs) * footprint, "rotated")
 
 
 def _clocked(runs: Iterable[Run], clock: Callable[[], float]) -> list[float]:
@@ -103,7 +105,7 @@ def _timing(
     return Timing(median, low, high, len(samples), calls, rotated, how, note)
 
 
-def _on_gpu(make: Callable[[int], Run], footprint: int, budget: float) -> Timing:
+def _on_gpu(make: Callable[[int], Run], footprint: int, budget: float, samples: int | None = None) -> Timing:
     first = make(0)
     # Twice, since the first call compiles, and may choose among kernels by timing them.
     first()
@@ -116,9 +118,9 @@ def _on_gpu(make: Callable[[int], Run], footprint: int, budget: float) -> Timing
         calls = calls_of(len(runs))
         graph, note = _graph(runs, calls)
         if not note:
-            samples = _evented(graph, samples_of(estimate * calls, budget))
-            return _timing(samples, calls, len(runs) * footprint, "graph")
-    return _timing(_evented(alone, samples_of(estimate, budget)), 1, footprint, "flushed", note)
+            taken = _evented(graph, samples or samples_of(estimate * calls, budget))
+            return _timing(taken, calls, len(runs) * footprint, "graph")
+    return _timing(_evented(alone, samples or samples_of(estimate, budget)), 1, footprint, "flushed", note)
 
 
 def _graph(runs: list[Run], calls: int) -> tuple[Run, str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from torch import Tensor
 
+from lowbit.attention import Scheme
 from lowbit.command import DONE, PROBLEM
 from lowbit.errors import CheckpointError
 from lowbit.table import align, size
@@ -48,19 +49,26 @@ def evaluate(
     model: Model,
     text: Text = None,
     against: Annotated[str | None, typer.Option(metavar="BASE", help="base model to measure the distance from")] = None,
+    attention: Annotated[
+        str | None, typer.Option(metavar="SCHEME", help="round the model's attention, too, as by INT8_FP8")
+    ] = None,
     device: Device = None,
     tokens: Tokens = None,
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
     """Measure perplexity on a text; against a base also mean KL divergence and top-1 agreement."""
+    from lowbit_hf.attention import round_attention  # noqa: PLC0415
     from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), device_of(device)
+    scheme = None if attention is None else Scheme.parse(attention)
     base = None if against is None else load(find_model(against), device=where)
     loaded = load(folder, device=where)
+    if scheme is not None:
+        round_attention(loaded, scheme)
     result = measured(loaded, base, token_ids(folder, text, tokens), model)
     if as_json:
-        say_json({"model": model, "against": against, **asdict(result)})
+        say_json({"model": model, "against": against, "attention": attention, **asdict(result)})
     else:
         say(f"perplexity {result.perplexity:.4f} over {result.tokens} tokens")
         if result.kl is not None and result.top1 is not None:
