@@ -409,4 +409,5 @@ def test_kernels_are_assembled_for_every_architecture():
     rounded = ("80 INT8_ROW_ASYM", "90 FP8_ROW", "90 NVFP4", "90 FP8_ROW norm", "90 FP8_1x128 silu")
     wanted += [f"{each} inputs" for each in rounded]
     wanted += ["90 INT4_G128 expanded", "90 MXFP4 expanded"]
+    wanted += [f"{each} caches" for each in ("80 FP8_ROW", "90 FP8_ROW", "100 INT8_ROW")]
     assert done.stdout.splitlines() == wanted, done.stderr[-2000:]

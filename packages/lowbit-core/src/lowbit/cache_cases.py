@@ -45,10 +45,10 @@ class _Size:
 
 _WRITES = (
     _Size(4, 2, 1, 40, None, (7, 39)),
-    _Size(3, 1, 5, 40, 8, (0, 33)),
+    _Size(3, 1, 2, 40, 8, (0, 37)),
     # Padding, and what there is no room for.
-    _Size(4, 4, 9, 40, 8, (-3, 36)),
-    _Size(1, 1, 3, 40, None, (-3, 40)),
+    _Size(4, 4, 3, 40, 8, (-1, 38)),
+    _Size(1, 1, 2, 40, None, (-2, 40)),
 )
 _READS = (
     _Size(4, 2, 1, 200, None, (200, 77)),
