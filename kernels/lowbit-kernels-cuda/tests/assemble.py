@@ -189,6 +189,7 @@ def caching(name, capability, page):
     plan = cached_attention.Plan()
     known_as = {"D": 128, "HALF": 64, "WIDTH": 128, "K_SPEC": spec, "V_SPEC": spec, "EACH": False, "SECOND": 64}
     known_as |= {"TOKENS": plan.tokens, "PAGE": page, "WINDOW": True, "SPLIT": True, "MOST": 128, "num_warps": 4}
+    known_as["OVERLAPS"] = capability >= 90
     for kernel, rows in zip(kernels, (8, 16, 0), strict=True):
         given = {each.name: 128 for each in kernel.params} | {"scale": 0.1, "parts": numbers, "stats": numbers}
         given |= {name: of_kinds[name[2:]] for name in given if name[2:] in of_kinds}

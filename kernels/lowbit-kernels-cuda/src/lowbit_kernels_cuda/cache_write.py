@@ -44,6 +44,7 @@ def cache_write(
         return out
     # Channels lie side by side.
     k, v, q, cos, sin = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (k, v, q, cos, sin))
+    table = table if table is None else table.contiguous()
     angles = [(0, 0) if x is None else (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1)) for x in (cos, sin)]
     blocks = triton.cdiv(groups, _ROWS)
     run: Any = _write[batch * tokens, 2 * blocks + triton.cdiv(heads, _ROWS)]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lowbit.format import Format
 from lowbit_kernels_cuda.codes import decode
+from lowbit_kernels_cuda.inputs import overlaps
 from lowbit_kernels_cuda.scaling import spec
 
 _LOG2_E = math.log2(math.e)
@@ -58,8 +59,8 @@ class Plan:
     tokens: int = 64
     warps: int = 4
     stages: int = 3
-    # Programs for each processor of the GPU.
-    programs: int = 2
+    # Programs for each processor of the GPU: as many as have room.
+    programs: int = 3
 
 
 def cached_attention(
@@ -84,7 +85,10 @@ def cached_attention(
     q = q if q.stride(3) == 1 else q.contiguous()
     room, page, table_row = k_codes.shape[1], 0, 0
     if table is not None:
+        table = table.contiguous()
         room, page, table_row = table.shape[1] * k_codes.shape[1], k_codes.shape[1], table.stride(0)
+    if not k_codes.numel():
+        room = 0
     # Two codes of values are a word.
     if any(step % 2 for step in (v_codes.storage_offset(), *v_codes.stride()[:3])):
         v_codes = v_codes.contiguous()
@@ -95,14 +99,14 @@ def cached_attention(
     rows = min(max(triton.next_power_of_2(all_rows), 16), 64)
     blocks = triton.cdiv(all_rows, rows)
     splits = _splits(batch * groups * blocks, room, plan, q.device)
-    parts = stats = None
+    soon, parts, stats = splits > 1 and overlaps(q.device), None, None
     if splits > 1:
         parts = torch.empty(batch, heads, queries, splits, d, device=q.device)
         stats = torch.empty(2, batch, heads, queries, splits, device=q.device)
     device = q.device if q.is_cuda else None
     run: Any = _attend[groups * blocks, splits, batch]
     run(
-        *(q, k_codes, k_scale, pairs, v_scale, lengths, table, out, parts, stats, softmax_scale * _LOG2_E),
+        *(q, k_codes, k_scale, pairs, v_scale, lengths.contiguous(), table, out, parts, stats, softmax_scale * _LOG2_E),
         *(*q.stride()[:3], *k_codes.stride()[:3], *k_scale.stride(), *pairs.stride()[:3], *v_scale.stride()),
         *(table_row, groups, heads // groups, queries, room, k_codes.shape[0], window, splits),
         batch * heads * queries * splits,
@@ -115,13 +119,22 @@ def cached_attention(
         PAGE=page,
         WINDOW=window > 0,
         SPLIT=splits > 1,
+        OVERLAPS=soon,
         num_warps=plan.warps,
-        num_stages=plan.stages,
+        # Triton counts one for what a table is read by, too.
+        num_stages=plan.stages if table is None else 2 * plan.stages - 1,
     )
     if splits > 1:
         add: Any = _combine[(batch * heads * queries,)]
-        width = triton.next_power_of_2(d)
-        add(parts, stats, out, splits, batch * heads * queries * splits, D=d, WIDTH=width, MOST=_MOST, num_warps=4)
+        add(
+            *(parts, stats, out, splits, batch * heads * queries * splits),
+            D=d,
+            WIDTH=triton.next_power_of_2(d),
+            MOST=_MOST,
+            OVERLAPS=soon,
+            num_warps=4,
+            **({"launch_pdl": True} if soon else {}),
+        )
     return out
 
 
@@ -182,6 +195,7 @@ def _attend(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program some rows (queries of the heads that one of keys serves) of a text, and some of its tokens."""
     group, split, text = tl.program_id(0) % groups, tl.program_id(1), tl.program_id(2)
@@ -195,9 +209,7 @@ def _attend(
     first = tl.maximum(length - queries + 1 - window, 0) if WINDOW else 0
     step = first // TOKENS
     steps = tl.maximum(tl.cdiv(end, TOKENS) - step, 0)
-    share = tl.cdiv(steps, splits)
-    begin = step + split * share
-    stop = tl.minimum(begin + share, step + steps)
+    begin, stop = step + steps * split // splits, step + steps * (split + 1) // splits
 
     channel = tl.arange(0, WIDTH)
     known = channel < D
@@ -238,6 +250,8 @@ def _attend(
             *(D, WIDTH, K_SPEC, V_SPEC, TOKENS, PAGE, WINDOW, False),
         )
     result = tl.interleave(even, odd)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     # More tokens than there is room for are not all there.
     total = tl.where(length > room, float("nan"), total)
     to = (text.to(tl.int64) * groups * each + head) * queries + query
@@ -283,28 +297,30 @@ def _step(
     place, channel, pair = tl.arange(0, TOKENS), tl.arange(0, WIDTH), tl.arange(0, WIDTH // 2)
     token = at * TOKENS + place
     there = (token >= first) & (token < end)
-    # Of a row and a place in it, one of each is known for all tokens, or both are for each.
+    # Rows and places in them, of all tokens or of each.
     if PAGE == 0:
-        row, of, step, is_page = text.to(tl.int64), (at * TOKENS).to(tl.int64), place, True
+        row, is_page, of = text, True, at * TOKENS
     elif PAGE % TOKENS == 0:
-        row = tl.load(table + at * TOKENS // PAGE).to(tl.int64)
-        is_page = (row >= 0) & (row < pages)
-        row, of, step = tl.where(is_page, row, 0), (at * TOKENS % PAGE).to(tl.int64), place
+        row = tl.load(table + at * TOKENS // PAGE)
+        is_page, of = (row >= 0) & (row < pages), at * TOKENS % PAGE
+        row = tl.where(is_page, row, 0)
     else:
-        if MASKED:
-            row = tl.load(table + token // PAGE, there, -1).to(tl.int64)
-        else:
-            row = tl.load(table + token // PAGE).to(tl.int64)
+        index, of = token // PAGE, token % PAGE
+        if TOKENS % PAGE == 0:
+            # The same, and places do not change from step to step.
+            index, of = at * (TOKENS // PAGE) + place // PAGE, place % PAGE
+        row = tl.load(table + index, there, -1) if MASKED else tl.load(table + index)
         is_page = (row >= 0) & (row < pages)
-        row, of, step = tl.where(is_page, row, 0), (token % PAGE).to(tl.int64), tl.zeros_like(place)
-    ks_from = k_scale + (row * ks_row + of * ks_token) + step * ks_token
-    vs_from = v_scale + (row * vs_row + of * vs_token) + step * vs_token
+        row = tl.where(is_page, row, 0)
+    row, of = row.to(tl.int64), of.to(tl.int64)
+    k_from, v_from = k_codes + row * k_row + of * k_token, v_pairs + row * v_row + of * v_token
+    ks_from, vs_from = k_scale + row * ks_row + of * ks_token, v_scale + row * vs_row + of * vs_token
     if PAGE == 0 or PAGE % TOKENS == 0:
-        k_from = k_codes + (row * k_row + of * k_token) + (step[:, None] * k_token + channel[None, :])
-        v_from = v_pairs + (row * v_row + of * v_token) + (step[:, None] * v_token + pair[None, :])
+        k_from = k_from + (place[:, None] * k_token + channel[None, :])
+        v_from = v_from + (place[:, None] * v_token + pair[None, :])
+        ks_from, vs_from = ks_from + place * ks_token, vs_from + place * vs_token
     else:
-        k_from = k_codes + (row * k_row + of * k_token)[:, None] + channel[None, :]
-        v_from = v_pairs + (row * v_row + of * v_token)[:, None] + pair[None, :]
+        k_from, v_from = k_from[:, None] + channel[None, :], v_from[:, None] + pair[None, :]
     if MASKED:
         by, of_values = tl.load(ks_from, there, 0.0), tl.load(vs_from, there, 0.0)
         codes = tl.load(k_from, there[:, None] & (channel < D)[None, :], 0)
@@ -377,8 +393,20 @@ def _halves(pairs, SPEC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["splits", "all_parts"])
-def _combine(parts, stats, out, splits, all_parts, D: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr):
+def _combine(
+    parts,
+    stats,
+    out,
+    splits,
+    all_parts,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MOST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
     """A program a query: the results of all programs that shared its text, each by its share of the sum."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
     at = tl.program_id(0).to(tl.int64)
     split, channel = tl.arange(0, MOST), tl.arange(0, WIDTH)
     largest = tl.load(stats + at * splits + split, split < splits, float("-inf"))

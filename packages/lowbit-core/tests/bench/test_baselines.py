@@ -16,6 +16,7 @@ from lowbit.backends import Refusal
 from lowbit.bench import Given, attention, peers
 from lowbit.bench.case import footprint
 from lowbit.bench.inputs import sqnr
+from lowbit.testing import Loopback, installed_backends
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("small")
@@ -60,8 +61,11 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
     told = [tuple(row["case"].values()) for row in results["rows"]]
     steps = ("causal prefill", "prefill", "decode")
     schemes = ("INT8_FP8", "INT8_FP8_ROTATED")
-    assert told == [(step, f"32/{heads}", 48, scheme) for heads in (32, 8) for step in steps for scheme in schemes]
+    wanted = [(step, f"32/{heads}", 48, scheme) for heads in (32, 8) for step in steps for scheme in schemes]
+    caches = [f"cache {name}:1x*:float32" for name in ("e4m3fn", "int8")]
+    assert told == wanted + [("decode", f"32/{heads}", 48, cache) for heads in (32, 8) for cache in caches]
     assert "not lowbit: no installed backend has attention (12 times)" in printed.out
+    assert "not lowbit: no installed backend attends to a cache (4 times)" in printed.out
     for row in results["rows"]:
         _, baseline = row["contenders"]
         assert baseline["name"] in {"torch flash", "torch math"}
@@ -78,6 +82,18 @@ def test_operations_and_bytes_of_attention_are_those_of_its_products_and_operand
             out = attention._attention(SDPBackend.MATH, *data, causal=False)
         assert case.flops == counter.get_total_flops() / (2 if causal else 1)
         assert case.baseline.moved == footprint((*data, out))
+
+
+def test_a_cache_is_read_in_codes():
+    with installed_backends(Loopback()):
+        found = [case for case in cases(48) if case.told["scheme"].startswith("cache")]
+    for case, bound in zip(found, (24, 36, 24, 36), strict=True):
+        data = case.data("normal")
+        operands = case.candidate.prepare(*data)(0)
+        assert case.candidate.kernel == "loopback.cached_attention"
+        # Three bits of mantissa, or eight bits of which normal values take some.
+        assert bound < sqnr(case.exact(*data), result(case.candidate, data)) < bound + 10
+        assert case.candidate.moved == footprint(operands[:2]) + data[0].nbytes
 
 
 def test_exact_attention_is_that_of_one_query_after_the_other(monkeypatch):
