@@ -186,10 +186,9 @@ def caching(name, capability, page):
     codes, halves, numbers = (torch.zeros(1, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.float32))
     kernels = vars(cache_writes)["_write"], vars(cached_attention)["_attend"], vars(cached_attention)["_combine"]
     of_kinds = {"codes": codes, "scale": numbers, "pairs": halves}
-    plan = cached_attention.Plan()
     known_as = {"D": 128, "HALF": 64, "WIDTH": 128, "K_SPEC": spec, "V_SPEC": spec, "EACH": False, "SECOND": 64}
-    known_as |= {"TOKENS": plan.tokens, "PAGE": page, "WINDOW": True, "SPLIT": True, "MOST": 128, "num_warps": 4}
-    known_as["OVERLAPS"] = capability >= 90
+    known_as |= {"TOKENS": 64, "PAGE": page, "WINDOW": True, "SPLIT": True, "num_warps": 2}
+    known_as |= {"MOST": 128, "PART": 64, "OVERLAPS": capability >= 90}
     for kernel, rows in zip(kernels, (8, 16, 0), strict=True):
         given = {each.name: 128 for each in kernel.params} | {"scale": 0.1, "parts": numbers, "stats": numbers}
         given |= {name: of_kinds[name[2:]] for name in given if name[2:] in of_kinds}

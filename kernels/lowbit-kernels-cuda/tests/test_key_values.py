@@ -73,10 +73,10 @@ def test_what_is_written_is_the_reference_of_any_width_and_strides(device, d, dt
     ("heads", "queries", "d", "page", "lengths", "plan"),
     [
         # Rows for two programs, and channels that are no power of two.
-        ((12, 1), 6, 80, None, (290, 100), Plan(32, programs=1)),
+        ((12, 1), 6, 80, None, (290, 100), Plan(32, 4, 3, 1)),
         # More programs than some texts have steps.
-        ((4, 2), 1, 64, 16, (300, 40), Plan(16, programs=32)),
-        ((4, 4), 2, 128, 64, (320, 0), Plan(32, programs=8)),
+        ((4, 2), 1, 64, 16, (300, 40), Plan(16, 4, 3, 32)),
+        ((4, 4), 2, 128, 64, (320, 0), Plan(32, 4, 3, 8)),
     ],
 )
 def test_attention_is_that_of_the_reference_however_it_is_shared(device, heads, queries, d, page, lengths, plan):

@@ -30,6 +30,8 @@ from lowbit_kernels_cuda.scaling import spec
 _LOG2_E = math.log2(math.e)
 # The most programs that share a text.
 _MOST = 128
+# So many results are combined at once.
+_PART = 64
 # Four codes of int8 to float16: each as the last byte of 1024 + 128 + code, from which 1152 is subtracted.
 _INT8 = tl.constexpr(
     "{ .reg .b32 a, c; xor.b32 a, $2, 0x80808080; mov.b32 c, 0x64806480; prmt.b32 $0, a, 0x64646464, 0x4140; "
@@ -54,13 +56,20 @@ _E4M3_FIRST, _E4M3_SECOND = (
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How tokens are shared: so many in a step of a program, by so many warps, read so many steps before."""
+    """How tokens are shared: so many in a step of a program, by so many warps, read so many steps before.
 
-    tokens: int = 64
-    warps: int = 4
-    stages: int = 3
-    # Programs for each processor of the GPU: as many as have room.
-    programs: int = 3
+    Few warps wait less for one another, and many rows do not fit their registers.
+    """
+
+    tokens: int
+    warps: int
+    stages: int
+    # Programs for each processor of the GPU: as many as registers have room for, however many a thread takes.
+    programs: int
+
+
+# By rows, for heads of 128 channels; what has twice as many takes the next.
+_PLANS = {16: Plan(64, 2, 3, 4), 32: Plan(64, 4, 3, 2), 64: Plan(64, 8, 3, 1)}
 
 
 def cached_attention(
@@ -93,11 +102,11 @@ def cached_attention(
     if any(step % 2 for step in (v_codes.storage_offset(), *v_codes.stride()[:3])):
         v_codes = v_codes.contiguous()
     pairs = v_codes.view(torch.int16)
-    plan = Plan() if plan is None else plan
     all_rows = heads // groups * queries
     # Few rows are filled up to the 16 of a product.
     rows = min(max(triton.next_power_of_2(all_rows), 16), 64)
     blocks = triton.cdiv(all_rows, rows)
+    plan = _PLANS[min(rows * triton.cdiv(d, 128), 64)] if plan is None else plan
     splits = _splits(batch * groups * blocks, room, plan, q.device)
     soon, parts, stats = splits > 1 and overlaps(q.device), None, None
     if splits > 1:
@@ -131,8 +140,9 @@ def cached_attention(
             D=d,
             WIDTH=triton.next_power_of_2(d),
             MOST=_MOST,
+            PART=_PART,
             OVERLAPS=soon,
-            num_warps=4,
+            num_warps=8,
             **({"launch_pdl": True} if soon else {}),
         )
     return out
@@ -402,6 +412,7 @@ def _combine(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     MOST: tl.constexpr,
+    PART: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """A program a query: the results of all programs that shared its text, each by its share of the sum."""
@@ -415,8 +426,11 @@ def _combine(
     most = tl.where(most == float("-inf"), 0.0, most)
     total = tl.sum(sums * tl.exp2(largest - most), 0)
     result = tl.zeros([WIDTH], tl.float32)
-    for i in tl.range(0, splits):
-        weight = tl.exp2(tl.load(stats + at * splits + i) - most)
-        result += tl.load(parts + (at * splits + i) * D + channel, channel < D, 0.0) * weight
+    for first in tl.range(0, splits, PART):
+        part = at * splits + first + tl.arange(0, PART)
+        there = part < (at + 1) * splits
+        weight = tl.exp2(tl.load(stats + part, there, float("-inf")) - most)
+        found = tl.load(parts + part[:, None] * D + channel[None, :], there[:, None] & (channel < D)[None, :], 0.0)
+        result += tl.sum(found * weight[:, None], 0)
     result = tl.where(total == 0.0, 0.0, result / total)
     tl.store(out + at * D + channel, result.to(out.dtype.element_ty), channel < D)
