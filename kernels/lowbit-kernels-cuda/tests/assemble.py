@@ -27,6 +27,7 @@ from lowbit.attention import SCHEMES
 from lowbit.format import Format
 from lowbit_kernels_cuda import (
     byte_linear,
+    cached_attention,
     expanded,
     general_attention,
     heads,
@@ -38,6 +39,7 @@ from lowbit_kernels_cuda import (
     inputs,
     plans,
 )
+from lowbit_kernels_cuda import cache_write as cache_writes
 from lowbit_kernels_cuda.byte_dots import byte_dots
 from lowbit_kernels_cuda.dots import linear_dots
 from lowbit_kernels_cuda.general_heads import Sequences
@@ -206,6 +208,25 @@ def attending(scheme, d, capability, *, mask=False, packed=False):
     return {kernel.__name__ for (kernel, *_), _ in launched}
 
 
+def caching(name, capability, page):
+    """The kernels that write a cache in a format, attend to it, and combine what their programs found."""
+    torch.cuda.get_device_capability = lambda _=None: divmod(capability, 10)
+    spec = spec_of(Format.parse(name), device=torch.device("cuda:0"))
+    table = torch.zeros(1, dtype=torch.int32) if page else None
+    codes, halves, numbers = (torch.zeros(1, dtype=dtype) for dtype in (torch.uint8, torch.int16, torch.float32))
+    kernels = vars(cache_writes)["_write"], vars(cached_attention)["_attend"], vars(cached_attention)["_combine"]
+    of_kinds = {"codes": codes, "scale": numbers, "pairs": halves}
+    known_as = {"D": 128, "HALF": 64, "WIDTH": 128, "K_SPEC": spec, "V_SPEC": spec, "EACH": False, "SECOND": 64}
+    known_as |= {"TOKENS": 64, "PAGE": page, "WINDOW": True, "SPLIT": True, "num_warps": 2}
+    known_as |= {"MOST": 128, "PART": 64, "OVERLAPS": capability >= 90}
+    for kernel, rows in zip(kernels, (8, 16, 0), strict=True):
+        given = {each.name: 128 for each in kernel.params} | {"scale": 0.1, "parts": numbers, "stats": numbers}
+        given |= {name: of_kinds[name[2:]] for name in given if name[2:] in of_kinds}
+        given |= dict.fromkeys(("k", "v", "q", "cos", "sin", "out"), halves)
+        given |= dict.fromkeys(("positions", "lengths"), torch.zeros(1, dtype=torch.int64)) | {"table": table}
+        built(kernel, given, known_as | {"ROWS": rows}, capability)
+
+
 def built(kernel, given, known_as, capability):
     """A kernel as launched with arguments and constants of these names."""
     signature, known, aligned = {}, {}, {}
@@ -290,3 +311,6 @@ if __name__ == "__main__":
     ):
         kernels = attending(scheme, d, capability, **more)
         sys.stdout.write(f"{capability} {scheme} by {' '.join(sorted(kernels))}\n")
+    for capability, name, page in ((80, "FP8_ROW", 0), (90, "FP8_ROW", 64), (100, "INT8_ROW", 16)):
+        caching(name, capability, page)
+        sys.stdout.write(f"{capability} {name} caches\n")

@@ -411,4 +411,5 @@ def test_kernels_are_assembled_for_every_architecture():
     wanted += ["90 INT4_G128 expanded", "90 MXFP4 expanded"]
     wanted += ["80 FP8 by _mean _round attend_codes", "90 INT8_FP8_ROTATED by _mean _round attention_wgmma"]
     wanted += ["100 INT8 by _mean _round attend_codes"]
+    wanted += [f"{each} caches" for each in ("80 FP8_ROW", "90 FP8_ROW", "100 INT8_ROW")]
     assert done.stdout.splitlines() == wanted, done.stderr[-2000:]

@@ -22,6 +22,8 @@ _CAPABILITY = (8, 0)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUPS = (16, 32, 64, 128, 256)
 _SQUARES = ((16, 16), (128, 128))
+# The most channels of a head whose results fit registers.
+_CHANNELS = 256
 
 
 class Cuda:
@@ -58,6 +60,8 @@ class Cuda:
                 *(any_attention.run_varlen, any_attention.refuses),
                 how=any_attention.how,
             ),
+            _row("cache_write", "cache_write", 10, "cache_write:cache_write", _refuses_cache),
+            _row("cached_attention", "cached_attention", 10, "cached_attention:cached_attention", _refuses_attention),
             _row("pad_groups", "pad_groups", 10, "groups:pad_groups", _takes_all),
             Kernel(
                 *("cuda.linear", "linear", "cuda", 10),
@@ -164,6 +168,18 @@ def _refuses_cast(call: Call) -> str | None:
             f"rows or whole matrices; this is {fmt}"
         )
     return None
+
+
+def _refuses_cache(call: Call) -> str | None:
+    if call.k is None or call.k % 2 or not 0 < call.k <= _CHANNELS:
+        return f"needs heads of an even number of channels up to {_CHANNELS}; these have {call.k}"
+    return None
+
+
+def _refuses_attention(call: Call) -> str | None:
+    if call.x_dtype == torch.float32:
+        return "multiplies in float16, which holds no float32; needs queries in bfloat16 or float16"
+    return _refuses_cache(call)
 
 
 backend = Cuda()

@@ -46,6 +46,7 @@ from lowbit.format import (
     FP8_1x128,
     FP8_128x128,
 )
+from lowbit.key_values import KeyValueCache
 from lowbit.lower import Lowered, lower
 from lowbit.numerics import Scales, choose_scale
 from lowbit.plan import Plan, plan
@@ -84,6 +85,7 @@ __all__ = [
     "FP8_128x128",
     "Format",
     "FormatError",
+    "KeyValueCache",
     "LowbitError",
     "Lowered",
     "NoKernelError",

@@ -47,7 +47,8 @@ class Call:
     # Weight rows and columns where there is a weight.
     n: int | None = None
     k: int | None = None
-    # Of attention, whose k is channels of a head: its scheme, and "mask" and "window" where there is one.
+    # Of attention, whose k is channels of a head: its scheme, and "mask" and "window" where there is one. Of a cache of
+    # keys, whose format is above, and values: the format of values.
     facts: tuple[str, ...] = ()
 
     @staticmethod
@@ -257,14 +258,21 @@ def under_autocast(x: Tensor) -> Tensor:
 
 @cache
 def kernel_for(
-    op: str, fmt: str, activation: str, device: torch.device, dtype: torch.dtype, n: int | None, k: int | None
+    op: str,
+    fmt: str,
+    activation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    n: int | None,
+    k: int | None,
+    *facts: str,
 ) -> Kernel:
     """The kernel that runs an op on canonical weights; formats and activations by their spec strings ("": none).
 
     Raises:
         NoKernelError: none takes it.
     """
-    return select(Call.of(op, fmt, activation, device, dtype, n, k), bound=False).kernel
+    return select(Call.of(op, fmt, activation, device, dtype, n, k, *facts), bound=False).kernel
 
 
 def generation() -> int:

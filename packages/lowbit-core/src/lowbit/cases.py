@@ -65,6 +65,8 @@ class Case:
     bias: Tensor | None = None
     # Whether only a bound kernel may get this: an input of another dtype than the call's, as autocast makes it.
     autocast: bool = False
+    # Places of arguments that the operator writes to: what they then are is wanted after its results.
+    written: tuple[int, ...] = ()
     # What counts of the result, where that is not its bits.
     read: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
 

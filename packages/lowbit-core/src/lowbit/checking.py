@@ -14,6 +14,7 @@ from torch import Tensor
 from lowbit.activation import Activation
 from lowbit.attention_cases import attentions
 from lowbit.backends import Backend, Call, Description, Kernel
+from lowbit.cache_cases import caches
 from lowbit.cases import Case, Cases, Wanted, calls, moves
 from lowbit.errors import BackendError, NoKernelError
 from lowbit.format import Format
@@ -131,7 +132,7 @@ def check_backend(
     with torch.no_grad():
         for device in devices:
             made = (calls(fmt, activations, dtypes, shapes, device) for fmt in formats)
-            for call, cases in chain(moves(dtypes, device), attentions(dtypes, device), *made):
+            for call, cases in chain(moves(dtypes, device), attentions(dtypes, device), caches(dtypes, device), *made):
                 takers = [trial for trial in trials if _takes(trial, call)]
                 if takers:
                     _try(takers, call, cases)
@@ -221,14 +222,16 @@ def _check(kernel: Kernel, call: Call, case: Case) -> None:
         third = arguments[1] if call.op == "grouped_mm" else _to(case.bias, call.device)
         arguments = (arguments[0], parts, description, third)
     given = [tensor for tensor in (*arguments, *parts) if isinstance(tensor, Tensor)]
-    before = [tensor.clone() for tensor in given]
+    written: list[Any] = [arguments[i] for i in case.written]
+    kept = [tensor for tensor in given if not any(tensor is each for each in written)]
+    before = [tensor.clone() for tensor in kept]
     result: Any = kernel.run(*arguments)
-    if any(_unlike(*pair).any() for pair in zip(given, before, strict=True)):
+    if any(_unlike(*pair).any() for pair in zip(kept, before, strict=True)):
         raise _FaultError("changes its arguments")
     found = _outputs(result, call, given)
     if weight is not None and kernel.unpack is not None:
         _check_unpacked(kernel.unpack(parts, arguments[2]), weight)
-    found = [part.cpu() for part in found]
+    found = [part.cpu() for part in (*found, *written)]
     found = found if case.read is None else case.read(found)
     if len(found) != len(case.wanted):
         raise _FaultError(f"returns {len(found)} tensors; needed are {len(case.wanted)}")

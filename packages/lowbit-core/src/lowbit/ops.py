@@ -29,6 +29,7 @@ from lowbit.errors import UnsupportedOpError
 from lowbit.experts import by_expert
 from lowbit.format import Format
 from lowbit.groups import check_groups, one_format, padded_rows
+from lowbit.key_values import check_attend, check_write
 from lowbit.numerics import data_shape
 from lowbit.varlen import varlen_selection
 from lowbit.varlen_attending import gradients_varlen, rounded_varlen
@@ -44,6 +45,7 @@ _OPERANDS = (
     "Tensor? b_zero, Tensor? b_tensor_scale"
 )
 _OF_OPERANDS = "str a_format, str b_format, SymInt k, ScalarType dtype"
+_CACHE = "Tensor{} k_codes, Tensor{} k_scale, Tensor{} v_codes, Tensor{} v_scale"
 # A seed that stays on its device, int64 (), is added to the other.
 _OFFSET = "Tensor? seed_offset=None"
 _SCHEMAS = {
@@ -99,6 +101,17 @@ _SCHEMAS = {
         "float softmax_scale, str scheme, str prefer) "
         "-> (Tensor, Tensor)"
     ),
+    # k, v (B, G, S, D), q (B, H, S, D), cos, sin, a cache of codes and scales, or of pages of them, where to write -> q
+    # rotated, or (0,)
+    "cache_write": (
+        f"(Tensor k, Tensor v, Tensor? q, Tensor? cos, Tensor? sin, {_CACHE.format('(a!)', '(b!)', '(c!)', '(d!)')}, "
+        "Tensor positions, Tensor? table, str k_format, str v_format) -> Tensor"
+    ),
+    # q (B, H, S, D), a cache, how many tokens of each text there are, a window or 0 -> like q
+    "cached_attention": (
+        f"(Tensor q, {_CACHE.format('', '', '', '')}, Tensor lengths, Tensor? table, int window, float softmax_scale, "
+        "str k_format, str v_format) -> Tensor"
+    ),
     # ids (..), weight (V, D) -> (.., D)
     "embedding": f"(Tensor ids, {_WEIGHT}, str format, SymInt k, ScalarType dtype) -> Tensor",
     # ids (M,), offsets (B,) of bags, or (B + 1,) with the end of the last, weights (M,), weight (V, D) -> (B, D)
@@ -134,7 +147,9 @@ _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch.
 
 
 # Of operators that take values, where their format stands among the arguments; 0 where they move them as they are.
-_FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0}
+_FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0, "cache_write": 11, "cached_attention": 9}
+# Operators whose kernels read and write where their arguments say, and what is refused before that.
+_CHECKS: dict[str, Callable[..., None]] = {"cache_write": check_write, "cached_attention": check_attend}
 
 
 def call_of(
@@ -148,7 +163,9 @@ def call_of(
     if (at := _FORMAT_AT.get(op)) is not None:
         # Of groups rows may have none, and columns one.
         fmt = (args[at] if args[at] is not None else one_format(args[at + 1])) if at else ""
-        return fmt, "", first.device, first.dtype, None, first.shape[-1]
+        # Of a cache, values may be in another format than keys.
+        facts = args[-1:] if op in _CHECKS else ()
+        return fmt, "", first.device, first.dtype, None, first.shape[-1], *facts
     if op == "dequantize":
         return args[4], "", first.device, args[-1], None, args[-2]
     if op.startswith("embedding"):
@@ -186,7 +203,11 @@ def _implementation(op: str) -> Callable[..., Any]:
     names = argument_names(getattr(torch.ops.lowbit, op).default)
     scales = [(names.index(scale), names.index(fmt)) for scale, fmt in SCALES.items() if scale in names]
 
+    check = _CHECKS.get(op)
+
     def implementation(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
         chosen, given = kernel_for(op, *call_of(op, args)), list(args)
         for i, fmt in scales:
             given[i] = None if args[i] is None else typed(args[i], args[fmt])
@@ -331,6 +352,16 @@ def _varlen_attention_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q, memory_format=torch.contiguous_format), sums
 
 
+def _cache_write_fake(k: Tensor, v: Tensor, q: Tensor | None, *rest: Any) -> Tensor:
+    check_write(k, v, q, *rest)
+    return k.new_empty(0) if q is None else torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def _cached_attention_fake(q: Tensor, *rest: Any) -> Tensor:
+    check_attend(q, *rest)
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
 def _embedding_fake(ids: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
     return qdata.new_empty((*ids.shape, rest[-2]), dtype=rest[-1])
 
@@ -464,6 +495,8 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "grouped_mm": _grouped_mm_fake,
     "attention": _attention_fake,
     "varlen_attention": _varlen_attention_fake,
+    "cache_write": _cache_write_fake,
+    "cached_attention": _cached_attention_fake,
     "embedding": _embedding_fake,
     "embedding_bag": _embedding_bag_fake,
     "pad_groups": _pad_groups_fake,

@@ -16,6 +16,7 @@ from lowbit.attending import attend
 from lowbit.backends import Call, Description, Kernel
 from lowbit.bags import check_bags, check_rows, pool
 from lowbit.blocked import to_blocked
+from lowbit.caching import attend_cache, write_cache
 from lowbit.element import Element
 from lowbit.errors import FormatError
 from lowbit.experts import by_expert, grouped_product
@@ -459,6 +460,8 @@ class Reference:
             "grouped_mm": _grouped_mm,
             "attention": attend,
             "varlen_attention": attend_varlen,
+            "cache_write": write_cache,
+            "cached_attention": attend_cache,
             "embedding": _embedding,
             "embedding_bag": _embedding_bag,
             "quantize_blocked": _quantize_blocked,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from functools import partial
+from itertools import product
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from lowbit.backends import Refusal
 from lowbit.bench import Given, attention, peers
 from lowbit.bench.case import footprint
 from lowbit.bench.inputs import sqnr
+from lowbit.testing import Loopback, installed_backends
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("small")
@@ -64,10 +66,17 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
     code, results, printed = bench("attention", "--shapes", "48")
     assert code == 0
     told = [tuple(row["case"].values()) for row in results["rows"]]
-    steps = ("causal prefill", "causal prefill + RoPE", "prefill", "decode")
+    steps = ("causal prefill", "causal prefill + RoPE", "prefill")
     schemes = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD")
-    assert told == [(step, f"32/{heads}", 48, scheme) for heads in (32, 8) for step in steps for scheme in schemes]
-    assert "not lowbit: no installed backend has attention (24 times)" in printed.out
+    wanted = [
+        (step, f"32/{heads}", 48, scheme)
+        for heads in (32, 8)
+        for step, scheme in (*product(steps, schemes), ("decode", "INT8_FP8"))
+    ]
+    caches = [f"cache {name}:1x*:float32" for name in ("e4m3fn", "int8")]
+    assert told == wanted + [("decode", f"32/{heads}", 48, cache) for heads in (32, 8) for cache in caches]
+    assert "not lowbit: no installed backend has attention (20 times)" in printed.out
+    assert "not lowbit: no installed backend attends to a cache (4 times)" in printed.out
     for row in results["rows"]:
         _, baseline = row["contenders"]
         assert baseline["name"] in {"torch flash", "torch math"}
@@ -85,6 +94,18 @@ def test_operations_and_bytes_of_attention_are_those_of_its_products_and_operand
             out = attention._attention(SDPBackend.MATH, *data, causal=False)
         assert case.flops == counter.get_total_flops() / (2 if causal else 1)
         assert case.baseline.moved == footprint((*data, out))
+
+
+def test_a_cache_is_read_in_codes():
+    with installed_backends(Loopback()):
+        found = [case for case in cases(48) if case.told["scheme"].startswith("cache")]
+    for case, bound in zip(found, (24, 36, 24, 36), strict=True):
+        data = case.data("normal")
+        operands = case.candidate.prepare(*data)(0)
+        assert case.candidate.kernel == "loopback.cached_attention"
+        # Three bits of mantissa, or eight bits of which normal values take some.
+        assert bound < sqnr(case.exact(*data), result(case.candidate, data)) < bound + 10
+        assert case.candidate.moved == footprint(operands[:2]) + data[0].nbytes
 
 
 def test_exact_attention_is_that_of_one_query_after_the_other(monkeypatch):
@@ -162,7 +183,7 @@ def test_others_attention_computes_what_is_exact(monkeypatch, as_on_gpu):
 
 
 def test_codes_of_heads_are_scaled_by_the_greatest_value_of_those_that_share_keys():
-    q, k, _ = cases(24)[12].data("outliers")
+    q, k, _ = cases(24)[10].data("outliers")
     for x, each in ((q.transpose(1, 2), 4), (k.transpose(1, 2), 1)):
         scale, codes = peers._fp8_heads(x, 8)
         for head in range(x.shape[2]):

@@ -1,6 +1,7 @@
 """`lowbit bench attention`: prefill and decode, rounding included, beside the fastest of torch's backends.
 
-One sequence, 32 heads of queries of 128 values each, 32 or 8 of keys and values.
+One sequence, 32 heads of queries of 128 values each, 32 or 8 of keys and values. Decoding over a cache reads codes that
+were rounded before, as a serving engine does.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lowbit.attending import roped
 from lowbit.attention import attention, selection
-from lowbit.backends import Refusal
-from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, copies, plain
+from lowbit.backends import Call, Refusal, select
+from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, Make, copies, plain
 from lowbit.bench.inputs import Kind, normal
 from lowbit.bench.peers import attentions
 from lowbit.bench.timing import time_calls
+from lowbit.format import Format
+from lowbit.key_values import FORMATS, KeyValueCache
 
 _HEADS, _D = 32, 128
 _SCHEMES = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD")
 _STEPS = ("causal prefill", "causal prefill + RoPE", "prefill", "decode")
+_Ways = Callable[..., tuple[Contender | Refusal, tuple[Contender, ...]]]
 BACKENDS = {
     "cuDNN": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -41,10 +45,14 @@ _ROWS = 1024
 
 def _cases(given: Given) -> Iterator[Case]:
     for (keys,), heads, step, scheme in product(given.shapes, (_HEADS, 8), _STEPS, _SCHEMES):
-        yield _case(given, keys, heads, step, scheme)
+        # Of one query nothing is rounded, by any scheme.
+        if step != "decode" or scheme == _SCHEMES[0]:
+            yield _case(given, keys, heads, step, partial(_lowbit, scheme=scheme), scheme)
+    for (keys,), heads, fmt in product(given.shapes, (_HEADS, 8), FORMATS):
+        yield _case(given, keys, heads, "decode", partial(_cached, keys=keys, heads=heads, fmt=fmt), f"cache {fmt}")
 
 
-def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
+def _case(given: Given, keys: int, heads: int, step: str, ways: _Ways, scheme: str) -> Case:
     causal, decode, turned = step.startswith("causal"), step == "decode", step.endswith("RoPE")
     queries, device, itemsize = 1 if decode else keys, given.device, torch.bfloat16.itemsize
     written = _HEADS * queries * _D * itemsize
@@ -57,7 +65,7 @@ def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
 
     operands = data("normal")
     name, run = fastest(operands, causal=causal)
-    candidate, peers = _lowbit(operands[0], scheme, read + written, causal=causal)
+    candidate, peers = ways(operands[0], moved=read + written, causal=causal)
     return Case(
         {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys, "scheme": scheme},
         # Two products; a causal mask leaves half of each.
@@ -71,7 +79,7 @@ def _case(given: Given, keys: int, heads: int, step: str, scheme: str) -> Case:
     )
 
 
-def _lowbit(q: Tensor, scheme: str, moved: float, *, causal: bool) -> tuple[Contender | Refusal, tuple[Contender, ...]]:
+def _lowbit(q: Tensor, *, scheme: str, moved: float, causal: bool) -> tuple[Contender | Refusal, tuple[Contender, ...]]:
     """Attention as lowbit chooses it, and on codes even where that is slower; the reference is no contender."""
     chosen = selection(q, None, 0, scheme, "")
     kernel, backend = chosen.kernel.name, chosen.kernel.name.partition(".")[0]
@@ -84,6 +92,28 @@ def _lowbit(q: Tensor, scheme: str, moved: float, *, causal: bool) -> tuple[Cont
 
     candidate = Contender("lowbit", copies, run, moved, plain, kernel, chosen.refusals)
     return candidate, (replace(candidate, name="lowbit by force", run=partial(run, prefer=(backend,))),)
+
+
+def _cached(
+    q: Tensor, *, keys: int, heads: int, fmt: Format, moved: float, causal: bool
+) -> tuple[Contender | Refusal, tuple[Contender, ...]]:
+    """Attention over a cache whose keys and values are codes of `fmt`."""
+    del moved, causal
+    chosen = select(Call.of("cached_attention", str(fmt), "", q.device, q.dtype, None, _D, str(fmt)), bound=False)
+    if chosen.kernel.name.startswith("reference."):
+        told = "; ".join(map(str, chosen.refusals)) or "no installed backend attends to a cache"
+        return Refusal("lowbit", told), ()
+
+    def prepare(q: Tensor, k: Tensor, v: Tensor) -> Make:
+        cache = KeyValueCache.empty(1, heads, keys, _D, keys=fmt, device=q.device)
+        cache.write(k, v, torch.zeros(1, dtype=torch.int64, device=q.device))
+        return copies(q, cache, torch.full((1,), keys, device=q.device))
+
+    def run(q: Tensor, cache: KeyValueCache, lengths: Tensor) -> Tensor:
+        return cache.attend(q, lengths)
+
+    read = 2 * heads * keys * fmt.bits_per_element((keys, _D)) / 8 * _D
+    return Contender("lowbit", prepare, run, read + 2 * q.nbytes, plain, chosen.kernel.name, chosen.refusals), ()
 
 
 def _tables(tokens: int, device: torch.device) -> list[Tensor]:
