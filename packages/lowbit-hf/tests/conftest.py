@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from math import inf
+from pathlib import Path
 from zlib import crc32
 
 import pytest
@@ -159,6 +160,12 @@ def quantize(tmp_path):
         return out
 
     return to
+
+
+@pytest.fixture(scope="session")
+def speaking():
+    """A small language model that was trained, with its tokenizer."""
+    return Path(__file__).parents[3] / "integration_tests/models/lm-tiny"
 
 
 @pytest.fixture(scope="session")

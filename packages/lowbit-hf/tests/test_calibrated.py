@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
-from pyarrow import parquet, table
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, DynamicCache
-from typer import BadParameter
+from transformers import DynamicCache
 
 from lowbit import QuantizedTensor, Recipe, Rule
 from lowbit.command import main
 from lowbit.errors import CheckpointError, LowbitError, RecipeError
 from lowbit.report import Report
-from lowbit.table import size
 from lowbit_algos import Method, calibrate_
 from lowbit_algos.blocks import capture, find_blocks
 from lowbit_algos.folds import find_folds
 from lowbit_algos.gptq import Options
-from lowbit_algos.walk import Walk
-from lowbit_hf import calibrated, footprint
-from lowbit_hf.budget import Budget
-from lowbit_hf.calibrated import BATCH_TOKENS, Calibrated
-from lowbit_hf.commands.options import bytes_of
+from lowbit_hf import calibrated
 from lowbit_hf.commands.quantizing import quantize
 from lowbit_hf.loading import load
 from lowbit_hf.quantize import foresee, prepare, run
@@ -364,304 +354,6 @@ def test_the_report_of_rounding_to_nearest_tells_its_cost(make, quantize):
         assert layer.weight_sqnr == pytest.approx(float(sqnr), abs=1)
         assert layer.output_sqnr is None
     assert not report.blocks
-
-
-# Memory
-
-
-def test_a_run_that_memory_cannot_hold_is_refused_with_the_numbers(make, tmp_path):
-    for job in (job_of(make(), max_memory=1 << 20), prepare(make(), scheme("W8A8"), mode="even", max_memory=1 << 20)):
-        with pytest.raises(
-            RecipeError, match=r"needs .* of memory, of which the program itself holds .*B, and may take"
-        ):
-            run(job, tmp_path / "out")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.fixture
-def bare(monkeypatch):
-    """Plans that count what blocks take alone: in a model this small, all else is more."""
-    for name in ("_STREAMING", "_A_THREAD", "_CODE"):
-        monkeypatch.setattr(footprint, name, 0)
-    monkeypatch.setattr("lowbit_hf.budget.memory_in_use", lambda: 0)
-    # What the process really holds is not what this plans.
-    monkeypatch.setattr(Budget, "check", lambda self: None)
-
-
-@pytest.mark.usefixtures("bare")
-def test_fewer_tokens_run_at_once_where_that_fits(make, tmp_path):
-    job = job_of(make())
-    whole = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes)
-    few, many = (whole.memory(job.method, tokens, Windows.length).host for tokens in (Windows.length, BATCH_TOKENS))
-    assert few < many
-    tight = job_of(make(), max_memory=(few + many) // 2)
-    budget = foresee(tight, "cpu")
-    assert Windows.length <= budget.tokens < BATCH_TOKENS
-    assert budget.planned.host <= tight.max_memory
-    assert str(budget).startswith("takes at most ")
-    assert f"({size(tight.max_memory)} allowed), with {budget.tokens} tokens at once" in str(budget)
-    run(tight, tmp_path / "out")
-    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
-    assert (report.max_memory, report.planned_memory) == (tight.max_memory, budget.planned.host)
-    assert (report.max_gpu, report.planned_gpu, report.peak_gpu) == (None, None, None)
-
-
-@pytest.mark.usefixtures("bare")
-def test_as_many_tokens_as_the_run_that_is_continued_began_with(make):
-    job = job_of(make())
-    whole = Calibrated(job.checkpoint, job.skeleton, job.owners, job.schemes)
-    few, many = (whole.memory(job.method, tokens, Windows.length).host for tokens in (Windows.length, BATCH_TOKENS))
-    budget = foresee(job_of(make(), max_memory=(few + many) // 2), "cpu")
-    budget.agree(Windows.length, held=False)
-    assert (budget.tokens, budget.planned.host) == (Windows.length, few)
-    with pytest.raises(RecipeError, match=r"needs .* may take .* continues began with 4096 tokens at once"):
-        budget.agree(BATCH_TOKENS, held=False)
-
-
-def test_a_run_that_takes_more_than_it_may_ends_and_continues(make, tmp_path, monkeypatch):
-    folder = make()
-    run(job_of(folder), tmp_path / "whole")
-    limit = foresee(job_of(folder), "cpu").planned.host + (64 << 20)
-    with monkeypatch.context() as patch:
-        # As the run begins, before the first block, and after it.
-        marks = iter([0, 0, limit + 1])
-        patch.setattr("lowbit_hf.budget.peak_memory", lambda: next(marks))
-        message = (
-            r"has taken .* of memory, where .* were planned and .* are allowed; .* a larger --max-memory continues"
-        )
-        with pytest.raises(LowbitError, match=message):
-            run(job_of(folder, max_memory=limit), tmp_path / "out")
-    scratch = tmp_path / ".out.partial" / "scratch"
-    assert (scratch / "block-0.json").exists()
-    assert not (scratch / "block-1.json").exists()
-    seen = []
-    monkeypatch.setattr(
-        Walk,
-        "step",
-        lambda walk, name, *args, step=Walk.step, **more: (seen.append(name), step(walk, name, *args, **more)),
-    )
-    run(job_of(folder, max_memory=2 * limit), tmp_path / "out")
-    assert seen == ["model.layers.1"]
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-def test_what_may_be_taken_is_no_part_of_what_is_done(make):
-    jobs = [job_of(make(), max_memory=most, max_gpu=most) for most in (None, 1 << 30)]
-    assert jobs[0].fingerprint() == jobs[1].fingerprint()
-
-
-def test_a_gpus_memory_is_not_bounded_where_there_is_none(make, tmp_path):
-    with pytest.raises(RecipeError, match="bounds a GPU's memory, and this run computes on cpu"):
-        run(job_of(make(), max_gpu=1 << 30), tmp_path / "out")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "name", "algorithm"),
-    [
-        ("llama", "W4A16", "gptq"),
-        ("llama", "W8A8", "smoothquant+gptq"),
-        ("llama", "W4A16", "rotation+gptq"),
-        ("mixtral", "W4A16", "gptq"),
-    ],
-)
-def test_a_process_takes_what_was_planned(make, speaking, tmp_path, kind, name, algorithm):
-    text = speaking.parent / "calibration.txt"
-    vocabulary = json.loads((speaking / "config.json").read_text())["vocab_size"]
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096 if kind == "llama" else 1024, "vocab_size": vocabulary}
-    folder = shutil.copytree(make(kind, num_hidden_layers=1, max_position_embeddings=128, **sizes), tmp_path / "model")
-    for path in speaking.glob("tokenizer*"):
-        shutil.copy(path, folder)
-    line = [
-        Path(sys.executable).parent / "lowbit",
-        "quantize",
-        folder,
-        "--to",
-        name,
-        "--algorithm",
-        algorithm,
-        "--calibrate",
-        text,
-    ]
-    line += ["--samples", "32", "--seq-len", "128", "--device", "cpu", "-o", tmp_path / "out"]
-    process = subprocess.Popen(line)
-    _, status, used = os.wait4(process.pid, 0)
-    assert status == 0
-    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
-    # Kilobytes on Linux.
-    assert report.peak_memory <= used.ru_maxrss * 1024 <= report.planned_memory
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("kind", "name", "algorithm"),
-    [
-        ("llama", "W4A16_G32", "gptq"),
-        ("llama", "W4A16_G32", "rotation+gptq+learned"),
-        ("llama", "W8A8", "smoothquant+gptq"),
-        ("mixtral", "W4A16_G32", "gptq"),
-    ],
-)
-def test_a_gpus_memory_is_planned_and_kept_to(make, tmp_path, kind, name, algorithm):
-    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
-    folder, method = make(kind, **sizes), Method.of(algorithm, pre_scale=False)
-    most = foresee(job_of(folder, name, method), "cuda").planned.gpu + (1 << 20)
-    run(job_of(folder, name, method, max_gpu=most), tmp_path / "out", device="cuda")
-    report = Report.from_json((tmp_path / "out" / "report.json").read_text())
-    assert report.peak_gpu <= report.planned_gpu <= report.max_gpu == most
-    assert report.peak_memory <= report.planned_memory
-    # Block weights and Hessians lie there.
-    assert report.peak_gpu > 1 << 24
-    # The bound is this run's own.
-    torch.empty(2 * most, dtype=torch.uint8, device="cuda")
-    with pytest.raises(RecipeError, match=r"needs .* of the GPU's memory, .* may take 1 MiB; allow .* by --max-gpu"):
-        run(job_of(folder, name, method, max_gpu=1 << 20), tmp_path / "small", device="cuda")
-    assert not (tmp_path / "small").exists()
-
-
-@pytest.mark.gpu
-def test_what_a_gpu_has_no_room_for_ends_a_run_that_continues(make, tmp_path, monkeypatch):
-    folder = make(hidden_size=1024, intermediate_size=2048)
-    run(job_of(folder), tmp_path / "whole", device="cuda")
-    with monkeypatch.context() as patch:
-        # A plan that promises too much.
-        patch.setattr(Calibrated, "memory", lambda *_: footprint.Footprint(0, 0))
-        held = torch.cuda.memory_allocated()
-        with pytest.raises(LowbitError, match=r"needs more of the GPU's memory .* a larger --max-gpu"):
-            run(job_of(folder, max_gpu=held + (24 << 20)), tmp_path / "out", device="cuda")
-    run(job_of(folder), tmp_path / "out", device="cuda")
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
-
-
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [("4GiB", 4 << 30), ("1.5 GB", 15 * 10**8), ("300m", 3 * 10**8), ("1e9", 10**9), ("64KiB", 1 << 16)],
-)
-def test_sizes_are_read(text, count):
-    assert bytes_of(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "four", "-1", "0", "4 GiBs", "1..2"])
-def test_what_is_no_size_is_wrong_use(text):
-    with pytest.raises(BadParameter, match="is not a size, such as 4GiB"):
-        bytes_of(text)
-
-
-# Calibration text
-
-LINES = ["the first of a few texts", "another one, a little\u2028longer than the first", "and a third"]
-
-
-@pytest.fixture(scope="session")
-def speaking():
-    return Path(__file__).parents[3] / "integration_tests/models/lm-tiny"
-
-
-def test_text_of_every_kind_gives_the_same_windows(speaking, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(speaking)
-    ids = []
-    for line in LINES * 20:
-        ids += ([tokenizer.eos_token_id] if ids else []) + tokenizer(line).input_ids
-    whole = torch.tensor(ids[: len(ids) // 16 * 16]).view(-1, 16)
-    (tmp_path / "a.jsonl").write_text(
-        "\n".join(json.dumps({"text": line, "id": 1}, ensure_ascii=False) for line in LINES * 20) + "\n"
-    )
-    (tmp_path / "b.jsonl").write_text("\n\n".join(json.dumps(line) for line in LINES * 20))
-    parquet.write_table(table({"text": LINES * 20, "other": [1] * 60}), tmp_path / "c.parquet")
-    for name in ("a.jsonl", "b.jsonl", "c.parquet"):
-        found = Calibration((tmp_path / name,), len(whole), 16).windows(speaking)
-        assert torch.equal(found, whole)
-        few = Calibration((tmp_path / name,), 5, 16, seed=3).windows(speaking)
-        assert all(any(torch.equal(row, each) for each in whole) for row in few)
-        assert torch.equal(few, Calibration((tmp_path / name,), 5, 16, seed=3).windows(speaking))
-        assert not torch.equal(few, Calibration((tmp_path / name,), 5, 16, seed=4).windows(speaking))
-    (tmp_path / "d.txt").write_text(" ".join(LINES * 20))
-    text = torch.tensor(tokenizer(" ".join(LINES * 20)).input_ids)
-    every = Calibration((tmp_path / "d.txt",), len(text) // 16, 16).windows(speaking)
-    assert torch.equal(every.flatten(), text[: len(text) // 16 * 16])
-
-
-def test_windows_of_one_file_are_what_they_always_were(speaking, tmp_path):
-    file = tmp_path / "text.txt"
-    file.write_text("Once upon a time there was a little model that was asked to be smaller. " * 80)
-    ids = torch.tensor(AutoTokenizer.from_pretrained(speaking)(file.read_text()).input_ids)
-    whole = len(ids) // 32
-    chosen = torch.randperm(whole, generator=torch.Generator().manual_seed(7))[:10].sort().values
-    found = Calibration((file,), 10, 32, 7)
-    assert torch.equal(found.windows(speaking), ids[: whole * 32].view(whole, 32)[chosen])
-    assert found.fingerprint() == f"{sha256(file.read_bytes()).hexdigest()}:10:32:7"
-
-
-def test_several_files_are_read_one_after_another(speaking, tmp_path):
-    first, second, whole = (tmp_path / name for name in ("a.jsonl", "b.txt", "whole.jsonl"))
-    last = "and what stands in another file. " * 40
-    first.write_text("\n".join(json.dumps(line) for line in LINES * 10))
-    second.write_text(last)
-    whole.write_text("\n".join(json.dumps(line) for line in [*LINES * 10, last]))
-    both = Calibration((first, second), 20, 16, 1)
-    assert torch.equal(both.windows(speaking), Calibration((whole,), 20, 16, 1).windows(speaking))
-    assert not torch.equal(both.windows(speaking), Calibration((second, first), 20, 16, 1).windows(speaking))
-    assert both.described() == {
-        "files": "a.jsonl, b.txt",
-        "samples": 20,
-        "sequence length": 16,
-        "tokens": 320,
-        "seed": 1,
-    }
-    with pytest.raises(
-        CheckpointError, match=r"a.jsonl, \S*b.txt: \d+ tokens, \d+ windows of 16; --samples 999 needs 15984"
-    ):
-        Calibration((first, second), 999, 16).windows(speaking)
-    with pytest.raises(CheckpointError, match="none.txt cannot be read as UTF-8 text"):
-        Calibration((first, tmp_path / "none.txt"), 2, 16).windows(speaking)
-    # Each text and their order count.
-    texts = [(first, second), (second, first), (first,), (second,), (first, first), (whole,)]
-    assert len({Calibration(files, 20, 16, 1).fingerprint() for files in texts}) == len(texts)
-
-
-@pytest.mark.parametrize("name", ["quantize", "compare"])
-def test_commands_take_several_texts(speaking, tmp_path, monkeypatch, name):
-    seen = []
-    for file in ("a.txt", "b.txt"):
-        (tmp_path / file).write_text("a few words")
-
-    def prepared(*args, calibration, **options):
-        seen.append(calibration)
-        raise RecipeError("enough")
-
-    monkeypatch.setattr("lowbit_hf.job.prepare", prepared)
-    files = (tmp_path / "a.txt", tmp_path / "b.txt")
-    line = [name, str(speaking), "--to", "W8A8", "--samples", "3", "--seq-len", "5", "--seed", "6", "-o", "out"]
-    assert main([*line, *(word for file in files for word in ("--calibrate", str(file)))]) == 1
-    assert main(line) == 1
-    assert seen == [Calibration(files, 3, 5, 6), None]
-    assert main([*line, "--calibrate", str(files[0]), "--calibrate", "none.txt"]) == 2
-
-
-def test_text_that_does_not_do_is_told(speaking, tmp_path, make):
-    short = tmp_path / "short.txt"
-    short.write_text("a few words only")
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"content": "bad"}\n')
-    (tmp_path / "torn.jsonl").write_text('{"text": "go')
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
-    parquet.write_table(table({"content": ["x"]}), tmp_path / "other.parquet")
-    parquet.write_table(table({"text": [None]}), tmp_path / "null.parquet")
-    problems = {
-        r"short.txt: \d+ tokens, 0 windows of 16; --samples 4 needs 64: give a longer text": short,
-        "bad.jsonl, line 2 has no text": tmp_path / "bad.jsonl",
-        "torn.jsonl, line 1 is not JSON": tmp_path / "torn.jsonl",
-        "bad.parquet cannot be read as parquet with a column 'text'": tmp_path / "bad.parquet",
-        "other.parquet cannot be read as parquet": tmp_path / "other.parquet",
-        "null.parquet, row 1 holds NoneType": tmp_path / "null.parquet",
-        "none.txt cannot be read as UTF-8 text": tmp_path / "none.txt",
-    }
-    for message, file in problems.items():
-        with pytest.raises(CheckpointError, match=message):
-            Calibration((file,), 4, 16).windows(speaking)
-    with pytest.raises(CheckpointError, match="has no tokenizer"):
-        Calibration((short,), 4, 16).windows(make())
-    with pytest.raises(CheckpointError, match="needed are 1 and 2 or more"):
-        Calibration((short,), 0, 16).windows(speaking)
 
 
 KILL = """
