@@ -90,10 +90,9 @@ def rounded_whole(
     batch, groups = k.shape[:2]
     largest = torch.zeros(3, batch * groups, device=q.device)
     scales = torch.empty_like(largest)
-    kinds = (scheme.qk, scheme.qk, scheme.v)
     codes = [
-        torch.empty(batch, x.shape[2], x.shape[1], x.shape[3], dtype=fmt.element.storage, device=q.device)
-        for x, fmt in zip((q, k, v), kinds, strict=True)
+        torch.empty(batch, x.shape[2], x.shape[1], x.shape[3], dtype=scheme.qk.element.storage, device=q.device)
+        for x in (q, k, v)
     ]
     launch = _launch(q, k, v, scheme, cos, sin)
     launch(_LARGEST, largest=largest)
