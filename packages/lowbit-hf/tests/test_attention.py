@@ -115,6 +115,16 @@ def test_schemes_by_name(lm, direct, tokens, scheme):
         assert torch.equal(lm("llama", f"lowbit:{scheme}")(tokens).logits, wanted)
 
 
+def test_scores_are_scaled_as_the_model_says(lm, direct, tokens):
+    models = [lm("llama"), lm("llama", "direct")]
+    for model in models:
+        for layer in model.model.layers:
+            layer.self_attn.scaling = 0.7
+    with torch.no_grad():
+        found, wanted = (model(tokens).logits for model in models)
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize(
     ("kind", "static"),
     [("llama", True), *((kind, False) for kind in ("llama", "qwen2", "mixtral", "chunks", "narrow values"))],

@@ -68,6 +68,15 @@ def test_the_same_model_in_every_way():
         assert id(head.weight) in share
 
 
+def test_a_step_writes_the_last_of_the_keys_that_it_reads():
+    keys, values, last = torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 4), torch.ones(1, 2, 1, 4)
+    layer = llama3._Full(keys, values)
+    assert (layer.get_seq_length(), layer.get_mask_sizes(1)) == (4, (5, 0))
+    found = layer.update(last, 2 * last)
+    assert [each.sum(-1)[0, 0].tolist() for each in found] == [[0, 0, 0, 0, 4], [0, 0, 0, 0, 8]]
+    assert found[0] is keys
+
+
 def test_operations_and_bytes():
     hidden, inner, kv, vocabulary, s = 256, 512, 128, 512, 40
     block = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner

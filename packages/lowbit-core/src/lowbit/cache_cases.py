@@ -41,6 +41,8 @@ class _Size:
     page: int | None
     at: tuple[int, ...]
     window: int = 0
+    # A page of the first text that is none, though all of its queries see it.
+    missing: int | None = None
 
 
 _WRITES = (
@@ -53,6 +55,8 @@ _WRITES = (
 _READS = (
     _Size(4, 2, 1, 200, None, (200, 77)),
     _Size(8, 1, 3, 256, 16, (129, 1)),
+    _Size(2, 1, 1, 256, 16, (200, 256), missing=3),
+    _Size(2, 1, 1, 128, 64, (128, 100), missing=0),
     _Size(2, 2, 5, 300, None, (300, 3), 40),
     _Size(6, 2, 2, 192, 64, (150, 0), 70),
     # More than there is room for.
@@ -139,12 +143,15 @@ def _reads(dtype: torch.dtype, keys: Format, values: Format) -> Iterator[Case]:
         if table is not None:
             # Pages of which nothing is read need not be there.
             table[unread.view(*table.shape, -1).all(-1)] = -1
+            if size.missing is not None:
+                table[0, size.missing] = len(parts[0])
         text, token = unread.nonzero(as_tuple=True)
         row = text
         if table is not None:
             page = parts[0].shape[1]
             row = table[text, token // page].long()
-            row, token = row[row >= 0], (token % page)[row >= 0]
+            there = (row >= 0) & (row < len(parts[0]))
+            row, token = row[there], (token % page)[there]
         for part in parts:
             part[row, token] = torch.nan if part.is_floating_point() else 0x7F
         q = sample((len(lengths), size.queries, size.heads, _D), seed=1, dtype=dtype).transpose(1, 2)
@@ -171,7 +178,7 @@ def _wanted(
     for codes, scale, fmt in zip(parts[::2], parts[1::2], formats, strict=True):
         decoded = fmt.element.decode(codes.contiguous().view(fmt.element.storage)).double() * scale.double()[..., None]
         if table is not None:
-            decoded = decoded[table.long()].flatten(1, 2)
+            decoded = decoded[table.long().clamp_max(len(codes) - 1)].flatten(1, 2)
         decoded = torch.where(read[..., None, None], decoded, 0.0).transpose(1, 2)
         values.append(decoded.repeat_interleave(size.heads // size.groups, 1))
     keys, values_of = values
@@ -197,6 +204,7 @@ def _wanted(
     # Weights times scales may be rounded in steps of 2^-24 of the largest of them.
     bound = size_of * (2 * off.expm1() + _WEIGHTS + (size.room + 64) * _UNIT)
     bound = bound + size.room * _UNIT * values_of.abs().amax((2, 3), keepdim=True) / total
-    beyond = (lengths > size.room)[:, None, None, None]
     value, bound = rounded_to(value, bound, None, q.dtype)
-    return Wanted(value.masked_fill(beyond, _NAN), q.dtype, bound)
+    lost = lengths > size.room
+    lost[0] |= size.missing is not None
+    return Wanted(value.masked_fill(lost[:, None, None, None], _NAN), q.dtype, bound.nan_to_num(0.0))
