@@ -69,6 +69,16 @@ def test_what_is_written_is_the_reference_of_any_width_and_strides(device, d, dt
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_nothing_beside_a_cache_is_written(device):
+    whole = KeyValueCache.empty(1, 1, 12, 4, page=4, device=device)
+    # The page in the middle is the cache, and the table has none but its neighbours.
+    inner, table = [part[1:2] for part in parts(whole)], torch.tensor([[-1, 1]], dtype=torch.int32, device=device)
+    k, at = drawn(1, 1, 8, 4, seed=1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    cache_write(k, k, None, None, None, *inner, at, table, str(whole.keys), str(whole.values))
+    assert not any(part.any() for part in parts(whole))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     ("heads", "queries", "d", "page", "lengths", "plan"),
     [
