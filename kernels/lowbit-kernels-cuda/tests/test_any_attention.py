@@ -11,7 +11,7 @@ import torch
 
 from lowbit import attending
 from lowbit.attention import SCHEMES, Scheme
-from lowbit.backends import Kernel
+from lowbit.backends import Call, Kernel
 from lowbit.bench.inputs import sqnr
 from lowbit.testing import check_backend
 from lowbit.varlen_attending import attend_varlen
@@ -188,6 +188,19 @@ def test_what_is_not_finite_is_not_hidden_and_what_no_query_sees_not_read(device
         assert found[0, 0, :64].isfinite().all()
         assert found[0, 0, 384:].isfinite().all()
         assert found[1].isfinite().all()
+
+
+def test_codes_run_unasked_where_they_were_measured_to_be_faster(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    given = SCHEMES["INT8_FP8"], 128, 32768, 4096
+    assert any_attention._faster(*given)
+    less = (SCHEMES["INT8"], *given[1:]), (given[0], 64, *given[2:]), (*given[:2], 32767, 4096), (*given[:3], 4095)
+    assert not any(any_attention._faster(*each) for each in (*less, (*given[:3], 0)))
+    for window, told in (("window",), "below 32768 tokens"), ((), "not measured"):
+        call = Call.of("attention", "", "", torch.device("cuda"), HALF, None, 128, "INT8_FP8", *window)
+        assert told in any_attention.how(call)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert not any_attention._faster(*given)
 
 
 def test_what_is_added_hides_what_is_not_seen():
