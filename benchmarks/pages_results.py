@@ -18,6 +18,7 @@ BENCHMARKS = ROOT / "benchmarks"
 YES, NO = 1.05, 0.98
 # Runs of one day in the order of the kernels that they measured.
 ORDER = (
+    "bench-attention-h200-2026-11-30",
     *("bench-linear-rounded-peers-h200-2026-11-29", "bench-linear-w4a8-few-h200-2026-11-29"),
     *("bench-linear-w4a8-many-h200-2026-11-29", "bench-linear-blocks-h200-2026-11-29"),
     *("bench-linear-rounded-few-h200-2026-11-29", "bench-linear-rows-h200-2026-11-29"),

@@ -15,6 +15,8 @@ from lowbit_kernels_cuda import plain_attention
 
 # Channels of a head whose codes and sums fit registers.
 _CHANNELS = (64, 128)
+# From how many queries and keys on attention of codes is faster, rounding included: `lowbit bench attention`.
+LEAST = 8192
 
 
 def refuses(call: Call) -> str | None:
@@ -35,15 +37,11 @@ def refuses(call: Call) -> str | None:
 
 def how(call: Call) -> str:
     """What runs for which lengths, in words."""
+    del call
     return (
-        f"torch's own attention, which rounds nothing, runs below {_least(Scheme.parse(call.facts[0]))} queries and "
-        "keys, where it is faster; prefer=('cuda',) rounds those, too"
+        f"torch's own attention, which rounds nothing, runs below {LEAST} queries and keys, where it is faster; "
+        "prefer=('cuda',) rounds those, too"
     )
-
-
-def _least(scheme: Scheme) -> int:
-    """From how many queries and keys on attention of codes is faster, rounding included: `lowbit bench attention`."""
-    return 16384 if scheme.rotate_qk else 8192
 
 
 def run(
@@ -61,14 +59,14 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """See `lowbit.attention`."""
     del mask, window
-    queries, keys, parsed = q.shape[2], k.shape[2], Scheme.parse(scheme)
+    queries, keys = q.shape[2], k.shape[2]
     with torch.cuda.device_of(q):
-        if not prefer and min(queries, keys) < _least(parsed) and q.numel() and keys:
+        if not prefer and min(queries, keys) < LEAST and q.numel() and keys:
             return plain(q, k, v, scale, cos, sin, causal=causal)
         out, sums = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
         if not (q.numel() and keys):
             return out.zero_(), sums.fill_(-torch.inf)
-        made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, parsed, cos, sin)
+        made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, Scheme.parse(scheme), cos, sin)
         # Heads lie beside one another in a token, or tokens in a head.
         simple = out.is_contiguous() or out.transpose(1, 2).is_contiguous()
         to = out if simple else out.contiguous()

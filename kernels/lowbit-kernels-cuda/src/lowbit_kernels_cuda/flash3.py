@@ -13,12 +13,10 @@ from lowbit.attending import laid_out_as
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit.format import WHOLE
-from lowbit_kernels_cuda.attention import plain
+from lowbit_kernels_cuda.attention import LEAST, plain
 
 _PACKAGE = "flash_attn_interface"
 _CHANNELS = (64, 128, 256)
-# From how many queries and keys on it is faster than torch's own, rounding included: `lowbit bench attention`.
-_LEAST = 8192
 
 
 def refuses(call: Call) -> str | None:
@@ -43,15 +41,6 @@ def _installed() -> bool:
     return find_spec(_PACKAGE) is not None
 
 
-def how(call: Call) -> str:
-    """What runs for which lengths, in words."""
-    del call
-    return (
-        f"torch's own attention, which rounds nothing, runs below {_LEAST} queries and keys, where it is faster; "
-        "prefer=('cuda',) rounds those, too"
-    )
-
-
 def run(
     q: Tensor,
     k: Tensor,
@@ -71,7 +60,7 @@ def run(
     if not (q.numel() and keys):
         return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        if not prefer and min(queries, keys) < _LEAST:
+        if not prefer and min(queries, keys) < LEAST:
             return plain(q, k, v, scale, cos, sin, causal=causal, window=window)
         heads, attend = import_module("lowbit_kernels_cuda.heads"), import_module(_PACKAGE).flash_attn_func
         codes, scales = zip(*heads.rounded_whole(q, k, v, Scheme.parse(scheme), cos, sin), strict=True)
