@@ -148,6 +148,8 @@ _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch.
 
 # Of operators that take values, where their format stands among the arguments; 0 where they move them as they are.
 _FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0, "cache_write": 11, "cached_attention": 9}
+# Operators that a scheme of attention decides on.
+_BY_SCHEME = ("attention", "varlen_attention")
 # Operators whose kernels read and write where their arguments say, and what is refused before that.
 _CHECKS: dict[str, Callable[..., None]] = {"cache_write": check_write, "cached_attention": check_attend}
 
@@ -157,7 +159,7 @@ def call_of(
 ) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None, *tuple[str, ...]]:
     """What decides on the kernel for these arguments of an op, as `Call.of` takes it after the op's name."""
     first = args[0]
-    if op.endswith("attention"):
+    if op in _BY_SCHEME:
         mask, window, scheme = (args[3], args[5], args[7]) if op == "attention" else (None, args[8], args[10])
         return attention_call(first, mask, window, scheme)
     if (at := _FORMAT_AT.get(op)) is not None:
@@ -198,7 +200,7 @@ def _varlen_attention(q: Tensor, *args: Any) -> Any:
 
 
 def _implementation(op: str) -> Callable[..., Any]:
-    if op.endswith("attention"):
+    if op in _BY_SCHEME:
         return _attention if op == "attention" else _varlen_attention
     names = argument_names(getattr(torch.ops.lowbit, op).default)
     scales = [(names.index(scale), names.index(fmt)) for scale, fmt in SCALES.items() if scale in names]
