@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from lowbit import attending, attention
 from lowbit.attention import SCHEMES, Scheme
 from lowbit.bench.inputs import sqnr
 from lowbit.testing import check_backend
-from lowbit_kernels_cuda import heads
+from lowbit_kernels_cuda import flash3, heads
 from lowbit_kernels_cuda.backend import backend
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -178,6 +179,44 @@ def test_short_ones_are_not_rounded(queries, causal, turned):
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(301 - queries), -torch.inf)
     assert sqnr(scores.softmax(-1) @ v, found) > 45
     torch.testing.assert_close(sums.double(), scores.logsumexp(-1), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_values_that_are_zeros_count_in_sums():
+    q, k, v = (drawn(1, 2, 2176, 128, seed=i, device="cuda") for i in range(3))
+    v[:, :, :2048] = 0
+    v *= 600
+    expected = attending.attend(q, k, v, None, False, 0, 0.1, "INT8_FP8", "")[0]
+    assert sqnr(expected, attention(q, k, v, scale=0.1, prefer=("cuda",))) > 34
+
+
+def test_flash_attention_3_gets_codes_and_the_scales_of_heads(monkeypatch):
+    def attend(q, k, v, softmax_scale, causal, window_size, return_attn_probs, **scales):
+        assert return_attn_probs
+        assert window_size == (6, 0)
+        q, k, v = (
+            x.float() * scales[f"{name}_descale"].repeat_interleave(x.shape[2] // 2, 1)[:, None, :, None]
+            for name, x in (("q", q), ("k", k), ("v", v))
+        )
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        last = torch.arange(q.shape[2])[:, None] + k.shape[2] - q.shape[2]
+        key = torch.arange(k.shape[2])
+        scores = q @ k.repeat_interleave(2, 1).mT * softmax_scale
+        scores = scores.masked_fill((key > last) | (key < last - 6), -torch.inf)
+        out = scores.softmax(-1).nan_to_num(0) @ v.repeat_interleave(2, 1)
+        sums = scores.logsumexp(-1)
+        return out.transpose(1, 2).bfloat16(), sums.masked_fill(sums == -torch.inf, torch.inf)
+
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=attend))
+    q = drawn(2, 200, 4, 64, seed=0, device="cpu").transpose(1, 2)
+    k, v = (drawn(2, 2, 150, 64, seed=i, device="cpu") for i in (1, 2))
+    scheme = str(SCHEMES["FP8_HEAD"])
+    out, sums = flash3.run(q, k, v, None, True, 7, 0.1, scheme, "cuda")
+    expected, of = attending.attend(q, k, v, None, True, 7, 0.1, scheme, "")
+    # Of weights in e4m3 and those that are not.
+    assert sqnr(expected, out) > 26
+    assert out.stride() == q.stride()
+    torch.testing.assert_close(sums, of)
 
 
 @pytest.mark.gpu

@@ -123,6 +123,44 @@ def test_gradients_are_near_those_of_plain_attention(causal, scheme):
         assert sqnr(one, other) > 28
 
 
+def test_gradients_are_those_of_codes_where_the_forward_rounds_nothing():
+    def run(q, k, v, mask, causal, window, scale, *rest):
+        scores = q.double() @ k.double().repeat_interleave(2, 1).mT * scale
+        values = v.double().repeat_interleave(2, 1)
+        return (scores.softmax(-1) @ values).to(q.dtype), scores.logsumexp(-1).float()
+
+    row = Kernel("own.attention", "attention", "cpu", 5, run, lambda call: None)
+    own = SimpleNamespace(name="own", probe=lambda: None, kernels=lambda: (row,))
+    # Its sums are of scores with the mean of keys.
+    q, k, v = operands()
+    given, to_out = (
+        [x.requires_grad_() for x in (q, k + 5 * drawn(1, 1, 1, 64, seed=7), v)],
+        drawn(2, 4, 200, 64, seed=9),
+    )
+    right = torch.autograd.grad(exact(*given), given, to_out.double())
+    with installed_backends(own):
+        found = torch.autograd.grad(attention(*given, scheme="INT8"), given, to_out)
+    for one, other in zip(right, found, strict=True):
+        assert sqnr(one, other) > 28
+
+
+def test_a_second_gradient_is_refused():
+    given = [x.requires_grad_() for x in operands()]
+    with pytest.raises(UnsupportedOpError, match="second gradient"):
+        torch.autograd.grad(attention(*given).square().sum(), given, create_graph=True)
+
+
+def test_lengths_stay_dynamic_where_it_is_taken_apart():
+    # Fewer are fewer than a block, or than the mean is taken of.
+    lengths = {2: torch.export.Dim("tokens", min=257, max=2000)}
+    traced = operands(queries=300, keys=300)
+    program = torch.export.export(Attention("INT8", causal=True), tuple(traced), dynamic_shapes=(lengths,) * 3)
+    apart = program.run_decompositions().module()
+    for tokens in (300, 270, 700):
+        given = operands(queries=tokens, keys=tokens)
+        assert sqnr(attention(*given, scheme="INT8", causal=True), apart(*given)) > 40
+
+
 def test_some_queries_at_a_time_are_all_of_them(monkeypatch):
     given, to_out = [x.requires_grad_() for x in operands()], drawn(2, 4, 200, 64, seed=9)
     how = {"mask": drawn(2, 4, 200, 300, seed=5) > 0, "causal": True, "window": 150}
@@ -261,6 +299,8 @@ def test_bad_schemes_are_refused(scheme, reason):
         ({"k": drawn(2, 3, 300, 64), "v": drawn(2, 3, 300, 64)}, "must divide"),
         ({"v": drawn(2, 2, 299, 64)}, "needs queries"),
         ({"q": drawn(2, 4, 200, 64).bfloat16()}, "one dtype"),
+        ({"k": drawn(2, 2, 300, 64).to("meta"), "v": drawn(2, 2, 300, 64).to("meta")}, "one device"),
+        ({name: drawn(2, 2, 300, 0) for name in "qkv"}, "a channel or more"),
         ({"window": 3}, "causal=True"),
         ({"window": 0, "causal": True}, "positive"),
         ({"mask": torch.ones(2, 3, 200, 300, dtype=torch.bool)}, "broadcast"),
@@ -301,6 +341,7 @@ def test_backends_are_asked_with_what_is_known():
     mask = torch.ones(300, dtype=torch.bool)
     with installed_backends(own):
         assert torch.equal(attention(q, k, v, prefer=("own",)), q + 1)
+        assert torch.equal(attention(q, k, v, prefer="own"), q + 1)
         assert asked[0].facts == (str(SCHEMES["INT8_FP8"]),)
         assert asked[0].k == 64
         attention(q, k, v, causal=True, window=9, prefer=("own",))

@@ -80,7 +80,7 @@ def run(
     window = window if window < keys else 0
     with torch.cuda.device_of(q):
         if not (q.numel() and keys):
-            return _nothing(q, q.shape[:3])
+            return torch.zeros_like(q), _nothing(q, q.shape[:3])
         given = plain_attention.turned(q, k, cos, sin)
         if prefer or (mask is None and _faster(parsed, d, min(queries, keys), window)):
             kernel = _kernel()
@@ -108,7 +108,8 @@ def run_varlen(
     """See `lowbit.varlen_attention`."""
     with torch.cuda.device_of(q):
         if not (q.numel() and len(k)):
-            return _nothing(q, (q.shape[1], len(q)))
+            out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+            return out, _nothing(q, (q.shape[1], len(q)))
         if not prefer and q.dtype != torch.float32:
             return plain_attention.attend_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal=causal, window=window)
         kernel, count = _kernel(), len(cu_q) - 1
@@ -118,9 +119,9 @@ def run_varlen(
         return out[0].transpose(0, 1).contiguous(), sums[0]
 
 
-def _nothing(q: Tensor, sums: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """What queries get that see nothing."""
-    return torch.zeros_like(q), torch.full(sums, -torch.inf, device=q.device)
+def _nothing(q: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Logs of sums of queries that see nothing."""
+    return torch.full(shape, -torch.inf, device=q.device)
 
 
 def _kernel() -> Any:

@@ -17,6 +17,8 @@ from lowbit_kernels_cuda import plain_attention
 _CHANNELS = (64, 128)
 # From how many queries and keys on attention of codes is faster, rounding included: `lowbit bench attention`.
 LEAST = 8192
+# Channels of a head that this was measured with.
+MEASURED = 128
 
 
 def refuses(call: Call) -> str | None:
@@ -39,8 +41,9 @@ def how(call: Call) -> str:
     """What runs for which lengths, in words."""
     del call
     return (
-        f"torch's own attention, which rounds nothing, runs below {LEAST} queries and keys, where it is faster; "
-        "prefer=('cuda',) rounds those, too"
+        f"torch's own attention, which rounds nothing, runs below {LEAST} queries and keys, where it is faster, "
+        f"and on heads of other than {MEASURED} channels and windows, where codes were not measured; prefer=('cuda',) "
+        "rounds those, too"
     )
 
 
@@ -61,7 +64,7 @@ def run(
     del mask, window
     queries, keys = q.shape[2], k.shape[2]
     with torch.cuda.device_of(q):
-        if not prefer and min(queries, keys) < LEAST and q.numel() and keys:
+        if not prefer and (min(queries, keys) < LEAST or q.shape[3] != MEASURED) and q.numel() and keys:
             return plain(q, k, v, scale, cos, sin, causal=causal)
         out, sums = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
         if not (q.numel() and keys):
@@ -89,9 +92,11 @@ def plain(
     queries, keys, given = q.shape[2], k.shape[2], q
     q, k = plain_attention.turned(q, k, cos, sin)
     # CuDNN's causal queries are the first tokens, not the last.
-    if window or (causal and queries not in (keys, 1)):
+    alike, first = not window and (not causal or queries in (keys, 1)), causal and queries > 1
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, first, q.shape[1] != k.shape[1])
+    if not alike or not torch.backends.cuda.can_use_cudnn_attention(params):
         out, sums = plain_attention.attend(q, k, v, None, scale, causal=causal, window=window)
         return laid_out_as(out, given), sums
     attend = torch.ops.aten._scaled_dot_product_cudnn_attention  # noqa: SLF001 - only operators give sums
-    out, sums, *_ = attend(q, k, v, None, True, 0.0, causal and queries > 1, False, scale=scale)
+    out, sums, *_ = attend(q, k, v, None, True, 0.0, first, False, scale=scale)
     return laid_out_as(out, given), sums.reshape(q.shape[:3])

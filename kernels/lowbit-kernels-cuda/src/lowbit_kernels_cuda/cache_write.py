@@ -139,9 +139,10 @@ def _write(
         if table is None:
             row, place, there = text, position, (position >= 0) & (position < room)
         else:
-            index = position // room
-            there = (position >= 0) & (index < table_size)
-            row, place = tl.load(table + text * table_row + index, there, -1).to(tl.int64), position % room
+            page = tl.maximum(room, 1)
+            index = position // page
+            there = (position >= 0) & (index < table_size) & (room > 0)
+            row, place = tl.load(table + text * table_row + index, there, -1).to(tl.int64), position % page
             there = there & (row >= 0) & (row < rows)
         head = (block % blocks) * ROWS + tl.arange(0, ROWS)
         if block < blocks:

@@ -100,7 +100,7 @@ def cached_attention(
         room = 0
     # Two codes of values are a word.
     if any(step % 2 for step in (v_codes.storage_offset(), *v_codes.stride()[:3])):
-        v_codes = v_codes.contiguous()
+        v_codes = v_codes.clone(memory_format=torch.contiguous_format)
     pairs = v_codes.view(torch.int16)
     all_rows = heads // groups * queries
     # Few rows are filled up to the 16 of a product.
@@ -212,7 +212,8 @@ def _attend(
     row = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS)
     head, query = group * each + row // queries, row % queries
     inside = row < each * queries
-    length = tl.load(lengths + text).to(tl.int32)
+    # Of more than there is room for, any will do.
+    length = tl.minimum(tl.load(lengths + text).to(tl.int64), room + queries).to(tl.int32)
     end = tl.minimum(length, room)
     # The last token that each row sees, and the first one that any does.
     last = length - queries + query
@@ -223,7 +224,12 @@ def _attend(
 
     channel = tl.arange(0, WIDTH)
     known = channel < D
-    x_at = text.to(tl.int64) * q_batch + head[:, None] * q_head + query[:, None] * q_token + channel[None, :]
+    x_at = (
+        text.to(tl.int64) * q_batch
+        + head.to(tl.int64)[:, None] * q_head
+        + query.to(tl.int64)[:, None] * q_token
+        + channel[None, :]
+    )
     x = tl.load(q + x_at, inside[:, None] & known[None, :], 0.0).to(tl.float32)
     field = _field(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1))
     x = (x * _power(254 - field)[:, None]).to(tl.float16)

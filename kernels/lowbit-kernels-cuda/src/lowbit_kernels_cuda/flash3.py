@@ -13,7 +13,7 @@ from lowbit.attending import laid_out_as
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit.format import WHOLE
-from lowbit_kernels_cuda.attention import LEAST, plain
+from lowbit_kernels_cuda.attention import LEAST, MEASURED, plain
 
 _PACKAGE = "flash_attn_interface"
 _CHANNELS = (64, 128, 256)
@@ -22,8 +22,8 @@ _CHANNELS = (64, 128, 256)
 def refuses(call: Call) -> str | None:
     """What keeps `run` from a call."""
     scheme = Scheme.parse(call.facts[0])
-    if not _installed():
-        return f"needs FlashAttention-3, whose module {_PACKAGE} is not installed"
+    if (missing := _missing()) is not None:
+        return missing
     if torch.cuda.get_device_capability()[0] != 9:
         return "needs a Hopper GPU (compute capability 9.0)"
     if call.x_dtype != torch.bfloat16 or call.k not in _CHANNELS:
@@ -32,13 +32,19 @@ def refuses(call: Call) -> str | None:
         return "takes no mask; causal and a window are all that it hides"
     whole = scheme.v is not None and scheme.qk.block[0] == scheme.v.block[0] == WHOLE
     if not whole or scheme.qk.element.kind != "float" or scheme.rotate_v:
-        return f"needs e4m3 with one float32 scale a head, and values that are not rotated; this is {scheme}"
+        return f"needs e4m3 with one scale a head, and values that are not rotated; this is {scheme}"
     return None
 
 
 @cache
-def _installed() -> bool:
-    return find_spec(_PACKAGE) is not None
+def _missing() -> str | None:
+    if find_spec(_PACKAGE) is None:
+        return f"needs FlashAttention-3, whose module {_PACKAGE} is not installed"
+    try:
+        import_module(_PACKAGE)
+    except (ImportError, OSError) as error:
+        return f"needs FlashAttention-3, whose module {_PACKAGE} cannot be imported: {error}"
+    return None
 
 
 def run(
@@ -60,7 +66,9 @@ def run(
     if not (q.numel() and keys):
         return torch.zeros_like(q), q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
     with torch.cuda.device_of(q):
-        if not prefer and min(queries, keys) < LEAST:
+        # One that all keys are in is none.
+        window = window if window < keys else 0
+        if not prefer and (min(queries, keys) < LEAST or window or q.shape[3] != MEASURED):
             return plain(q, k, v, scale, cos, sin, causal=causal, window=window)
         heads, attend = import_module("lowbit_kernels_cuda.heads"), import_module(_PACKAGE).flash_attn_func
         codes, scales = zip(*heads.rounded_whole(q, k, v, Scheme.parse(scheme), cos, sin), strict=True)

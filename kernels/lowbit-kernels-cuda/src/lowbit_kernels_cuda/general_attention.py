@@ -18,16 +18,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.attending import ONE, unrotated
+from lowbit.attending import ONE
 from lowbit.attention import MODE, TOKENS, Scheme
 from lowbit.format import WHOLE, Format
 from lowbit_kernels_cuda.codes import encode_float, from_float32, to_float32
-from lowbit_kernels_cuda.general_heads import Codes, Sequences, block_of, channels, rounded, sequence_of
+from lowbit_kernels_cuda.general_heads import Codes, Sequences, block_of, channels, matrix, rounded, sequence_of
 from lowbit_kernels_cuda.scaling import raw, spec
 
 BLOCK = tl.constexpr(TOKENS)
 # Stands for the largest score where nothing is seen.
-_LEAST = tl.constexpr(-(2.0**30))
+_LEAST = tl.constexpr(-(2.0**120))
 _SHIFT = tl.constexpr(math.log2(ONE))
 _LOG2E = tl.constexpr(math.log2(math.e))
 _LN2 = tl.constexpr(math.log(2))
@@ -46,13 +46,16 @@ class Tile:
     stages: int
 
 
-def tile(d: int, *, plain: bool, masked: bool) -> Tile:
-    """The tile for codes of so many channels and plain values or rounded: measured on Hopper; it fits all GPUs."""
+def tile(d: int, *, plain: bool, masked: bool, native: bool) -> Tile:
+    """The tile for codes of so many channels and plain values or rounded: measured on Hopper; it fits all GPUs.
+
+    Tensor cores that are not `native` take twice the bytes.
+    """
     warps, stages = (4, 3) if d <= 128 else (8, 2)
     if plain:
         return Tile(128, 64, warps, stages)
     # Of a mask some blocks are in shared memory, too.
-    return Tile(64, 64 if masked else 128, warps, stages)
+    return Tile(64, 64 if masked or (d > 128 and not native) else 128, warps, stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +82,10 @@ def attend(
     out = torch.empty(shape, dtype=kind, device=q.device)
     out = out if of_q.cu is None else out.transpose(1, 2)
     sums = torch.empty(q.shape[:3], device=q.device)
-    made, how = rounded(q, k, v, scheme, of_q, of_k), tile(wide, plain=scheme.v is None, masked=seen.mask is not None)
+    made, integer = rounded(q, k, v, scheme, of_q, of_k), scheme.qk.element.kind == "int"
     # Of codes that are multiplied as bytes nothing is moved.
-    integer, native = scheme.qk.element.kind == "int", spec(_E4M3, MODE, q.device).convert != ""
+    native = spec(_E4M3, MODE, q.device).convert != ""
+    how = tile(wide, plain=scheme.v is None, masked=seen.mask is not None, native=native)
     lift = 1.0 if native else _LIFT
     values, mask = made.v, seen.mask
     if mask is not None:
@@ -114,7 +118,7 @@ def attend(
         num_stages=how.stages,
     )
     if scheme.rotate_v:
-        out = unrotated(out).to(q.dtype)
+        out = (out @ matrix(d, d, q.device).T).to(q.dtype)
     return out, sums
 
 

@@ -82,10 +82,10 @@ def channels(d: int) -> int:
 
 def rounded(q: Tensor, k: Tensor, v: Tensor, scheme: Scheme, of_q: Sequences, of_k: Sequences) -> Heads:
     """Queries, keys and values (sequences, heads, tokens, D) as a scheme has them; with `cu`, of one sequence."""
-    turn = _matrix(q.shape[3], channels(q.shape[3]), q.device) if scheme.rotate_qk else None
+    turn = matrix(q.shape[3], channels(q.shape[3]), q.device) if scheme.rotate_qk else None
     made_q = _codes(q, scheme.qk, of_q, None, turn, together=q.shape[1] // k.shape[1])
     made_k = _codes(k, scheme.qk, of_k, _means(k, of_k) if scheme.smooth else None, turn)
-    turn = _matrix(v.shape[3], channels(v.shape[3]), v.device) if scheme.rotate_v else None
+    turn = matrix(v.shape[3], channels(v.shape[3]), v.device) if scheme.rotate_v else None
     if scheme.v is not None:
         return Heads(made_q, made_k, _codes(v, scheme.v, of_k, None, turn, values=True))
     if turn is not None:
@@ -142,7 +142,7 @@ def _means(k: Tensor, of: Sequences) -> Tensor:
 
 
 @cache
-def _matrix(width: int, d: int, device: torch.device) -> Tensor:
+def matrix(width: int, d: int, device: torch.device) -> Tensor:
     """A Hadamard matrix over sqrt(width), and zeros."""
     matrix = torch.zeros(d, d)
     matrix[:width, :width] = hadamard(width) * width**-0.5

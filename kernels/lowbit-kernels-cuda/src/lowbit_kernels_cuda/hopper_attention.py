@@ -35,7 +35,10 @@ SIDE = gl.constexpr(64)
 _CENTRE = gl.constexpr(12582912.0)
 _CENTRE_BITS = gl.constexpr(0x4B400000)
 # Stands for the largest score where nothing is seen.
-_LEAST = gl.constexpr(-(2.0**30))
+_LEAST = gl.constexpr(-(2.0**120))
+# Blocks of values so many powers of two below the largest, or of zeros, count in sums alone: their weights are zeros in
+# e4m3, and smaller ones would be in float32.
+_APART = gl.constexpr(64.0)
 _SHIFT = gl.constexpr(math.log2(ONE))
 _LN2 = gl.constexpr(math.log(2))
 # Bytes of keys and values that stay in the cache while all of their queries are taken.
@@ -326,8 +329,9 @@ def _softmax(
         x = scores.to(gl.float32, bitcast=True)
     now = gl.maximum(most, gl.ceil(gl.max(x, 1) * by - down))
     wider = gl.maximum(unit, power)
-    p = gl.exp2(x * by + (_SHIFT + power - wider - down - now)[:, None])
-    total = total * gl.exp2(most - now) + gl.sum(p, 1) * gl.exp2(wider - power)
+    apart = gl.minimum(wider - power, _APART)
+    p = gl.exp2(x * by + (_SHIFT - apart - down - now)[:, None])
+    total = total * gl.exp2(most - now) + gl.sum(p, 1) * gl.exp2(apart)
     return p, now, total, gl.exp2(most - now + unit - wider), wider
 
 

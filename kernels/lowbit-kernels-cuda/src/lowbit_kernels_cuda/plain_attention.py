@@ -88,7 +88,9 @@ def _bias(q: Tensor, keys: int, mask: Tensor | None, *, causal: bool, window: in
     if mask is not None:
         mask = mask.expand(*(1,) * (4 - mask.dim()), *mask.shape)
         # Kernels read rows that begin at multiples of 16.
-        if hidden is None and mask.is_floating_point() and keys % 16 == 0 and mask.stride(3) == 1:
+        steps = (keys, mask.storage_offset(), *mask.stride()[:3])
+        even = mask.stride(3) == 1 and not any(step % 16 for step in steps)
+        if hidden is None and mask.is_floating_point() and even:
             return mask
     size = (1, 1, queries, keys) if mask is None else (*mask.shape[:2], queries, keys)
     bias = q.new_zeros(*size[:3], keys + -keys % 16)[..., :keys]
@@ -117,7 +119,7 @@ def _fused(
         out, sums, *_ = _ops._scaled_dot_product_efficient_attention(  # noqa: SLF001
             q, k, v, bias, True, 0.0, causal, scale=scale
         )
-    return out, sums.flatten(2)[:, :, : q.shape[2]]
+    return out, sums.flatten(2)[:, :, : q.shape[2]].contiguous()
 
 
 def _flash(

@@ -187,14 +187,16 @@ def _rounded_weights(weights: Tensor, scheme: Scheme, dtype: torch.dtype) -> Ten
 def _some(x: Tensor, heads: int) -> Iterator[tuple[int, Tensor]]:
     """Some queries at a time, (B, G, H / G, rows, D), and which is the first of them."""
     x = x.unflatten(1, (heads, -1))
+    # Where lengths are not known, a loop would take that which was traced for all.
+    if isinstance(x.shape[3], torch.SymInt):
+        yield 0, x
+        return
     for first in range(0, max(x.shape[3], 1), _ROWS):
         yield first, x[:, :, :, first : first + _ROWS]
 
 
 def gradients(
     grad: Tensor,
-    out: Tensor,
-    sums: Tensor,
     parts: list[list[Tensor]],
     scheme: Scheme,
     seen: Seen,
@@ -204,24 +206,23 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, in grad's dtype, as if rounding were the identity.
 
-    With weights `p = exp(s - sums)` of what was rounded: `dv = p^T grad`, `ds = p (grad v^T - sum(grad out))`,
-    `dq = ds k scale`, `dk = ds^T q scale`.
+    With weights `p = softmax(s)` and `dp = grad v^T` of what was rounded: `dv = p^T grad`, `ds = p (dp - sum(p dp))`,
+    `dq = ds k scale`, `dk = ds^T q scale`. The forward's own sums are no part of it: those of a backend that did not
+    round are of other scores.
     """
     dtype, d = grad.dtype, grad.shape[3]
     queries, keys = (values_of(part, scheme.qk, d, dtype) for part in parts[:2])
     values = values_of(parts[2], scheme.v, d, dtype)
     heads = keys.shape[1]
-    delta = (grad.float() * out.float()).sum(-1).unflatten(1, (heads, -1))
     turned = rotated(grad.float()).to(dtype) if scheme.rotate_v else grad
     to_q, to_k, to_v = [], torch.zeros_like(keys, dtype=torch.float32), torch.zeros_like(values, dtype=torch.float32)
-    rows_of_sums, rows_of_grad = sums.unflatten(1, (heads, -1)), turned.unflatten(1, (heads, -1))
-    for first, rows in _some(queries, heads):
-        place = slice(first, first + rows.shape[3])
-        scores = seen.apply((rows @ keys[:, :, None].mT).float() * scale, first, queries.shape[2])
-        of = rows_of_sums[..., place, None]
-        weights = (scores - of).exp().masked_fill(of == -math.inf, 0.0)
-        got = rows_of_grad[..., place, :]
-        to_scores = weights * ((got @ values[:, :, None].mT).float() - delta[..., place, None]) * scale
+    for (first, rows), (_, got) in zip(_some(queries, heads), _some(turned, heads), strict=True):
+        # Scores are rounded no more than those of the forward.
+        scores = seen.apply((rows.float() @ keys[:, :, None].mT.float()) * scale, first, queries.shape[2])
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        weights = scores.softmax(-1).masked_fill(nothing, 0.0)
+        to_weights = (got @ values[:, :, None].mT).float()
+        to_scores = weights * (to_weights - (weights * to_weights).sum(-1, keepdim=True)) * scale
         rounded_weights, to_scores = weights.to(dtype), to_scores.to(dtype)
         to_v += (rounded_weights.mT @ got).float().sum(2)
         to_k += (to_scores.mT @ rows).float().sum(2)

@@ -125,7 +125,7 @@ def attention(
     window: int | None = None,
     scale: float | None = None,
     rope: tuple[Tensor, Tensor] | None = None,
-    prefer: Sequence[str] = (),
+    prefer: str | Sequence[str] = (),
 ) -> Tensor:
     """Attention (B, H, S, D), in q's dtype, of float queries (B, H, S, D), keys and values (B, G, T, D).
 
@@ -146,8 +146,13 @@ def attention(
     check_heads(q, k, v, mask, scheme, causal=causal, window=window)
     tables = (None, None) if rope is None else _tables(rope, q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = mask, causal, window or 0, scale, str(scheme), ",".join(prefer)
+    arguments = mask, causal, window or 0, scale, str(scheme), preferred(prefer)
     return torch.ops.lowbit.attention(q, k, v, *arguments, *tables)[0]
+
+
+def preferred(prefer: str | Sequence[str]) -> str:
+    """Names of backends as operators take them; a string is one name."""
+    return prefer if isinstance(prefer, str) else ",".join(prefer)
 
 
 class Attention(nn.Module):
@@ -160,7 +165,7 @@ class Attention(nn.Module):
         causal: bool = False,
         window: int | None = None,
         scale: float | None = None,
-        prefer: Sequence[str] = (),
+        prefer: str | Sequence[str] = (),
     ) -> None:
         """Keep what is given; see `attention`.
 
@@ -169,7 +174,7 @@ class Attention(nn.Module):
         """
         super().__init__()
         self.scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-        self.causal, self.window, self.scale, self.prefer = causal, window, scale, tuple(prefer)
+        self.causal, self.window, self.scale, self.prefer = causal, window, scale, preferred(prefer)
 
     def forward(
         self,
@@ -209,6 +214,13 @@ def check_heads(
     if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         msg = f"attention needs queries (B, H, S, D), and keys and values (B, G, T, D); given are {shapes}"
         raise FormatError(msg)
+    if not q.shape[3]:
+        msg = f"attention needs heads of a channel or more; given are {shapes}"
+        raise FormatError(msg)
+    devices = {str(x.device) for x in (q, k, v, mask) if x is not None}
+    if len(devices) > 1:
+        msg = f"attention needs all on one device; given are tensors on {', '.join(sorted(devices))}"
+        raise FormatError(msg)
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         msg = f"heads of keys must divide those of queries; given are {shapes}"
         raise FormatError(msg)
@@ -219,17 +231,20 @@ def check_heads(
         msg = f"a window of {window} tokens must be positive, and needs causal=True: it ends at the query's own token"
         raise FormatError(msg)
     if mask is not None:
-        if mask.dtype not in (torch.bool, q.dtype):
-            msg = f"the mask's dtype must be bool, or that of queries, {q.dtype}; it is {mask.dtype}"
-            raise FormatError(msg)
-        whole = (*q.shape[:3], k.shape[2])
-        if mask.dim() > 4 or any(
-            size not in (1, of) for size, of in zip(reversed(mask.shape), reversed(whole), strict=False)
-        ):
-            msg = f"the mask {tuple(mask.shape)} does not broadcast to (B, H, S, T) {whole}"
-            raise FormatError(msg)
-    if (scheme.rotate_qk or scheme.rotate_v) and q.shape[-1]:
+        _check_mask(mask, q, k)
+    if scheme.rotate_qk or scheme.rotate_v:
         hadamard(q.shape[-1])
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    if mask.dtype not in (torch.bool, q.dtype):
+        msg = f"the mask's dtype must be bool, or that of queries, {q.dtype}; it is {mask.dtype}"
+        raise FormatError(msg)
+    whole = (*q.shape[:3], k.shape[2])
+    fits = all(size in (1, of) for size, of in zip(reversed(mask.shape), reversed(whole), strict=False))
+    if mask.dim() > 4 or not fits:
+        msg = f"the mask {tuple(mask.shape)} does not broadcast to (B, H, S, T) {whole}"
+        raise FormatError(msg)
 
 
 def _tables(rope: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,8 +257,8 @@ def _tables(rope: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, 
         shape = "cos and sin (T, D / 2) or (B, T, D / 2)"
         msg = f"rope needs {shape} of all {keys} keys' tokens, {d} channels; given: {told}"
         raise FormatError(msg)
-    if not (cos.is_floating_point() and sin.is_floating_point()):
-        msg = f"rope needs floating point tables; given: {told}"
+    if not (cos.is_floating_point() and sin.is_floating_point() and cos.device == sin.device == q.device):
+        msg = f"rope needs floating point tables on {q.device}; given: {told}, on {cos.device} and {sin.device}"
         raise FormatError(msg)
     if cos.requires_grad or sin.requires_grad:
         msg = "rope's tables have no gradient here; detach them"

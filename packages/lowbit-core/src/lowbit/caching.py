@@ -122,9 +122,11 @@ def attend_cache(
         read = read & (token >= ends_of[:, :1] - window)
     keys, values = (_cleared(x, read, missing) for x in (keys, values))
     found = []
-    for first in range(0, max(queries, 1), _ROWS):
-        rows = q[:, :, first : first + _ROWS].float().unflatten(1, (groups, -1))
-        last = ends_of[:, first : first + _ROWS, None]
+    # Where lengths are not known, a loop would take that which was traced for all.
+    size = queries if isinstance(queries, torch.SymInt) else _ROWS
+    for first in [0] if isinstance(queries, torch.SymInt) else range(0, max(queries, 1), _ROWS):
+        rows = q[:, :, first : first + size].float().unflatten(1, (groups, -1))
+        last = ends_of[:, first : first + size, None]
         hidden = token >= last
         if window:
             hidden = hidden | (token < last - window)

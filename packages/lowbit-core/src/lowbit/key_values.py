@@ -138,7 +138,8 @@ class KeyValueCache(nn.Module):
         unless given. A query that sees nothing gets zeros, a text of which more tokens are said to be there than there
         is room for NaN, and so does a query that sees a page which is none. What no query sees is not read.
 
-        Scores and sums are in float32; weights times scales of values have 11 bits or more.
+        Scores and sums are in float32; weights times scales of values have 11 bits, down
+        to 2^-14 of the largest of a block of tokens.
 
         Raises:
             FormatError: shapes, dtypes or devices do not fit, or the window is not positive.
@@ -178,7 +179,7 @@ def check_write(
         FormatError: see `KeyValueCache.write`.
         UnsupportedOpError: see there.
     """
-    _refuse_gradients(k, v, q)
+    _refuse_gradients(k, v, q, cos, sin)
     for fmt in (k_format, v_format):
         _format(fmt)
     parts = (k_codes, k_scale, v_codes, v_scale)

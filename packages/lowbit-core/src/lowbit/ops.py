@@ -445,19 +445,31 @@ def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     cos, sin = tables or (None, None)
     # Codes, which are half of what was given, or less.
     codes = rounded(q, k, v, ctx.scheme, cos, sin)
-    ctx.save_for_backward(mask, cos, sin, *output, *(part for parts in codes for part in parts))
+    ctx.save_for_backward(mask, cos, sin, *(part for parts in codes for part in parts))
 
 
 def _attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    mask, cos, sin, out, sums, *parts = ctx.saved_tensors
+    mask, cos, sin, *parts = ctx.saved_tensors
     if mask is not None and ctx.needs_input_grad[3]:
         msg = "attention's mask has no gradient here; detach it, or use torch's attention"
         raise UnsupportedOpError(msg)
+    _refuse_second(grad)
     found = gradients(
-        *(grad, out, sums, [parts[:2], parts[2:4], parts[4:]], ctx.scheme),
+        *(grad, [parts[:2], parts[2:4], parts[4:]], ctx.scheme),
         *(Seen(mask, ctx.causal, ctx.window), ctx.scale, cos, sin),
     )
     return (*found, *(None,) * 8)
+
+
+def _refuse_second(grad: Tensor) -> None:
+    """Refuse the gradient of a gradient: codes are no functions of what they were made of.
+
+    Raises:
+        UnsupportedOpError: one is asked for.
+    """
+    if torch.is_grad_enabled() and grad.requires_grad:
+        msg = "attention in 8 bits has no second gradient (create_graph=True); use torch's attention"
+        raise UnsupportedOpError(msg)
 
 
 def _varlen_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -465,17 +477,18 @@ def _varlen_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[T
     ctx.mark_non_differentiable(output[1])
     ctx.scheme, ctx.of_keys = Scheme.parse(scheme), k.shape
     parts = rounded_varlen(q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.scheme)
-    ctx.save_for_backward(cu_q, cu_k, *output, *(part for each in parts for of in each for part in of))
+    ctx.save_for_backward(cu_q, cu_k, *(part for each in parts for of in each for part in of))
 
 
 def _varlen_attention_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    cu_q, cu_k, out, sums, *saved = ctx.saved_tensors
+    cu_q, cu_k, *saved = ctx.saved_tensors
+    _refuse_second(grad)
     of_each = iter(saved)
     counts = 2, 2, 1 if ctx.scheme.v is None else 2
     size = sum(counts)
     parts = [[list(islice(of_each, count)) for count in counts] for _ in range(len(saved) // size)]
     found = gradients_varlen(
-        *(grad, out, sums, ctx.of_keys, cu_q, cu_k, ctx.max_q, ctx.max_k, parts, ctx.scheme),
+        *(grad, ctx.of_keys, cu_q, cu_k, ctx.max_q, ctx.max_k, parts, ctx.scheme),
         causal=ctx.causal,
         window=ctx.window,
         scale=ctx.scale,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lowbit.attention import Scheme, attention_call, check_heads, selected
+from lowbit.attention import Scheme, attention_call, check_heads, preferred, selected
 from lowbit.backends import Selection, generation
 from lowbit.errors import FormatError
 
@@ -30,7 +30,7 @@ def varlen_attention(
     causal: bool = False,
     window: int | None = None,
     scale: float | None = None,
-    prefer: Sequence[str] = (),
+    prefer: str | Sequence[str] = (),
 ) -> Tensor:
     """Attention (tokens, H, D), in q's dtype, of packed queries (tokens, H, D), keys and values (tokens, G, D).
 
@@ -46,7 +46,7 @@ def varlen_attention(
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
     _check(q, k, v, cu_q, cu_k, scheme, causal=causal, window=window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    arguments = max_q, max_k, causal, window or 0, scale, str(scheme), ",".join(prefer)
+    arguments = max_q, max_k, causal, window or 0, scale, str(scheme), preferred(prefer)
     return torch.ops.lowbit.varlen_attention(q, k, v, cu_q, cu_k, *arguments)[0]
 
 

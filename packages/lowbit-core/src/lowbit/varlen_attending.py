@@ -106,7 +106,8 @@ def _sequences(
 def _all(cu: Tensor, tokens: int, most: int) -> _Tokens:
     start, length = cu[:-1], cu.diff()
     holds: Any = torch.ops.aten._assert_async.msg  # noqa: SLF001 - no other name
-    holds((length <= most).all(), "a sequence is longer than max_q or max_k says")
+    whole = (cu[0] == 0) & (cu[-1] == tokens) & (length >= 0).all() & (length <= most).all()
+    holds(whole, "cu_q and cu_k must count up from 0 to all tokens, by at most max_q and max_k at a time")
     token = torch.arange(tokens, device=cu.device, dtype=cu.dtype)
     which = torch.searchsorted(cu[1:].contiguous(), token, right=True).clamp_max(len(start) - 1)
     return _Tokens(start, length, most, which * most + (token - start[which]))
@@ -167,8 +168,6 @@ def rounded_varlen(
 
 def gradients_varlen(
     grad: Tensor,
-    out: Tensor,
-    sums: Tensor,
     of_keys: torch.Size,
     cu_q: Tensor,
     cu_k: Tensor,
@@ -186,8 +185,7 @@ def gradients_varlen(
     sequences = _sequences(grad.shape[0], of_keys[0], cu_q, cu_k, max_q, max_k)
     for (of_q, of_k), each in zip(sequences, parts, strict=True):
         seen = _SeenInside(None, causal, window, of_q, of_k)
-        total = of_q.taken(sums.T.unsqueeze(-1)).squeeze(-1)
-        to_q, to_k, to_v = gradients(of_q.taken(grad), of_q.taken(out), total, each, scheme, seen, scale)
+        to_q, to_k, to_v = gradients(of_q.taken(grad), each, scheme, seen, scale)
         for to, of, x in zip(found, (of_q, of_k, of_k), (to_q, to_k, to_v), strict=True):
             to.append(of.packed(x))
     to_q, to_k, to_v = (torch.cat(each) for each in found)

@@ -31,17 +31,19 @@ _REFUSED: Final = {
     "sinks": "has attention sinks",
     "position_bias": "adds a bias to scores",
     "cache": "has a paged cache",
+    "indices": "attends to chosen keys",
+    "block_indices": "attends to chosen keys",
 }
 
 
-def register_attention(name: str, scheme: str | Scheme = "INT8_FP8", *, prefer: Sequence[str] = ()) -> None:
+def register_attention(name: str, scheme: str | Scheme = "INT8_FP8", *, prefer: str | Sequence[str] = ()) -> None:
     """Make `attn_implementation=name` mean `lowbit.attention` by this scheme, with its `prefer`.
 
     Raises:
         FormatError: the scheme is unknown.
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    AttentionInterface.register(name, partial(_attend, scheme=scheme, prefer=tuple(prefer)))
+    AttentionInterface.register(name, partial(_attend, scheme=scheme, prefer=prefer))
     AttentionMaskInterface.register(name, _mask)
 
 
@@ -69,7 +71,7 @@ def _attend(
     is_causal: bool | None = None,  # noqa: FBT001 - as transformers calls it
     *,
     scheme: Scheme,
-    prefer: tuple[str, ...],
+    prefer: str | Sequence[str],
     **told: Any,
 ) -> tuple[Tensor, None]:
     """Attention (B, S, H, D) of queries (B, H, S, D), keys and values (B, G, T, D), and None for its weights."""
