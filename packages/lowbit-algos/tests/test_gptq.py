@@ -159,6 +159,18 @@ def test_the_order_of_groups_and_of_columns_in_them_does_not_change_where_column
     assert torch.equal(q.scale, nearest.scale)
 
 
+def test_it_leaves_torch_its_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        # One that numba does not have.
+        torch.set_num_threads(3)
+        weight, hessian, _ = problem(8, 64)
+        gptq(weight, hessian, "INT4_G32")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_columns_without_inputs_are_rounded_to_nearest():
     weight, hessian, _ = problem(16, 128)
     hessian[5], hessian[:, 5] = 0, 0

@@ -157,8 +157,9 @@ def test_calibrated_experts_are_those_of_the_model_and_continue_after_a_kill(sta
         x = cut[module].float()
         scales = choose_scale(x, fmt)
         nearest = decode(encode(x, fmt, scales), fmt, scales, x.shape[1], torch.float32)
-        # GPTQ moves weights away from the nearest code, by little: a row that lies elsewhere would be off by sqrt(2).
-        assert (nearest - x).norm() < (matrix.float() - x).norm() < 0.5 * x.norm(), module
+        # GPTQ moves weights away from the nearest code, by little, and chooses scales, which may gain less: a row that
+        # lies elsewhere would be off by sqrt(2).
+        assert 0.9 * (nearest - x).norm() < (matrix.float() - x).norm() < 0.5 * x.norm(), module
 
 
 def test_a_killed_run_continues_within_a_stack(stacked, tmp_path):

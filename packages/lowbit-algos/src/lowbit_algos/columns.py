@@ -58,7 +58,10 @@ def round_columns(w: Tensor, x: Tensor, m: Tensor, d: Tensor, candidates: Scales
     grid = (element.min, element.max, -1 if integer else element.mantissa, 0 if integer else 1 - element.bias)
     arrays = (w, x.contiguous(), m.contiguous(), d.contiguous(), scales, zeros)
     compiled: Any = _compiled
+    threads = torch.get_num_threads()
     compiled(*(a.numpy() for a in arrays), np.array(grid, np.float32), *(part.numpy() for part in rounded))
+    # Numba makes its number of threads OpenMP's, and so torch's, by which sums differ: a run that goes on would, too.
+    torch.set_num_threads(threads)
     return rounded
 
 
