@@ -182,6 +182,22 @@ def test_short_ones_are_not_rounded(queries, causal, turned):
 
 
 @pytest.mark.gpu
+def test_gradients_are_near_those_of_float64_where_torch_s_own_attention_ran():
+    given = [drawn(1, heads, 512, 128, seed=i, device="cuda").requires_grad_() for i, heads in enumerate((4, 2, 2))]
+    q, k, v = given
+    # A mean, which sums of scores that were not rounded have, and those of codes have not.
+    k = k + 5
+    to_out = drawn(1, 4, 512, 128, seed=9, device="cuda")
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True
+    )
+    right = torch.autograd.grad(exact, given, to_out.double(), retain_graph=True)
+    found = torch.autograd.grad(attention(q, k, v, causal=True), given, to_out)
+    for one, other in zip(right, found, strict=True):
+        assert sqnr(one, other) > 28
+
+
+@pytest.mark.gpu
 def test_values_that_are_zeros_count_in_sums():
     q, k, v = (drawn(1, 2, 2176, 128, seed=i, device="cuda") for i in range(3))
     v[:, :, :2048] = 0
