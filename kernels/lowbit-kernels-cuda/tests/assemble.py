@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction, mangle_type
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lowbit.activation import Activation
+from lowbit.attending import Seen
 from lowbit.attention import SCHEMES
 from lowbit.format import Format
 from lowbit_kernels_cuda import (
@@ -197,7 +198,7 @@ def attending(scheme, d, capability, *, mask=False, packed=False):
             cu = torch.empty(3, dtype=torch.int32, device="cuda") if packed else None
             of = Sequences(2 if packed else 1, 512, cu)
             seen = torch.empty(512, 512, dtype=torch.bool, device="cuda") if mask else None
-            general_attention.attend(q, k, v, of, of, general_attention.Seen(seen, True, 300), 0.1, how)
+            general_attention.attend(q, k, v, of, of, Seen(seen, True, 300), 0.1, how)
         else:
             made, sums = heads.rounded(q, k, v, how), torch.empty(1, 4, 512, device="cuda")
             with mock.patch.object(hopper_attention, "multiprocessors", return_value=132):

@@ -105,7 +105,7 @@ def test_blocks_of_zeros_have_a_small_scale(device):
 @pytest.mark.parametrize("name", ["cuda.attention", "cuda.attention_fa3"])
 def test_the_kernel_is_what_its_backend_is_checked_for(name):
     if name.endswith("fa3"):
-        pytest.importorskip("flash_attn_interface")
+        pytest.importorskip("flash_attn_interface", reason="FlashAttention-3 is not installed")
     rows = tuple(kernel for kernel in backend.kernels() if kernel.name == name)
     own = SimpleNamespace(name="cuda", probe=lambda: None, kernels=lambda: rows)
     (row,) = check_backend(own, formats=(), devices=("cuda",)).rows

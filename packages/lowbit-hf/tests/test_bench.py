@@ -132,7 +132,10 @@ def test_results_are_a_file_as_others_are(monkeypatch, tmp_path):
         "--seconds",
         "0.01",
     ]
-    assert command.main(["llama3", *words, "--json", str(file), "--plot", str(tmp_path / "page.html")]) == 0
+    assert (
+        command.main([*words[:2], "llama3", *words[2:], "--json", str(file), "--plot", str(tmp_path / "page.html")])
+        == 0
+    )
     run = read_run(file)
     assert {each.case["step"] for each in run.outcomes} == {"prefill", "decode"}
     assert command.main(["compare", str(file), str(file)]) == 0
@@ -141,6 +144,8 @@ def test_results_are_a_file_as_others_are(monkeypatch, tmp_path):
 def test_what_cannot_be_measured_is_refused(monkeypatch):
     with pytest.raises(FormatError, match="S 301 is more than the 300 tokens"):
         cases(301, [], "--model", str(MODELS / "lm-tiny"), "--tokens", "300")
+    with pytest.raises(FormatError, match="--layers is 0"):
+        cases(8, [], "--tiny", "--layers", "0")
     with pytest.raises(FormatError, match="attention scheme 'FP9'"):
         cases(8, [], "--tiny", "--attention", "FP9")
     monkeypatch.setattr(bench, "find_spec", lambda name: None)

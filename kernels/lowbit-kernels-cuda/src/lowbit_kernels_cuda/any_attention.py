@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.attending import laid_out_as
+from lowbit.attending import Seen, laid_out_as
 from lowbit.attention import Scheme
 from lowbit.backends import Call
 from lowbit_kernels_cuda import plain_attention
@@ -85,7 +85,7 @@ def run(
         if prefer or (mask is None and _faster(parsed, d, min(queries, keys), window)):
             kernel = _kernel()
             of_q, of_k = kernel.Sequences(batch, queries), kernel.Sequences(batch, keys)
-            out, sums = kernel.attend(*given, v, of_q, of_k, kernel.Seen(mask, causal, window), scale, parsed)
+            out, sums = kernel.attend(*given, v, of_q, of_k, Seen(mask, causal, window), scale, parsed)
         else:
             out, sums = plain_attention.attend(*given, v, mask, scale, causal=causal, window=window)
         return laid_out_as(out, q), sums
@@ -115,7 +115,7 @@ def run_varlen(
         kernel, count = _kernel(), len(cu_q) - 1
         of_q, of_k = kernel.Sequences(count, len(q), cu_q), kernel.Sequences(count, len(k), cu_k)
         heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out, sums = kernel.attend(*heads, of_q, of_k, kernel.Seen(None, causal, window), scale, Scheme.parse(scheme))
+        out, sums = kernel.attend(*heads, of_q, of_k, Seen(None, causal, window), scale, Scheme.parse(scheme))
         return out[0].transpose(0, 1).contiguous(), sums[0]
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from lowbit.format import Format
 from lowbit_kernels_cuda.codes import decode
-from lowbit_kernels_cuda.inputs import overlaps
+from lowbit_kernels_cuda.inputs import multiprocessors, overlaps
 from lowbit_kernels_cuda.scaling import spec
 
 _LOG2_E = math.log2(math.e)
@@ -150,13 +149,8 @@ def cached_attention(
 
 def _splits(programs: int, room: int, plan: Plan, device: torch.device) -> int:
     """How many programs share the tokens of a text: as many as the GPU has room for, each with a few steps at least."""
-    wanted = _processors(device) * plan.programs // programs
+    wanted = multiprocessors(device) * plan.programs // programs
     return max(min(wanted, room // (4 * plan.tokens), _MOST), 1)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit(do_not_specialize=["table_row", "room", "pages", "window", "splits", "all_parts"])

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lowbit.attending import ONE
+from lowbit.attending import ONE, Seen
 from lowbit.attention import MODE, TOKENS, Scheme
 from lowbit.format import WHOLE, Format
 from lowbit_kernels_cuda.codes import encode_float, from_float32, to_float32
@@ -56,16 +56,6 @@ def tile(d: int, *, plain: bool, masked: bool, native: bool) -> Tile:
         return Tile(128, 64, warps, stages)
     # Of a mask some blocks are in shared memory, too.
     return Tile(64, 64 if masked or (d > 128 and not native) else 128, warps, stages)
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """Which keys a query sees: those of a mask that expands to (sequences, H, S, T), those up to its own token..."""
-
-    mask: Tensor | None
-    causal: bool
-    # ... or the last so many of these; 0: all.
-    window: int
 
 
 def attend(

@@ -21,13 +21,11 @@ from torch import Tensor
 from lowbit.attention import MODE, SAMPLE, TOKENS, Scheme
 from lowbit.format import WHOLE, Format
 from lowbit.hadamard import hadamard
-from lowbit_kernels_cuda.codes import encode_float, to_float32
-from lowbit_kernels_cuda.scaling import divide, divisor_of, magnitude, raw, scale_of_amax, spec
+from lowbit_kernels_cuda.codes import to_float32
+from lowbit_kernels_cuda.scaling import magnitude, nearest_code, raw, scale_of_amax, spec
 
 BLOCK = tl.constexpr(TOKENS)
 _SAMPLE = tl.constexpr(SAMPLE)
-# 1.5 * 2^23: around it float32 has integers alone, whose last bits are those of the number added to it.
-_CENTRE = tl.constexpr(12582912.0)
 # Channels that are multiplied by a Hadamard matrix at a time, so that shared memory suffices.
 _PART = 32
 
@@ -144,9 +142,9 @@ def _means(k: Tensor, of: Sequences) -> Tensor:
 @cache
 def matrix(width: int, d: int, device: torch.device) -> Tensor:
     """A Hadamard matrix over sqrt(width), and zeros."""
-    matrix = torch.zeros(d, d)
-    matrix[:width, :width] = hadamard(width) * width**-0.5
-    return matrix.to(device)
+    made = torch.zeros(d, d)
+    made[:width, :width] = hadamard(width) * width**-0.5
+    return made.to(device)
 
 
 @triton.jit
@@ -277,9 +275,7 @@ def _round(
         place = scale + place
     _, by = scale_of_amax(largest.to(tl.float32, bitcast=True), 1.0, SPEC, "")
     tl.store(place, by)
-    CORRECTIONS: tl.constexpr = 2 if SPEC.fused else -1
-    value = divide(value, divisor_of(by, SPEC, CORRECTIONS), SPEC, CORRECTIONS)
-    code = _code(value, SPEC).to(codes.dtype.element_ty, bitcast=True)
+    code = nearest_code(value, by, SPEC).to(codes.dtype.element_ty, bitcast=True)
     column = tl.arange(0, D)
     row = at * BLOCK + tl.arange(0, BLOCK)
     if VALUES:
@@ -299,17 +295,3 @@ def _read(of, of_channel, mean, there, begin, WIDTH: tl.constexpr, SIZE: tl.cons
     if mean is not None:
         value = tl.where(there, value - tl.load(mean + channel)[None, :], 0.0)
     return value
-
-
-@triton.jit
-def _code(x, SPEC: tl.constexpr):
-    """The nearest codes, the largest for what is beyond, as bytes."""
-    ELEMENT: tl.constexpr = SPEC.element
-    if ELEMENT.kind == "int":
-        # A quotient is less than the largest code and a half, and so is its negative.
-        code = (tl.minimum(x, ELEMENT.max) + _CENTRE).to(tl.int32, bitcast=True).to(tl.int8)
-    elif SPEC.convert != "":
-        code = x.to(tl.float8e4nv)
-    else:
-        code = encode_float(x, 0.0, ELEMENT, False).to(tl.uint8)
-    return code

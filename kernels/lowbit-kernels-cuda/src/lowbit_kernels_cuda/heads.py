@@ -23,12 +23,10 @@ from torch import Tensor
 from lowbit.attention import MODE, SAMPLE, SCHEMES, TOKENS, Scheme
 from lowbit.hadamard import hadamard
 from lowbit_kernels_cuda.codes import encode_float, from_float32, to_float32
-from lowbit_kernels_cuda.scaling import divide, divisor_of, raw, scale_of_amax, spec
+from lowbit_kernels_cuda.scaling import code_of, divisor_of, nearest_code, quotient, raw, scale_of_amax, spec
 
 BLOCK = tl.constexpr(TOKENS)
 _OF_ZEROS = tl.constexpr(2.0**-40)
-# 1.5 * 2^23: around it float32 has integers alone, whose last bits are those of the number added to it.
-_CENTRE = tl.constexpr(12582912.0)
 # Halves turned by an angle, in PTX: two numbers of each at a time.
 _TURN = (
     "{{ .reg .b32 zero, one, other, a, b, c, d; mov.b32 zero, 0x80008000; mov.b32 one, {0}; mov.b32 other, {1}; "
@@ -409,40 +407,18 @@ def _store(low, high, by, place, there, D: tl.constexpr, SPEC: tl.constexpr, DO:
     """Write codes of both halves: of blocks all, zeros where no token is."""
     there = there[:, None] | (DO == _BLOCKS)
     if SPEC.fused and (by > 2.0**-100) & (by < 2.0**100):
-        # Nothing on the way is subnormal.
+        # Nothing on the way is subnormal; the signs are such that zeros keep theirs.
         inverse = tl.div_rn(-1.0, by)
-        tl.store(place, _code(_quotient(low, by, inverse), SPEC), there)
-        tl.store(place + D // 2, _code(_quotient(high, by, inverse), SPEC), there)
+        _put(place, code_of(quotient(-low, -by, inverse, 1), SPEC), there)
+        _put(place + D // 2, code_of(quotient(-high, -by, inverse, 1), SPEC), there)
     else:
-        tl.store(place, _any_code(low, by, SPEC), there)
-        tl.store(place + D // 2, _any_code(high, by, SPEC), there)
+        _put(place, nearest_code(low, by, SPEC), there)
+        _put(place + D // 2, nearest_code(high, by, SPEC), there)
 
 
 @triton.jit
-def _any_code(x, by, SPEC: tl.constexpr):
-    """The nearest codes by any scale, as stored."""
-    CORRECTIONS: tl.constexpr = 2 if SPEC.fused else -1
-    return _code(divide(x, divisor_of(by, SPEC, CORRECTIONS), SPEC, CORRECTIONS), SPEC)
-
-
-@triton.jit
-def _quotient(x, by, inverse):
-    """`x / by`, given the nearest to `-1 / by`: as `divide`, whose first quotient is nearer here."""
-    value = -x * inverse
-    return tl.fma(tl.fma(value, by, -x), inverse, value)
-
-
-@triton.jit
-def _code(x, SPEC: tl.constexpr):
-    """The nearest codes to quotients, the largest for what is beyond, as stored."""
-    if SPEC.element.kind == "int":
-        # A quotient is less than the largest code and a half, and so is its negative.
-        code = (tl.minimum(x, SPEC.element.max) + _CENTRE).to(tl.int32, bitcast=True).to(tl.int8)
-    elif SPEC.convert != "":
-        code = x.to(tl.float8e4nv)
-    else:
-        code = encode_float(x, 0.0, SPEC.element, False).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
-    return code
+def _put(place, code, there):
+    tl.store(place, code.to(place.dtype.element_ty, bitcast=True), there)
 
 
 @triton.jit

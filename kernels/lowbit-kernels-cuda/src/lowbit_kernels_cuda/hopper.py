@@ -10,8 +10,6 @@ Gluon a lane keeps the words of DEPTH steps, two operands take turns, and inputs
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 from torch import Tensor
@@ -42,12 +40,6 @@ _KINDS = {
     torch.int8: gl.int8,
     torch.int16: gl.int16,
 }
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many a GPU has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def described(x: Tensor, tokens: int, columns: int) -> TensorDescriptor:

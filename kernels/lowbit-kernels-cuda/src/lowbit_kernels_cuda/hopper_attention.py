@@ -26,8 +26,9 @@ from lowbit.attending import ONE
 from lowbit.attention import TOKENS
 from lowbit_kernels_cuda.fragments import four_bytes
 from lowbit_kernels_cuda.heads import Rounded
-from lowbit_kernels_cuda.hopper import described, load, multiprocessors
+from lowbit_kernels_cuda.hopper import described, load
 from lowbit_kernels_cuda.hopper_bytes import REGISTERS
+from lowbit_kernels_cuda.inputs import multiprocessors
 
 KEYS = gl.constexpr(TOKENS)
 SIDE = gl.constexpr(64)

@@ -21,8 +21,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from lowbit.format import FORMATS
 from lowbit_kernels_cuda.codes import from_float32, to_float32
-from lowbit_kernels_cuda.hopper import columns_of, described, keep, load, multiprocessors, put, send
+from lowbit_kernels_cuda.hopper import columns_of, described, keep, load, put, send
 from lowbit_kernels_cuda.hopper_bytes import REGISTERS, inputs_are_there, next_may_start
+from lowbit_kernels_cuda.inputs import multiprocessors
 from lowbit_kernels_cuda.library import Side
 from lowbit_kernels_cuda.scaling import raw, spec
 

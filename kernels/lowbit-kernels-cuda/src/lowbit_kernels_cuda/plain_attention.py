@@ -104,19 +104,19 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:
     """The kernel that torch chooses."""
     shared = q.shape[1] != k.shape[1]
-    choice = _ops._fused_sdp_choice(q, k, v, bias, 0.0, causal, scale=scale, enable_gqa=shared)  # noqa: SLF001
+    choice = _ops._fused_sdp_choice(q, k, v, bias, 0.0, causal, scale=scale, enable_gqa=shared)  # noqa: SLF001 - no public name
     if choice == SDPBackend.CUDNN_ATTENTION.value:
-        out, sums, *_ = _ops._scaled_dot_product_cudnn_attention(  # noqa: SLF001
+        out, sums, *_ = _ops._scaled_dot_product_cudnn_attention(  # noqa: SLF001 - only operators give sums
             q, k, v, bias, True, 0.0, causal, False, scale=scale
         )
     elif choice == SDPBackend.FLASH_ATTENTION.value:
-        out, sums, *_ = _ops._scaled_dot_product_flash_attention(  # noqa: SLF001
+        out, sums, *_ = _ops._scaled_dot_product_flash_attention(  # noqa: SLF001 - only operators give sums
             q, k, v, 0.0, causal, False, scale=scale
         )
     else:
         if shared:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-        out, sums, *_ = _ops._scaled_dot_product_efficient_attention(  # noqa: SLF001
+        out, sums, *_ = _ops._scaled_dot_product_efficient_attention(  # noqa: SLF001 - only operators give sums
             q, k, v, bias, True, 0.0, causal, scale=scale
         )
     return out, sums.flatten(2)[:, :, : q.shape[2]].contiguous()
@@ -137,7 +137,7 @@ def _flash(
 ) -> tuple[Tensor, Tensor]:
     """FlashAttention, whose causal queries are the last tokens, of (B, S, H, D) or packed (tokens, H, D)."""
     windows = {"window_size_left": window - 1, "window_size_right": 0} if window else {}
-    out, sums, *_ = _ops._flash_attention_forward(  # noqa: SLF001
+    out, sums, *_ = _ops._flash_attention_forward(  # noqa: SLF001 - only operators give sums
         q, k, v, cu_q, cu_k, max_q, max_k, 0.0, causal, False, scale=scale, **windows
     )
     # Of a query that sees nothing, sums are infinite.

@@ -26,7 +26,7 @@ from lowbit.element import Element, exponent_and_mantissa
 from lowbit.format import Format
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, amax_divisor, mantissa_bound
 from lowbit.packing import unit
-from lowbit_kernels_cuda.codes import decode, field_of, from_float32, in_steps, to_float32
+from lowbit_kernels_cuda.codes import decode, encode_float, field_of, from_float32, in_steps, to_float32
 
 # Four float32 to the bytes of an int32, on hardware that converts to 8-bit floats; infinities become the largest.
 _FLOAT8 = (
@@ -200,8 +200,8 @@ def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr, TENSOR: tl.constexpr):
         if SPEC.tensor and SPEC.fused and TENSOR != "rows":
             if (tensor_scale > 2.0**-100) & (tensor_scale < 2.0**100):
                 by = tl.div_rn(1.0, tensor_scale)
-                scale = _quotient(amax, SPEC.divisor, 1 / SPEC.divisor, 1)
-                scale = scale * by if TENSOR == "amax" else _quotient(scale, tensor_scale, by, 2)
+                scale = quotient(amax, SPEC.divisor, 1 / SPEC.divisor, 1)
+                scale = scale * by if TENSOR == "amax" else quotient(scale, tensor_scale, by, 2)
             else:
                 scale = tl.div_rn(tl.div_rn(amax, SPEC.divisor), tensor_scale)
         else:
@@ -215,7 +215,7 @@ def scale_of_amax(amax, tensor_scale, SPEC: tl.constexpr, TENSOR: tl.constexpr):
 
 
 @triton.jit
-def _quotient(x, by, inverse, CORRECTIONS: tl.constexpr):
+def quotient(x, by, inverse, CORRECTIONS: tl.constexpr):
     """`x / by` of positive numbers, given the nearest to `1 / by`: as `divide`, where no remainder is subnormal."""
     value = x * inverse
     for _ in tl.static_range(CORRECTIONS):
@@ -321,6 +321,28 @@ def divide(x, by, SPEC: tl.constexpr, CORRECTIONS: tl.constexpr):
     else:
         value = tl.div_rn(x, by[0])
     return value
+
+
+@triton.jit
+def code_of(x, SPEC: tl.constexpr):
+    """The nearest codes of int8 or e4m3, as bytes of some type, to numbers over the scale of their largest."""
+    ELEMENT: tl.constexpr = SPEC.element
+    if ELEMENT.kind == "int":
+        # A quotient is less than the largest code and a half, and so is its negative. Around 1.5 * 2^23 float32 has
+        # integers alone, whose last bits are those of what was added.
+        code = (tl.minimum(x, ELEMENT.max) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    elif SPEC.convert != "":
+        code = x.to(tl.float8e4nv)
+    else:
+        code = encode_float(x, 0.0, ELEMENT, False).to(tl.uint8)
+    return code
+
+
+@triton.jit
+def nearest_code(x, by, SPEC: tl.constexpr):
+    """`code_of` of `x / by`, where `by` is the scale of the largest x."""
+    CORRECTIONS: tl.constexpr = 2 if SPEC.fused else -1
+    return code_of(divide(x, divisor_of(by, SPEC, CORRECTIONS), SPEC, CORRECTIONS), SPEC)
 
 
 @triton.jit

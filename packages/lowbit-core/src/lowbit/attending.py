@@ -76,14 +76,16 @@ def unrotated(x: Tensor) -> Tensor:
 def roped(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """Channels `i` and `i + D / 2` of x (B, H, S, D), turned by angles: the last S rows of tables (.., T, D / 2).
 
-    Each product and sum is rounded to x's dtype, as in transformers. Without tables x as it is.
+    In tables of D columns each of a pair has its own. Products and sums are rounded to x's dtype, as in transformers.
+    Without tables x as it is.
     """
     if cos is None or sin is None:
         return x
-    first = cos.shape[-2] - x.shape[2]
-    c, s = (table[..., first:, :].to(x.dtype).unsqueeze(-3) for table in (cos, sin))
-    low, high = x.chunk(2, -1)
-    return torch.cat([low * c - high * s, high * c + low * s], -1)
+    first, half = cos.shape[-2] - x.shape[2], x.shape[3] // 2
+    cos, sin = (table[..., first:, :].to(x.dtype).unsqueeze(-3) for table in (cos, sin))
+    low, high = x[..., :half], x[..., half:]
+    turned = low * cos[..., :half] - high * sin[..., :half], high * cos[..., -half:] + low * sin[..., -half:]
+    return torch.cat(turned, -1)
 
 
 def laid_out_as(x: Tensor, q: Tensor) -> Tensor:

@@ -35,6 +35,9 @@ TOKENS: Final = 128
 SAMPLE: Final = 256
 """At most so many keys, evenly spread, are what the mean of keys is taken of."""
 
+DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""What queries, keys and values may be in."""
+
 MODE: Final[ScaleMode] = "rceil"
 """How scales that are powers of two are chosen: the least that saturates nothing."""
 
@@ -217,14 +220,11 @@ def check_heads(
     if not q.shape[3]:
         msg = f"attention needs heads of a channel or more; given are {shapes}"
         raise FormatError(msg)
-    devices = {str(x.device) for x in (q, k, v, mask) if x is not None}
-    if len(devices) > 1:
-        msg = f"attention needs all on one device; given are tensors on {', '.join(sorted(devices))}"
-        raise FormatError(msg)
+    check_devices(q, k, v, mask)
     if not k.shape[1] or q.shape[1] % k.shape[1]:
         msg = f"heads of keys must divide those of queries; given are {shapes}"
         raise FormatError(msg)
-    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         msg = f"attention needs one dtype of float32, bfloat16 and float16; given are {q.dtype}, {k.dtype}, {v.dtype}"
         raise FormatError(msg)
     if window is not None and (window < 1 or not causal):
@@ -234,6 +234,18 @@ def check_heads(
         _check_mask(mask, q, k)
     if scheme.rotate_qk or scheme.rotate_v:
         hadamard(q.shape[-1])
+
+
+def check_devices(*given: Tensor | None) -> None:
+    """Refuse tensors on several devices.
+
+    Raises:
+        FormatError: they are.
+    """
+    devices = {str(x.device) for x in given if x is not None}
+    if len(devices) > 1:
+        msg = f"all tensors must be on one device; given are some on {' and '.join(sorted(devices))}"
+        raise FormatError(msg)
 
 
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
@@ -257,16 +269,14 @@ def _tables(rope: tuple[Tensor, Tensor], q: Tensor, k: Tensor) -> tuple[Tensor, 
         shape = "cos and sin (T, D / 2) or (B, T, D / 2)"
         msg = f"rope needs {shape} of all {keys} keys' tokens, {d} channels; given: {told}"
         raise FormatError(msg)
-    if not (cos.is_floating_point() and sin.is_floating_point() and cos.device == sin.device == q.device):
-        msg = f"rope needs floating point tables on {q.device}; given: {told}, on {cos.device} and {sin.device}"
+    if not (cos.is_floating_point() and sin.is_floating_point()):
+        msg = f"rope needs floating point tables; given: {told}"
         raise FormatError(msg)
+    check_devices(q, cos, sin)
     if cos.requires_grad or sin.requires_grad:
         msg = "rope's tables have no gradient here; detach them"
         raise FormatError(msg)
     return cos[..., : d // 2], sin[..., : d // 2]
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention_call(

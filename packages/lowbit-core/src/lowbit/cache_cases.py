@@ -43,13 +43,15 @@ class _Size:
     window: int = 0
     # A page of the first text that is none, though all of its queries see it.
     missing: int | None = None
+    # Whether a token's heads lie side by side, as servers have them, and not a head's tokens.
+    by_tokens: bool = False
 
 
 _WRITES = (
     _Size(4, 2, 1, 40, None, (7, 39)),
     _Size(3, 1, 2, 40, 8, (0, 37)),
     # Padding, and what there is no room for.
-    _Size(4, 4, 3, 40, 8, (-1, 38)),
+    _Size(4, 4, 3, 40, 8, (-1, 38), by_tokens=True),
     _Size(1, 1, 2, 40, None, (-2, 40)),
 )
 _READS = (
@@ -57,8 +59,8 @@ _READS = (
     _Size(8, 1, 3, 256, 16, (129, 1)),
     _Size(2, 1, 1, 256, 16, (200, 256), missing=3),
     _Size(2, 1, 1, 128, 64, (128, 100), missing=0),
-    _Size(2, 2, 5, 300, None, (300, 3), 40),
-    _Size(6, 2, 2, 192, 64, (150, 0), 70),
+    _Size(2, 2, 5, 300, None, (300, 3), 40, by_tokens=True),
+    _Size(6, 2, 2, 192, 64, (150, 0), 70, by_tokens=True),
     # More than there is room for.
     _Size(2, 1, 1, 64, None, (65, 64)),
     _Size(2, 2, 40, 96, 32, (96, 50)),
@@ -86,7 +88,8 @@ def _buffers(size: _Size, keys: Format, values: Format) -> tuple[list[Tensor], T
     shape, parts = (rows, size.groups, each, _D), list[Tensor]()
     for seed, fmt in ((7, keys), (8, values)):
         data, scale = _quantized(sample(shape, seed=seed), fmt)
-        parts += [data.transpose(1, 2), scale.transpose(1, 2)]
+        each = data.transpose(1, 2), scale.transpose(1, 2)
+        parts += [x.contiguous() if size.by_tokens else x for x in each]
     return parts, table
 
 
@@ -113,8 +116,9 @@ def _writes(dtype: torch.dtype, keys: Format, values: Format) -> Iterator[Case]:
         if i % 2:
             positions = (positions[:, None] + torch.arange(size.queries)).to(torch.int32)
         angles = sample((2 if i % 2 else 1, size.queries, _D // (1 + i // 2)), seed=9)
-        turns = [None, None] if i == 1 else [angles.cos().to(dtype), angles.sin().to(dtype)]
-        queries = None if i == 1 else given[2]
+        # Without queries, keys may be turned or not.
+        turns = [None, None] if i == 3 else [angles.cos().to(dtype), angles.sin().to(dtype)]
+        queries = None if i in (1, 3) else given[2]
         arguments: tuple[Any, ...] = (*given[:2], queries, *turns, *parts, positions, table, str(keys), str(values))
         after = [x.clone() for x in parts]
         turned = write_cache(*arguments[: _PARTS.start], *after, *arguments[_PARTS.stop :])

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lowbit.attending import roped
 from lowbit.format import Format
 from lowbit.numerics import Scales, choose_scale, decode, encode
 
@@ -30,9 +31,7 @@ def write_cache(
     v_format: str | Format,
 ) -> Tensor:
     """The reference of `cache_write`: rotated queries (B, H, S, D), or nothing, (0,), where there are none."""
-    if cos is not None and sin is not None:
-        k = rotated(k, cos, sin)
-        q = None if q is None else rotated(q, cos, sin)
+    k, q = roped(k, cos, sin), None if q is None else roped(q, cos, sin)
     if k.numel() and k_codes.numel():
         row, place, there = _places(positions, k.shape[2], k_codes, table)
         source, target = _without_gaps(there)
@@ -44,15 +43,6 @@ def write_cache(
                 any_there = target.view(-1, *(1,) * (moved.dim() - 1))
                 part.index_put_((row, place), torch.where(any_there, moved, part[row, place]))
     return k.new_empty(0) if q is None else q.contiguous()
-
-
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` (B, H, S, D) whose channels i and i + D / 2 are turned by an angle, of that `cos` and `sin`."""
-    half = x.shape[-1] // 2
-    low, high = x[..., :half], x[..., half:]
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    low_turned = low * cos[..., :half] + -high * sin[..., :half]
-    return torch.cat([low_turned, high * cos[..., -half:] + low * sin[..., -half:]], -1)
 
 
 def _places(positions: Tensor, tokens: int, codes: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,13 +21,13 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from lowbit.attention import DTYPES, check_devices
 from lowbit.errors import FormatError, UnsupportedOpError
 from lowbit.format import FP8_ROW, INT8_ROW, Format
 
 FORMATS: Final = (FP8_ROW, INT8_ROW)
 """What keys and values may be rounded to."""
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int32, torch.int64)
 _PARTS = ("k_codes", "k_scale", "v_codes", "v_scale")
 
@@ -138,8 +138,8 @@ class KeyValueCache(nn.Module):
         unless given. A query that sees nothing gets zeros, a text of which more tokens are said to be there than there
         is room for NaN, and so does a query that sees a page which is none. What no query sees is not read.
 
-        Scores and sums are in float32; weights times scales of values have 11 bits, down
-        to 2^-14 of the largest of a block of tokens.
+        Scores and sums are in float32; weights times scales of values have 11 bits, down to 2^-14 of the
+        largest of a block of tokens.
 
         Raises:
             FormatError: shapes, dtypes or devices do not fit, or the window is not positive.
@@ -184,7 +184,7 @@ def check_write(
         _format(fmt)
     parts = (k_codes, k_scale, v_codes, v_scale)
     _check_buffers(parts, table)
-    if k.dim() != 4 or k.shape != v.shape or k.dtype not in _DTYPES or v.dtype != k.dtype:
+    if k.dim() != 4 or k.shape != v.shape or k.dtype not in DTYPES or v.dtype != k.dtype:
         raise FormatError(
             f"keys and values are (B, G, S, D) in one dtype of float32, bfloat16 and float16; given are {_told(k)} and "
             f"{_told(v)}"
@@ -212,7 +212,7 @@ def check_write(
         raise FormatError(f"cos and sin have one shape; given are {_told(cos)} and {_told(sin)}")
     if q is not None and (q.dim() != 4 or (q.shape[0], *q.shape[2:]) != (batch, tokens, d) or q.dtype != k.dtype):
         raise FormatError(f"queries are ({batch}, H, {tokens}, {d}) in keys' {k.dtype}; given are {_told(q)}")
-    _check_devices(k, v, q, cos, sin, *parts, positions, table)
+    check_devices(k, v, q, cos, sin, *parts, positions, table)
 
 
 def check_attend(
@@ -240,7 +240,7 @@ def check_attend(
         _format(fmt)
     parts = (k_codes, k_scale, v_codes, v_scale)
     _check_buffers(parts, table)
-    if q.dim() != 4 or q.dtype not in _DTYPES or q.shape[1] % k_codes.shape[2]:
+    if q.dim() != 4 or q.dtype not in DTYPES or q.shape[1] % k_codes.shape[2]:
         raise FormatError(
             f"queries are (B, H, S, D) in float32, bfloat16 or float16, and the cache's {k_codes.shape[2]} heads "
             f"divide H; given are {_told(q)}"
@@ -248,7 +248,7 @@ def check_attend(
     _check_fit("queries", q, parts, table)
     if lengths.shape != (q.shape[0],) or lengths.dtype not in _INTEGERS:
         raise FormatError(f"lengths are ({q.shape[0]},) of integers; given are {_told(lengths)}")
-    _check_devices(q, *parts, lengths, table)
+    check_devices(q, *parts, lengths, table)
 
 
 def _format(given: Format | str) -> Format:
@@ -284,12 +284,6 @@ def _check_fit(name: str, x: Tensor, parts: tuple[Tensor, ...], table: Tensor | 
     if (x.shape[0], x.shape[3]) != (texts, codes.shape[3]) or heads_too:
         told = f"codes {tuple(codes.shape)}" + ("" if table is None else f" and a table {tuple(table.shape)}")
         raise FormatError(f"{name} {tuple(x.shape)} do not fit a cache of {told}")
-
-
-def _check_devices(first: Tensor, *others: Tensor | None) -> None:
-    devices = {str(x.device) for x in (first, *others) if x is not None}
-    if len(devices) > 1:
-        raise FormatError(f"all tensors must be on one device; given are some on {' and '.join(sorted(devices))}")
 
 
 def _refuse_gradients(*given: Tensor | None) -> None:

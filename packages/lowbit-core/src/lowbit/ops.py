@@ -147,7 +147,7 @@ _is_any_autocast_enabled, _is_tracing = _torch._is_any_autocast_enabled, _torch.
 
 
 # Of operators that take values, where their format stands among the arguments; 0 where they move them as they are.
-_FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0, "cache_write": 11, "cached_attention": 9}
+_FORMAT_AT = {"pad_groups": 0, "unpad_groups": 0}
 # Operators that a scheme of attention decides on.
 _BY_SCHEME = ("attention", "varlen_attention")
 # Operators whose kernels read and write where their arguments say, and what is refused before that.
@@ -188,7 +188,7 @@ def typed(scale: Tensor, fmt: str) -> Tensor:
 
 
 def _attention(*args: Any) -> Any:
-    # It alone may be told which backends will do.
+    # Attention alone may be told which backends will do.
     q, mask, window, (scheme, prefer) = args[0], args[3], args[5], args[7:9]
     return without_autocast(selection(q, mask, window, scheme, prefer).kernel.run, q.device.type, *args)
 
@@ -204,7 +204,6 @@ def _implementation(op: str) -> Callable[..., Any]:
         return _attention if op == "attention" else _varlen_attention
     names = argument_names(getattr(torch.ops.lowbit, op).default)
     scales = [(names.index(scale), names.index(fmt)) for scale, fmt in SCALES.items() if scale in names]
-
     check = _CHECKS.get(op)
 
     def implementation(*args: Any) -> Any:
@@ -519,8 +518,9 @@ _FAKES: dict[str, Callable[..., Any]] = {
 }
 for _name, _fake in _FAKES.items():
     _LIBRARY.define(_name + _SCHEMAS[_name])
-    if _name.startswith("quantize"):
-        _FORMAT_AT[_name] = argument_names(getattr(torch.ops.lowbit, _name).default).index("format")
+    if _name.startswith("quantize") or _name in _CHECKS:
+        _names = argument_names(getattr(torch.ops.lowbit, _name).default)
+        _FORMAT_AT[_name] = _names.index("k_format" if _name in _CHECKS else "format")
     _LIBRARY.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
     torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)

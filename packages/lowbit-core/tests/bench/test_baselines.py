@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("small")
 
 @pytest.fixture(autouse=True)
 def rotary_embeddings_are_not_compiled(monkeypatch):
-    monkeypatch.setattr(attention, "_turned", attention._turn)
+    monkeypatch.setattr(attention, "compiled", lambda function: function)
 
 
 def cases(length, *, peers=False):
@@ -41,7 +41,7 @@ def result(contender, data):
 def as_on_gpu(monkeypatch):
     """Peers that need a GPU are built, and what they compile is not."""
     monkeypatch.setattr(peers, "_on_gpu", lambda device, build: build)
-    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
 
 
 def module(monkeypatch, name, **holds):
@@ -121,7 +121,7 @@ def test_exact_attention_is_that_of_one_query_after_the_other(monkeypatch):
 def test_the_baseline_is_the_fastest_of_the_backends_that_run(monkeypatch):
     seconds, ran = {SDPBackend.FLASH_ATTENTION: 2.0, SDPBackend.EFFICIENT_ATTENTION: 1.0, SDPBackend.MATH: 3.0}, []
 
-    def attend(backend, *data, causal):
+    def attend(backend, *data, causal, turn):
         ran.append(backend)
         if backend not in seconds:
             raise RuntimeError("no viable backend")

@@ -265,7 +265,7 @@ def test_scales_and_codes_of_a_peer_are_decoded(monkeypatch, spec, axis):
         module = ModuleType(name)
         setattr(module, function, rounded)
         monkeypatch.setitem(sys.modules, f"torchao.prototype.mx_formats.{name}", module)
-    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
     case = cases("cast", (64, 128), spec, peers=True)[0 if axis == -1 else 1]
     offered = [peer for peer in case.peers if not isinstance(peer, Refusal)]
     assert len(offered) == (0 if (spec, axis) == ("NVFP4", -2) else 1)
@@ -278,7 +278,7 @@ def test_scales_and_codes_of_a_peer_are_decoded(monkeypatch, spec, axis):
 
 @pytest.mark.parametrize("spec", ["FP8_ROW", "FP8_1x128"])
 def test_the_compiled_cast_of_torch_rounds_like_the_format(monkeypatch, spec):
-    monkeypatch.setattr(peers, "_compiled", lambda function: function)
+    monkeypatch.setattr(peers, "compiled", lambda function: function)
     case = cases("cast", (128, 256), spec, peers=True)[0]
     (contender,) = (peer for peer in case.peers if not isinstance(peer, Refusal))
     (x,) = case.data("normal")

@@ -18,7 +18,7 @@ def _cases(given: Given) -> Iterator[Case]:
     if find_spec("transformers") is None:
         msg = "lowbit bench llama3 needs transformers, which is not installed; pip install 'transformers>=5.17,<6'"
         raise LowbitError(msg)
-    from lowbit_hf.llama3 import cases  # noqa: PLC0415
+    from lowbit_hf.llama3 import cases  # noqa: PLC0415 - imports transformers, which may be absent
 
     yield from cases(given)
 

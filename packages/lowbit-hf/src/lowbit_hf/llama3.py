@@ -82,10 +82,13 @@ def cases(given: Given) -> Iterator[Case]:
     """Prefill and decode of every length.
 
     Raises:
-        FormatError: an attention scheme is unknown, the model is not in bfloat16, or a length is more than the text or
-            the model's positions have.
+        FormatError: an attention scheme is unknown, there are no layers, the model is not in bfloat16, or a length is
+            more than the text or the model's positions have.
         CheckpointError: the model or the text cannot be read.
     """
+    if given.options.layers < 1:
+        msg = f"a model has a layer or more; --layers is {given.options.layers}"
+        raise FormatError(msg)
     schemes = [Scheme.parse(name) for name in given.options.attention.split(",")]
     lengths = [length for (length,) in given.shapes]
     model, text = _model(given)

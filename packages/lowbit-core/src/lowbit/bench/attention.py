@@ -22,7 +22,7 @@ from lowbit.attention import attention, selection
 from lowbit.backends import Call, Refusal, select
 from lowbit.bench.case import Benchmark, Case, Contender, Dim, Given, Make, copies, plain
 from lowbit.bench.inputs import Kind, normal
-from lowbit.bench.peers import attentions
+from lowbit.bench.peers import attentions, compiled
 from lowbit.bench.timing import time_calls
 from lowbit.format import Format
 from lowbit.key_values import FORMATS, KeyValueCache
@@ -128,7 +128,8 @@ def fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..
     Rotary embeddings are compiled, into one kernel.
     """
     device, make, times = data[0].device, copies(*data), dict[str, float]()
-    runs = {name: partial(_attention, backend, causal=causal) for name, backend in BACKENDS.items()}
+    turn = compiled(_turn) if len(data) > len("qkv") else None
+    runs = {name: partial(_attention, backend, causal=causal, turn=turn) for name, backend in BACKENDS.items()}
     for name, run in runs.items():
         # It holds all scores at once, and on a GPU is for what no other takes.
         if name == "math" and times and device.type == "cuda":
@@ -149,18 +150,23 @@ def fastest(data: tuple[Tensor, ...], *, causal: bool) -> tuple[str, Callable[..
     return name, runs[name]
 
 
-def _attention(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, *tables: Tensor, causal: bool) -> Tensor:
-    if tables:
-        q, k = _turned(q, k, *tables)
+def _attention(
+    backend: SDPBackend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *tables: Tensor,
+    causal: bool,
+    turn: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    if turn is not None:
+        q, k = turn(q, k, *tables)
     with sdpa_kernel(backend):
         return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return roped(q, cos, sin), roped(k, cos, sin)
-
-
-_turned = torch.compile(_turn)
 
 
 def _exact(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor, causal: bool) -> Tensor:

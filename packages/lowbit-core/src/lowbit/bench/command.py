@@ -56,7 +56,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="to spend on each contender, about (0.5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, case by case")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there, as a page of HTML")
-    if argv and argv[0] in points and (own := _load(points[argv[0]]).options) is not None:
+    named = next((word for word in argv if word in points), None)
+    if named is not None and (own := _load(points[named]).options) is not None:
         own(parser)
     options = parser.parse_args(argv)
     benchmark = _load(points[options.name])

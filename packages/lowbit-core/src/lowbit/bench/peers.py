@@ -163,7 +163,7 @@ def _on(kind: str, device: torch.device, build: Build) -> Build:
 _on_gpu, _on_cpu = partial(_on, "cuda"), partial(_on, "cpu")
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function compiled for the shapes it gets, without what was compiled before: dynamo keeps eight at most."""
     torch.compiler.reset()
     return torch.compile(function, dynamic=False)
@@ -180,7 +180,7 @@ def _cast(
     def values(result: tuple[Tensor, Tensor]) -> Tensor:
         return _values(fmt, axis, *result)
 
-    return Contender(name, copies, _compiled(function), moved, values)
+    return Contender(name, copies, compiled(function), moved, values)
 
 
 def _values(fmt: Format, axis: int, scale: Tensor, data: Tensor) -> Tensor:
@@ -343,7 +343,7 @@ def _qlinear(moved: float) -> Contender:
 def _torchao_fp8(moved: float) -> Contender:
     api = import_module("torchao.quantization")
     config = api.Float8DynamicActivationFloat8WeightConfig(granularity=api.PerRow())
-    return Contender("torchao, compiled", partial(_torchao_copies, config), _compiled(_linear), moved, plain)
+    return Contender("torchao, compiled", partial(_torchao_copies, config), compiled(_linear), moved, plain)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ def _mslk_int4(dtype: str, moved: float) -> Contender:
 
 
 def _scaled_mm(moved: float) -> Contender:
-    quantize, product = _compiled(_fp8), vars(torch)["_scaled_mm"]
+    quantize, product = compiled(_fp8), vars(torch)["_scaled_mm"]
 
     def prepare(x: Tensor, weight: Tensor) -> Make:
         scale, data = _fp8(weight)
@@ -392,7 +392,7 @@ def _scaled_mm(moved: float) -> Contender:
 
 
 def _block_scaled_mm(moved: float) -> Contender:
-    quantize, kinds = _compiled(_fp8_groups), nn.functional.ScalingType
+    quantize, kinds = compiled(_fp8_groups), nn.functional.ScalingType
 
     def run(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
         s, q = quantize(x)
@@ -410,7 +410,7 @@ def _block_scaled_mm(moved: float) -> Contender:
 
 
 def _deep_gemm(moved: float) -> Contender:
-    product, quantize = import_module("deep_gemm").fp8_gemm_nt, _compiled(_fp8_groups)
+    product, quantize = import_module("deep_gemm").fp8_gemm_nt, compiled(_fp8_groups)
 
     def run(x: Tensor, data: Tensor, scale: Tensor) -> Tensor:
         s, q = quantize(x)
@@ -439,7 +439,7 @@ def _block_copies(x: Tensor, weight: Tensor) -> Make:
 
 
 def _scaled_grouped_mm(offs: Tensor, moved: float) -> Contender:
-    quantize, product = _compiled(_fp8), vars(torch)["_scaled_grouped_mm"]
+    quantize, product = compiled(_fp8), vars(torch)["_scaled_grouped_mm"]
 
     def prepare(x: Tensor, weight: Tensor) -> Make:
         scale, data = _experts(weight)
@@ -496,7 +496,7 @@ def _fa3(name: str, moved: float, *, causal: bool, decode: bool) -> Contender:
         return attend(q, k, v, causal=causal, **dict(zip(names, scales, strict=True)))
 
     if name == "FA3 fp8 after rounding":
-        fast = _compiled(rounded)
+        fast = compiled(rounded)
         return Contender(name, prepare, lambda *given: run(*fast(*given)), moved, _heads_first)
     return Contender(name, prepare, run, moved, _heads_first)
 

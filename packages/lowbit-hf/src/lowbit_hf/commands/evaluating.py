@@ -57,7 +57,7 @@ def evaluate(
     as_json: AsJson = False,  # noqa: FBT002
 ) -> int:
     """Measure perplexity on a text; against a base also mean KL divergence and top-1 agreement."""
-    from lowbit_hf.attention import round_attention  # noqa: PLC0415
+    from lowbit_hf.attention import round_attention  # noqa: PLC0415 - imports transformers, which takes seconds
     from lowbit_hf.loading import load  # noqa: PLC0415
 
     folder, where = find_model(model), device_of(device)
