@@ -185,7 +185,8 @@ def _turned(low, high, cos, sin, channel, like, SPEC: tl.constexpr, D: tl.conste
     else:
         cos_high = to_float32(tl.load(cos + SECOND + channel, inside, 0))
         sin_high = to_float32(tl.load(sin + SECOND + channel, inside, 0))
-    first = _rounded(_rounded(low * cos_low, like, SPEC) + _rounded(-high * sin_low, like, SPEC), like, SPEC)
+    # No sum of a product by `-high`: a Triton takes that for `0 - high`, which has another sign where both are 0.
+    first = _rounded(_rounded(low * cos_low, like, SPEC) - _rounded(high * sin_low, like, SPEC), like, SPEC)
     second = _rounded(_rounded(high * cos_high, like, SPEC) + _rounded(low * sin_high, like, SPEC), like, SPEC)
     return first, second
 

@@ -124,6 +124,13 @@ def scaled_grouped_mm_k(
     """The operator `scaled_grouped_mm_k`."""
     del a_zero, a_tensor_scale, b_zero, b_tensor_scale, a_format, b_format, k
     kind, experts = torch.nn.functional.ScalingType.RowWise, len(offs)
+    # Rows begin at multiples of 16 bytes.
+    a_qdata, b_qdata = (
+        torch.nn.functional.pad(side.view(torch.uint8), (0, -side.shape[1] % 16)).view(side.dtype)
+        if side.shape[1] % 16
+        else side.contiguous()
+        for side in (a_qdata, b_qdata)
+    )
     # The library has a scale for each row of every group.
     of_a, of_b = (
         scale.float().expand(len(codes), 1).reshape(1, -1).expand(experts, -1).reshape(-1)
@@ -131,7 +138,7 @@ def scaled_grouped_mm_k(
     )
     multiply: Any = torch.nn.functional.scaled_grouped_mm  # pyright: ignore[reportAttributeAccessIssue] - not in stubs
     return multiply(
-        *(a_qdata.contiguous(), b_qdata.contiguous().T, of_a, kind, of_b, kind),
+        *(a_qdata, b_qdata.T, of_a, kind, of_b, kind),
         offs=offs,
         output_dtype=dtype,
         use_fast_accum=True,
