@@ -18,12 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn.attention import activate_flash_attention_impl, current_flash_attention_impl, sdpa_kernel
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -34,7 +29,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from lowbit import Recipe, Rule, bind, quantize_
 from lowbit.attention import Scheme, selection
@@ -43,7 +37,7 @@ from lowbit.bench import Case, Contender, Given, Use, normal, plain
 from lowbit.bench.attention import BACKENDS, fastest
 from lowbit.bench.case import footprint
 from lowbit.errors import FormatError
-from lowbit_hf.attention import register_attention
+from lowbit_hf.attention import NAME, register_attention
 from lowbit_hf.evaluate import evaluate, tokenize
 from lowbit_hf.loading import load
 
@@ -219,17 +213,16 @@ def _plain(model: PreTrainedModel, length: int, *, decode: bool, device: torch.d
     shapes = ((heads, 1 if decode else length), (keys, length), (keys, length))
     draw = partial(normal, kind="normal", device=device)
     name, _ = fastest(tuple(draw(1, *shape, _head(model), seed=i) for i, shape in enumerate(shapes)), causal=not decode)
-    # What has a mask runs, too.
-    backends = [BACKENDS[name], SDPBackend.MATH]
 
     def attend(*given: Any, **told: Any) -> tuple[Tensor, None]:
-        with sdpa_kernel(backends):
+        with sdpa_kernel(BACKENDS[name]):
             return sdpa_attention_forward(*given, **told)
 
-    # Its name would mean something to transformers.
+    # Its name would mean something to transformers, whose own masks are made in CUDA graphs where none is needed, too,
+    # and no fast kernel takes them.
     plain_attention = f"bench {length} {decode}"
     AttentionInterface.register(plain_attention, attend)
-    AttentionMaskInterface.register(plain_attention, sdpa_mask)
+    AttentionMaskInterface.register(plain_attention, AttentionMaskInterface()[NAME])
     told = current_flash_attention_impl() or name if name == "flash" else name
     return _Way(f"bfloat16, {told}", _copy(model, plain_attention))
 
