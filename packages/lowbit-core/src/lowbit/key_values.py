@@ -120,7 +120,8 @@ class KeyValueCache(nn.Module):
         `positions` are (B, S), or (B,) those of the first tokens, int32 or int64. One that is negative, as that of
         padding, or beyond the room, or whose page the table does not have, is not written. No two may be the same.
         With `cos` and `sin` (S, D or D / 2), or of each text (1 or B, S, ..), keys and queries (B, H, S, D) are first
-        rotated: channels i and i + D / 2 are a pair. Each product and each sum is rounded to their dtype, as transformers' models do it.
+        rotated: channels i and i + D / 2 are a pair. Each product and each sum is rounded to their dtype, as
+        transformers' models do it.
 
         Raises:
             FormatError: shapes, dtypes or devices do not fit, or queries come without `cos` and `sin`.
