@@ -3,7 +3,8 @@
     python benchmarks/calibrating.py --gib 8.2 --max-memory 4GiB --json benchmarks/calibrating.json
 
 makes a Llama-shaped bfloat16 checkpoint of random weights (kept in --work for the next run), and quantizes it by GPTQ
-in a process of its own, whose peak the system tells when it ends.
+in a process of its own, whose peak the system tells when it ends; with --ranks in so many, of which that is the
+largest.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--algorithm", default="gptq")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--max-memory", default="4GiB")
+    parser.add_argument("--ranks", type=int, default=1, help="processes that calibrate together")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--work", type=Path, help="folder for the checkpoint and its output; default: a temporary one")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -42,7 +45,7 @@ def main() -> None:
                 shutil.copy(path, model)
         shutil.rmtree(out, ignore_errors=True)
         command = [
-            shutil.which("lowbit") or sys.exit("the lowbit command is not on PATH"),
+            *_started(given.ranks),
             "quantize",
             str(model),
             "--to",
@@ -50,7 +53,8 @@ def main() -> None:
             "-o",
             str(out),
         ]
-        command += ["--algorithm", given.algorithm, "--calibrate", str(SHIPPED / "calibration.txt"), "--device", "cpu"]
+        command += ["--algorithm", given.algorithm, "--calibrate", str(SHIPPED / "calibration.txt"), "--device"]
+        command += [given.device]
         command += ["--samples", str(given.samples), "--seq-len", "512", "--max-memory", given.max_memory]
         start = time.perf_counter()
         _, status, used = os.wait4(os.posix_spawn(command[0], command, os.environ), 0)
@@ -66,6 +70,8 @@ def main() -> None:
             "tokens": given.samples * 512,
             "seconds": seconds,
             "block_seconds": [block["seconds"] for block in report["blocks"]],
+            "ranks": given.ranks,
+            "device": given.device,
             "max_memory": given.max_memory,
             "planned_gib": report["planned_memory"] / 2**30,
             # Kilobytes, of the process as the system saw it.
@@ -75,6 +81,15 @@ def main() -> None:
     sys.stdout.write(json.dumps(told, indent=2) + "\n")
     if given.json:
         given.json.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _started(ranks: int) -> list[str]:
+    """What starts the command in so many processes."""
+    lowbit = shutil.which("lowbit") or sys.exit("the lowbit command is not on PATH")
+    if ranks == 1:
+        return [lowbit]
+    torchrun = shutil.which("torchrun") or sys.exit("torchrun is not on PATH")
+    return [torchrun, "--nproc-per-node", str(ranks), "--no-python", lowbit]
 
 
 if __name__ == "__main__":
