@@ -76,7 +76,7 @@ def workflows(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of every member's src, strictly."""
+    """Check the types of every member's src, and of benchmarks, strictly."""
     sync(session)
     session.run("basedpyright", "--pythonpath", f"{session.bin}/python")
 
