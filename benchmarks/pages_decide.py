@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from pages_advice import BINS, Ratio, Span, bin_of, sizes_of, spans, yes_for
 from pages_results import BENCHMARKS, Point, age, link, load, machine_of, mean, newest, points, spread, table, times
 
+import lowbit
 from lowbit_hf.schemes import scheme
 
 # What `lowbit quantize --to` takes for what was measured; other formats are for recipes.
@@ -68,7 +70,10 @@ def works(machine: str) -> list[tuple[str, list[Ratio], Sequence[float]]]:
         some = ratios(machine, "attention", "s", "scheme", step=step, scheme=rounded)
         found.append((f"attention, {step}, `{rounded}`: tokens", some, ()))
     one = ratios(machine, "attention", "s", "scheme", step="decode")
-    found.append(("attention of one token: keys", one, ()))
+    named = {f"cache {getattr(lowbit, name)}": name for name in ("FP8_ROW", "INT8_ROW")}
+    cached = [replace(ratio, scheme=named[ratio.scheme]) for ratio in one if ratio.scheme in named]
+    found.append(("attention of one token: keys", [ratio for ratio in one if ratio.scheme not in named], ()))
+    found.append(("attention of one token over a cache of codes: keys", cached, ()))
     for columns in (128, 4096):
         some = ratios(machine, "bags", "rows each", "format", columns=columns)
         found.append((f"embedding bags, {columns} columns: rows", some, ()))

@@ -8,6 +8,8 @@ from typing import Any
 from pages_results import BENCHMARKS, load, table, times
 from pages_tables import H200, found, over
 
+from lowbit import FP8_ROW, INT8_ROW
+
 TRAINED = ("FP8_TENSOR", "FP8_ROW", "FP8_ROW_WGRAD_BF16", "FP8_BLOCK", "MXFP8", "NVFP4")
 EXPERTS = {
     "16384 tokens of 4 experts, 8192x5120": {"m": 16384, "n": 8192, "k": 5120, "experts": 4},
@@ -20,19 +22,33 @@ LAYERS = {
 
 
 def attention() -> list[str]:
-    """Over cuDNN, and operations a second, where lowbit's kernel runs."""
-    schemes, rows = ("INT8_FP8", "INT8_FP8_ROTATED"), []
+    """Over cuDNN, and operations a second, where codes run."""
+    schemes, rows = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD"), []
     for s in (8192, 16384, 32768):
         for heads in ("32/32", "32/8"):
-            cells = [
-                found("attention", machine=H200, step=step, heads=heads, s=s, scheme=scheme)
-                for scheme in schemes
-                for step in ("causal prefill", "prefill")
-            ]
-            words = [f"{over(p)} ({p.flops / p.seconds / 1e12:.0f})" for p in cells if p is not None]
-            rows.append([str(s), heads.partition("/")[2], *words])
-    header = [f"`{scheme}` {step}" if step == "causal" else step for scheme in schemes for step in ("causal", "all")]
-    return table(["tokens", "heads of keys", *header], rows)
+            for step in ("causal prefill", "causal prefill + RoPE", "prefill"):
+                cells = [
+                    found("attention", machine=H200, step=step, heads=heads, s=s, scheme=scheme) for scheme in schemes
+                ]
+                words = ["" if p is None else f"{over(p)} ({p.flops / p.seconds / 1e12:.0f})" for p in cells]
+                rows.append([str(s), heads.partition("/")[2], step, *words])
+    return table(["tokens", "heads of keys", "", *(f"`{scheme}`" for scheme in schemes)], rows)
+
+
+def decode() -> list[str]:
+    """One token over a cache of codes: microseconds, and over cuDNN."""
+    rows = []
+    for heads in ("32/32", "32/8"):
+        case = {"machine": H200, "step": "decode", "heads": heads, "s": 32768}
+        base = found("attention", "torch cuDNN", **case, scheme="INT8_FP8")
+        assert base is not None
+        cells = [f"{1e6 * base.seconds:.1f}"]
+        for form in (FP8_ROW, INT8_ROW):
+            point = found("attention", **case, scheme=f"cache {form}")
+            assert point is not None
+            cells.append(f"{1e6 * point.seconds:.1f} ({over(point)}; {point.of_ceiling:.2f})")
+        rows.append([heads.partition("/")[2], *cells])
+    return table(["heads of keys", "cuDNN in bfloat16", "`FP8_ROW`", "`INT8_ROW`"], rows)
 
 
 def graphs() -> list[str]:
@@ -182,6 +198,7 @@ def quality() -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "attention-h200": attention,
+    "attention-cached-h200": decode,
     "graphs": graphs,
     "training-h200": training,
     "optimizer-h200": optimizer,

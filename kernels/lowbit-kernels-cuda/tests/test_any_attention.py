@@ -192,9 +192,9 @@ def test_what_is_not_finite_is_not_hidden_and_what_no_query_sees_not_read(device
 
 def test_codes_run_unasked_where_they_were_measured_to_be_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    given = SCHEMES["INT8_FP8"], 128, 32768, 4096
+    given = SCHEMES["INT8_FP8"], 128, 32768, 2048
     assert any_attention._faster(*given)
-    less = (SCHEMES["INT8"], *given[1:]), (given[0], 64, *given[2:]), (*given[:2], 32767, 4096), (*given[:3], 4095)
+    less = (SCHEMES["INT8"], *given[1:]), (given[0], 96, *given[2:]), (*given[:2], 32767, 2048), (*given[:3], 2047)
     assert not any(any_attention._faster(*each) for each in (*less, (*given[:3], 0)))
     for window, told in (("window",), "below 32768 tokens"), ((), "not measured"):
         call = Call.of("attention", "", "", torch.device("cuda"), HALF, None, 128, "INT8_FP8", *window)

@@ -107,7 +107,8 @@ def test_rotated_and_written_at_once_is_one_after_the_other(dtype, batch):
     found = fused.write(k, v, at, q=q, **turns)
     apart.write(as_transformers(k, **turns), v, at)
     assert torch.equal(found, as_transformers(q, **turns))
-    half = {name: part[..., :16] for name, part in turns.items()}
+    # As `lowbit.attention` takes them, too, where texts share them.
+    half = {name: part[..., :16] if batch > 1 else part[0, :, :16] for name, part in turns.items()}
     assert torch.equal(halves.write(k, v, at, q=q, **half), found)
     for other in (apart, halves):
         for name in ("k_codes", "k_scale", "v_codes", "v_scale"):

@@ -107,6 +107,32 @@ def test_a_model_sees_what_it_should(lm, direct, tokens, kind, side):
     assert 0 < off(found[kept], plain[kept]) < 2 * NEAR  # two layers
 
 
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("kind", ["bert", "bart"])
+def test_encoders_and_what_attends_to_them(kind, side):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "max_position_embeddings": 32}
+    if kind == "bert":
+        sizes |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = transformers.BertModel(transformers.BertConfig(**sizes))
+    else:
+        sizes |= {"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+        heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+        model = transformers.BartModel(transformers.BartConfig(**sizes, **heads))
+    mask, found = padded(side), []
+    given = {"input_ids": torch.arange(32).view(2, 16) + 4, "attention_mask": mask}
+    if kind == "bart":
+        # Fewer tokens than the encoder has.
+        given["decoder_input_ids"] = torch.arange(18).view(2, 9) + 40
+    for implementation in ("eager", "lowbit"):
+        model.eval().set_attn_implementation(implementation)
+        with torch.no_grad():
+            out = model(**given).last_hidden_state
+        found.append(out if kind == "bart" else out[mask.bool()])
+    # Two layers of attention over the same values, beside what passes around them.
+    assert 0 < off(found[1], found[0]) < 2 * NEAR
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_schemes_by_name(lm, direct, tokens, scheme):
     direct["scheme"] = scheme

@@ -17,7 +17,7 @@ from lowbit_kernels_cuda import plain_attention
 _CHANNELS = (64, 128)
 # From how many queries and keys on attention of codes is faster, rounding included: `lowbit bench attention`.
 LEAST = 8192
-# Channels of a head that this was measured with.
+# Channels of a head that this is so with; with 64 it is 0.87 to 1.03 times as fast up to 32768 tokens.
 MEASURED = 128
 
 
@@ -42,8 +42,7 @@ def how(call: Call) -> str:
     del call
     return (
         f"torch's own attention, which rounds nothing, runs below {LEAST} queries and keys, where it is faster, "
-        f"and on heads of other than {MEASURED} channels and windows, where codes were not measured; prefer=('cuda',) "
-        "rounds those, too"
+        f"and on heads of other than {MEASURED} channels; prefer=('cuda',) rounds those, too"
     )
 
 

@@ -50,7 +50,7 @@ class Cuda:
             _row("quantize_groups", "quantize_groups", 10, "casts:quantize_groups", _refuses_cast),
             _row("dequantize", "dequantize", 10, "values:dequantize", _refuses_cast),
             Kernel("cuda.attention", "attention", "cuda", 20, attention.run, attention.refuses, how=attention.how),
-            Kernel("cuda.attention_fa3", "attention", "cuda", 20, flash3.run, flash3.refuses, how=attention.how),
+            Kernel("cuda.attention_fa3", "attention", "cuda", 20, flash3.run, flash3.refuses, how=flash3.how),
             Kernel(
                 *("cuda.attention_any", "attention", "cuda", 10, any_attention.run, any_attention.refuses),
                 how=any_attention.how,

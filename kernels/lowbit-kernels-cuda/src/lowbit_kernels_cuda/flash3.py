@@ -36,6 +36,16 @@ def refuses(call: Call) -> str | None:
     return None
 
 
+def how(call: Call) -> str:
+    """What runs for which lengths, in words."""
+    del call
+    return (
+        f"torch's own attention, which rounds nothing, runs below {LEAST} queries and keys, where it is faster, and on "
+        f"heads of other than {MEASURED} channels and with windows, where codes were not measured; prefer=('cuda',) "
+        "rounds those, too"
+    )
+
+
 @cache
 def _missing() -> str | None:
     if find_spec(_PACKAGE) is None:

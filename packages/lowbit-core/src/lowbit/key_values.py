@@ -119,14 +119,16 @@ class KeyValueCache(nn.Module):
 
         `positions` are (B, S), or (B,) those of the first tokens, int32 or int64. One that is negative, as that of
         padding, or beyond the room, or whose page the table does not have, is not written. No two may be the same.
-        With `cos` and `sin` (1 or B, S, D or D / 2), keys and queries (B, H, S, D) are first rotated: channels i and
-        i + D / 2 are a pair. Each product and each sum is rounded to their dtype, as transformers' models do it.
+        With `cos` and `sin` (S, D or D / 2), or of each text (1 or B, S, ..), keys and queries (B, H, S, D) are first
+        rotated: channels i and i + D / 2 are a pair. Each product and each sum is rounded to their dtype, as
+        transformers' models do it.
 
         Raises:
             FormatError: shapes, dtypes or devices do not fit, or queries come without `cos` and `sin`.
             UnsupportedOpError: keys, values or queries require a gradient, while gradients are on.
         """
         parts = (self.k_codes, self.k_scale, self.v_codes, self.v_scale)
+        cos, sin = (x[None] if x is not None and x.dim() == 2 else x for x in (cos, sin))
         arguments = (k, v, q, cos, sin, *parts, positions, self.table, str(self.keys), str(self.values))
         turned = torch.ops.lowbit.cache_write(*arguments)
         return None if q is None else turned
@@ -136,7 +138,7 @@ class KeyValueCache(nn.Module):
 
         Of those a query sees only its own and, with a `window`, the `window - 1` before. `scale` is `1 / sqrt(D)`
         unless given. A query that sees nothing gets zeros, a text of which more tokens are said to be there than there
-        is room for NaN, and so does a query that sees a page which is none. What no query sees is not read.
+        is room for NaN, and so does one of whose queries any sees a page which is none. What no query sees is not read.
 
         Scores and sums are in float32; weights times scales of values have 11 bits, down to 2^-14 of the
         largest of a block of tokens.

@@ -16,6 +16,9 @@ from lowbit_moe.operands import Operand, Rounded, as_dtype, counted, filled, gro
 from lowbit_moe.recipe import BF16, Operands, TrainRecipe
 from lowbit_moe.routing import Routing, over_tokens
 
+# What torch's own linear gives its shape by: no view, of which FSDP warns.
+_unsafe_view: Any = torch.ops.aten._unsafe_view.default  # noqa: SLF001 - an operator's name
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainRecipe | str = "MXFP8") -> Tensor:
     """`x @ weight.T + bias` (.., N) of x (.., K) and weight (N, K), as `recipe` says, and so its gradients.
@@ -40,7 +43,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, recipe: TrainR
         raise FormatError(f"bias is (N,) = ({weight.shape[0]},); this is {tuple(bias.shape)}")
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = _Layer.apply(rows, weight, bias, None, recipe, 1, _seed(x, recipe), None, None, torch.is_grad_enabled())
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return _unsafe_view(out, [*x.shape[:-1], weight.shape[0]])
 
 
 def grouped_mm(

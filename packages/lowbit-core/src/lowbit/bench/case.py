@@ -143,6 +143,8 @@ class Benchmark:
     inputs: bool = False
     # Adds options of its own to the command's.
     options: Callable[[ArgumentParser], None] | None = None
+    # Whether processes that torchrun starts run it together.
+    together: bool = False
 
     def shapes(self, seed: int, device: str, formats: Sequence[Format]) -> list[Shape]:
         """Ten shapes that nobody tuned for, the same ones for a seed, a device type and formats."""

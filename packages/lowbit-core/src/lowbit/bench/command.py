@@ -7,14 +7,14 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowbit.bench import compare, page, plot
+from lowbit.bench import compare, page, plot, ranks
 from lowbit.bench.case import Benchmark, Given, Shape, Use
 from lowbit.bench.ceilings import measure_ceilings
 from lowbit.bench.environment import environment
@@ -69,6 +69,13 @@ def main(argv: list[str]) -> int:
 
 
 def _run(name: str, benchmark: Benchmark, given: Given, options: argparse.Namespace) -> int:
+    if not benchmark.together:
+        return _measured(name, benchmark, given, options)
+    with ranks.joined(given.device) as device:
+        return _measured(name, benchmark, replace(given, device=device), options)
+
+
+def _measured(name: str, benchmark: Benchmark, given: Given, options: argparse.Namespace) -> int:
     if given.device.type == "cuda":
         # Triton launches on the current device, whatever its operands are on.
         torch.cuda.set_device(torch.device("cuda", given.device.index or 0))
@@ -84,11 +91,14 @@ def _run(name: str, benchmark: Benchmark, given: Given, options: argparse.Namesp
         "rows": rows,
     }
     for case in benchmark.cases(given):
-        sys.stderr.write(" ".join(map(str, case.told.values())) + "\n")
+        if ranks.speaks():
+            sys.stderr.write(" ".join(map(str, case.told.values())) + "\n")
         rows.append(measure(case, given.device, ceilings, budget=options.seconds))
-        if options.json is not None:
+        if options.json is not None and ranks.speaks():
             # Each time, so that a run that is cut off leaves what it measured.
             options.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    if not ranks.speaks():
+        return DONE
     sys.stdout.write(render(results) + "\n")
     if options.plot is not None:
         source = f"lowbit bench {name}" if options.json is None else str(options.json)

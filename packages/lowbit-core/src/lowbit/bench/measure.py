@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lowbit.backends import Refusal
+from lowbit.bench import ranks
 from lowbit.bench.case import Case, Contender, footprint, words
 from lowbit.bench.ceilings import Ceilings
 from lowbit.bench.inputs import Kind, sqnr
-from lowbit.bench.timing import time_calls
+from lowbit.bench.timing import time_calls, time_together
 
 
 @torch.no_grad()
@@ -29,13 +30,13 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, *, budget: flo
     given = [("candidate", case.candidate), ("baseline", case.baseline)]
     given += [("reference", case.reference)] if case.reference is not None else []
     given += [("peer", peer) for peer in case.peers]
-    rows = [_Row(role, contender) for role, contender in given]
+    rows = [_Row(role, contender, together=ranks.several()) for role, contender in given]
     for kind in case.kinds:
         _compare(rows, case, kind)
     data = case.data("normal")
     for row in rows:
         row.attempt(row.tell)
-        row.attempt(partial(_time, row, data, device, budget, case.samples))
+        row.attempt(partial(_time, row, case, data, device, budget))
         if device.type == "cuda":
             # Copies of operands are most of a GPU's memory.
             gc.collect()
@@ -56,8 +57,8 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, *, budget: flo
 class _Row:
     """A contender, and what is told of it: under "refusal" why there is nothing, under "failed" that it raised."""
 
-    def __init__(self, role: str, contender: Contender | Refusal) -> None:
-        self.contender = contender
+    def __init__(self, role: str, contender: Contender | Refusal, *, together: bool) -> None:
+        self.contender, self.together = contender, together
         self.told: dict[str, Any] = {"role": role}
         if isinstance(contender, Refusal):
             self.told |= {"name": contender.kernel, "refusal": contender.reason}
@@ -71,11 +72,16 @@ class _Row:
             self.told |= self.contender.tell()
 
     def attempt(self, step: Callable[[], None]) -> None:
-        """Take a step, unless one failed before; what it raises is told, so that the others are still measured."""
+        """Take a step, unless one failed before; what it raises is told, so that the others are still measured.
+
+        Where other processes wait for this one's calls, it ends the run.
+        """
         if "refusal" not in self.told:
             try:
                 step()
-            except Exception as error:  # noqa: BLE001 - of other libraries, too; `failed` makes the command fail
+            except Exception as error:  # of other libraries, too; `failed` makes the command fail
+                if self.together:
+                    raise
                 self.told |= {"refusal": words(error), "failed": True}
 
 
@@ -100,7 +106,7 @@ def _compare(rows: list[_Row], case: Case, kind: Kind) -> None:
         rows[0].told["sqnr"][kind]["reference"] = sqnr(results["reference"], results["candidate"])
 
 
-def _time(row: _Row, data: tuple[Tensor, ...], device: torch.device, budget: float, samples: int | None) -> None:
+def _time(row: _Row, case: Case, data: tuple[Tensor, ...], device: torch.device, budget: float) -> None:
     contender = row.contender
     assert isinstance(contender, Contender)
     make = contender.prepare(*data)
@@ -108,7 +114,12 @@ def _time(row: _Row, data: tuple[Tensor, ...], device: torch.device, budget: flo
     if device.type == "cuda":
         row.told["peak_bytes"] = held + _taken(partial(contender.run, *make(0)), device)
     touched = held if contender.touched is None else contender.touched
-    timing = time_calls(lambda i: partial(contender.run, *make(i)), touched, device, budget=budget, samples=samples)
+    if ranks.several():
+        timing = time_together(partial(contender.run, *make(0)), touched, device, samples=case.samples)
+    else:
+        timing = time_calls(
+            lambda i: partial(contender.run, *make(i)), touched, device, budget=budget, samples=case.samples
+        )
     told = asdict(timing)
     row.told |= {"seconds": told.pop("median"), "quartiles": [told.pop("low"), told.pop("high")], **told}
 

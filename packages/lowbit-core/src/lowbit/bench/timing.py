@@ -16,14 +16,20 @@ from time import perf_counter
 from typing import Any, Literal
 
 import torch
+from torch import distributed
+
+from lowbit.bench.ranks import longest
 
 Run = Callable[[], Any]
+How = Literal["graph", "flushed", "rotated", "together"]
 
 # Bytes that the copies of operands have together, more than any GPU's L2 or most CPUs' L3 holds.
 _ROTATED = 200_000_000
 # No more copies than this, of operands however small.
 _COPIES = 1024
 _CALLS = 20
+# Calls of all processes before those that count.
+_WARM = 5
 # Seconds from which on a call is long: launching its graph, and what the flush left undone, do not count.
 _LONG = 1e-3
 _FLUSH = 256 << 20
@@ -42,8 +48,8 @@ class Timing:
     calls: int
     # Bytes of all copies of the operands that calls went through.
     rotated: int
-    # "graph" and "flushed" on a GPU, "rotated" on a CPU.
-    how: Literal["graph", "flushed", "rotated"]
+    # "graph" and "flushed" on a GPU, "rotated" on a CPU; "together" where processes wait for one another.
+    how: How
     # Why a call on a GPU is not part of a graph, so that its time includes launching its kernels; "" if it is.
     note: str = ""
 
@@ -89,6 +95,25 @@ def time_calls(
     return _timing(taken, 1, len(runs) * footprint, "rotated")
 
 
+def time_together(run: Run, footprint: int, device: torch.device, *, samples: int | None) -> Timing:
+    """Time a call that all processes of the group make at once, from when all are ready until the last is done."""
+    taken: list[float] = []
+    for i in range(_WARM + (samples or _CALLS)):
+        distributed.barrier()
+        _finish(device)
+        start = perf_counter()
+        run()
+        _finish(device)
+        seconds = longest(perf_counter() - start, device)
+        taken += [seconds] if i >= _WARM else []
+    return _timing(taken, 1, footprint, "together")
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def _clocked(runs: Iterable[Run], clock: Callable[[], float]) -> list[float]:
     taken: list[float] = []
     for run in runs:
@@ -98,9 +123,7 @@ def _clocked(runs: Iterable[Run], clock: Callable[[], float]) -> list[float]:
     return taken
 
 
-def _timing(
-    samples: list[float], calls: int, rotated: int, how: Literal["graph", "flushed", "rotated"], note: str = ""
-) -> Timing:
+def _timing(samples: list[float], calls: int, rotated: int, how: How, note: str = "") -> Timing:
     low, median, high = (part / calls for part in statistics.quantiles(samples, n=4, method="inclusive"))
     return Timing(median, low, high, len(samples), calls, rotated, how, note)
 
