@@ -300,6 +300,16 @@ def test_every_command_is_shown():
     assert {point.name for point in entry_points(group=command.GROUP)} <= shown
 
 
+def test_every_module_is_in_the_design():
+    parts = (ROOT / "docs/design.md").read_text().partition("## The parts")[2].partition("\n## ")[0]
+    for part in re.split(r"\n(?=`lowbit-)", parts)[1:]:
+        (package,) = ROOT.glob(f"*/{re.match('`(.*?)`', part)[1]}/src/*")
+        modules = {each.stem for each in package.glob("*.py")} | {
+            each.parent.name for each in package.glob("*/__init__.py")
+        }
+        assert modules - {"__init__"} <= set(re.findall(r"`(\w+)`", part)), package.name
+
+
 def test_every_error_is_named():
     text = "".join(page.read_text() for page in PAGES)
     errors = [name for name, value in vars(lowbit).items() if isinstance(value, type) and issubclass(value, Exception)]
