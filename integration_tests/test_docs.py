@@ -220,6 +220,8 @@ CHECKED = {
     ("uv", "run", "ruff"): check_paths,
     ("uv", "run", "basedpyright"): check_paths,
     ("uv", "run", "lint-imports"): check_paths,
+    ("uv", "run", "zizmor"): check_paths,
+    ("uv", "run", "vulture"): check_paths,
 }
 
 
