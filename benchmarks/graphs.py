@@ -55,6 +55,8 @@ STATIC = Recipe((Rule.of("*", "INT8_ROW", activation="static:INT8_TENSOR_ASYM"),
 DYNAMIC = Recipe((Rule.of("*", "INT8_ROW", activation="dynamic:INT8_ROW"),))
 # Batches that static scales come of.
 CALIBRATION = 4
+# Attention of the models that transformers has.
+FUSED: dict[str, Any] = {"attn_implementation": "sdpa"}
 # Seconds of a contender's turn, about.
 TURN = 0.1
 
@@ -96,7 +98,7 @@ def bert(batch: int) -> tuple[nn.Module, list[Tensor]]:
     """The shape of BERT-base, and sequences of 128 tokens."""
     from transformers import BertConfig, BertModel
 
-    how = BertConfig(attn_implementation="sdpa")
+    how = BertConfig(**FUSED)
     tokens = [torch.randint(how.vocab_size, (batch, 128)) for _ in range(CALIBRATION + 1)]
     return One(BertModel(how, add_pooling_layer=False), "last_hidden_state"), tokens
 
@@ -105,7 +107,7 @@ def vit(batch: int) -> tuple[nn.Module, list[Tensor]]:
     """The shape of ViT-B/16, and images."""
     from transformers import ViTConfig, ViTModel
 
-    how = ViTConfig(attn_implementation="sdpa")
+    how = ViTConfig(**FUSED)
     model = One(ViTModel(how, add_pooling_layer=False), "last_hidden_state")
     return model, [torch.randn(batch, 3, 224, 224) for _ in range(CALIBRATION + 1)]
 
@@ -159,8 +161,8 @@ def dynamic(model: nn.Module, batches: list[Tensor]) -> Contender:
 
 def torchao(model: nn.Module, batches: list[Tensor]) -> Contender:
     """As torchao's documentation has it; its passes are Inductor's from when it is imported, so that it comes last."""
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e  # pyright: ignore[reportMissingImports]
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86  # pyright: ignore[reportMissingImports]
 
     graph = torch.export.export(model, (batches[-1],)).module()
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
@@ -263,7 +265,7 @@ def main() -> None:
         rows += json.loads(subprocess.run(child, check=True, stdout=subprocess.PIPE).stdout.splitlines()[-1])
     sys.stdout.write("\n".join(align([line(row) for row in rows])) + "\n")
     if options.json:
-        result = {"benchmark": "graphs", "environment": environment(torch.device("cpu"))}
+        result: dict[str, Any] = {"benchmark": "graphs", "environment": environment(torch.device("cpu"))}
         result["environment"]["versions"]["transformers"] = version("transformers")
         result |= {"calibration": CALIBRATION, "turns": options.turns, "rows": rows}
         options.json.write_text(json.dumps(result, indent=2) + "\n")

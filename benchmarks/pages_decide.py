@@ -53,7 +53,7 @@ def ratios(machine: str, benchmark: str, size: str, key: str, **case: Any) -> li
         if not point.matches(**case) or point.speedup is None or (bits := bits_of(form := point.case[key])) is None:
             continue
         rows = point.case[size] / point.case["experts"] if benchmark == "grouped" else point.case[size]
-        name = SCHEMES.get(form, form) if benchmark in {"linear", "grouped"} else form
+        name = str(SCHEMES.get(form, form) if benchmark in {"linear", "grouped"} else form)
         shape = str([value for name, value in point.case.items() if name not in {size, key}])
         found.append(Ratio(rows, name.replace("/", " by "), bits, point.speedup, point.stem, shape))
     return found

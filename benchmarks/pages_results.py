@@ -10,7 +10,8 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from lowbit.bench.results import EXACT, read_results
+from lowbit.bench.inputs import EXACT
+from lowbit.bench.results import read_results
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"

@@ -39,7 +39,7 @@ def decode() -> list[str]:
     """One token over a cache of codes: microseconds, and over cuDNN."""
     rows = []
     for heads in ("32/32", "32/8"):
-        case = {"machine": H200, "step": "decode", "heads": heads, "s": 32768}
+        case: dict[str, Any] = {"machine": H200, "step": "decode", "heads": heads, "s": 32768}
         base = found("attention", "torch cuDNN", **case, scheme="INT8_FP8")
         assert base is not None
         cells = [f"{1e6 * base.seconds:.1f}"]

@@ -19,7 +19,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from lowbit.bench.results import headlines, in_words
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     # The same bytes from the same results; text stays text, which is small and has the reader's own font.
     "svg.hashsalt": "lowbit",
     "svg.fonttype": "none",
@@ -31,13 +31,14 @@ WIDTH = 430
 ROW, MARGIN, GAP = 14, 8, 6
 BASELINE, RULE = "#000000", "#cccccc"
 # Of lowbit and of others; colours of Okabe and Ito, which the colour-blind tell apart, too; then the same five hatched.
-LOWBIT, *OTHERS = [
+_LOOKS: list[dict[str, Any]] = [
     {"facecolor": colour, "edgecolor": "white", "linewidth": 0, "hatch": hatch}
     for hatch, colour in [
         ("", "#0072b2"),
         *product(("", "/////"), ("#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")),
     ]
 ]
+LOWBIT, *OTHERS = _LOOKS
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ def plot(results: dict[str, Any]) -> str:
     names = dict.fromkeys(name for case in cases for name in case.bars)
     looks = {"lowbit": LOWBIT} if "lowbit" in names else {}
     looks |= {name: OTHERS[i] for i, name in enumerate(name for name in names if name != "lowbit")}
-    legend = [Patch(**look, label=name) for name, look in looks.items()]
+    legend: list[Any] = [Patch(**look, label=name) for name, look in looks.items()]
     if names := dict.fromkeys(name for case in cases for name in case.baseline):
         legend.append(Line2D([], [], color=BASELINE, linestyle="", marker="|", markersize=10, label="; ".join(names)))
 
@@ -125,7 +126,7 @@ def frame(axes: Axes, lines: Sequence[tuple[str, str | None]]) -> None:
     """Names of lines, and rules behind the bars, a strong one at 1."""
     axes.set_yticks(range(len(lines)), [words or form for form, words in lines])
     for label, (_, words) in zip(axes.get_yticklabels(), lines, strict=True):
-        label.set_weight("bold" if words is None else "normal")
+        label.set_fontweight("bold" if words is None else "normal")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.xaxis.grid(visible=True, color=RULE, linewidth=0.6)
@@ -218,7 +219,9 @@ def timed(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def subject(row: dict[str, Any]) -> dict[str, Any]:
     """What a case is about: lowbit, or the baseline where lowbit has nothing yet."""
-    return fastest(row, "candidate") or fastest(row, "baseline")
+    found = fastest(row, "candidate") or fastest(row, "baseline")
+    assert found is not None
+    return found
 
 
 def fastest(row: dict[str, Any], role: str) -> dict[str, Any] | None:

@@ -28,7 +28,7 @@ import torch
 
 from lowbit.bench.results import read_results
 from lowbit.format import Format
-from lowbit_moe.bench.scale import _LAYERS, _ROWS, _chosen
+from lowbit_moe.bench.scale import LAYERS, ROWS, choose
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def _dense(t: float, name: str, case: dict[str, Any], ranks: int, copy: float, m
     # Codes of a tensor's own rows serve columns, too; those of blocks of 32 do not. Gradients are in bfloat16.
     gathered = {"FP8_TENSOR by FP8_TENSOR": 1.0, "MXFP8 by MXFP8": 2 * 33 / 32}.get(name, 2.0) * numbers
     collective = [_over_links(bytes_, ranks, machine) for bytes_ in (gathered, gathered, 2 * numbers)]
-    return max(t, _LAYERS * sum(collective)) + collective[0] + collective[2]
+    return max(t, LAYERS * sum(collective)) + collective[0] + collective[2]
 
 
 _STEPS = {"experts": _experts, "dense": _dense, "all-to-all": _moves}
@@ -91,7 +91,7 @@ def _parts(name: str, rows: int, k: int) -> list[float]:
     payload = name.partition(" by ")[2]
     if payload == "BF16":
         return [2.0 * rows * k]
-    fmt = Format.parse(_ROWS if payload == "rows of e4m3" else payload)
+    fmt = Format.parse(ROWS if payload == "rows of e4m3" else payload)
     codes = rows * k * fmt.element.bits / 8
     return [codes, rows * k * fmt.bits_per_element((rows, k)) / 8 - codes]
 
@@ -118,7 +118,7 @@ def _over_links(size: float, ranks: int, machine: Machine) -> float:
 
 def _load(case: dict[str, Any], ranks: int) -> float:
     """The most rows that a rank's experts get, over the mean."""
-    chosen, _ = _chosen(case["m"], case["experts"], case["chosen"], torch.device("cpu"), seed=0)
+    chosen, _ = choose(case["m"], case["experts"], case["chosen"], torch.device("cpu"), seed=0)
     each = torch.bincount(chosen.flatten(), minlength=case["experts"]).view(ranks, -1).sum(1).double()
     return float(each.max() / each.mean())
 

@@ -21,6 +21,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -56,7 +57,12 @@ def main() -> None:
         model = work / f"llama-{options.gib:g}GiB"
         if not model.exists():
             make(model, options.gib)
-        result = {"benchmark": "streaming", "input_gib": size(model) / 2**30, "machine": machine(), "results": []}
+        result: dict[str, Any] = {
+            "benchmark": "streaming",
+            "input_gib": size(model) / 2**30,
+            "machine": machine(),
+            "results": [],
+        }
         for scheme in options.scheme or ["W4A16"]:
             runs = [measure(model, scheme) for _ in range(options.runs)]
             row = {

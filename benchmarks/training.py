@@ -108,6 +108,9 @@ class Experts(nn.Module):
 class Model(nn.Module):
     """A decoder whose head is its embedding."""
 
+    cosines: Tensor
+    sines: Tensor
+
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         width, layers, heads, between, experts, columns = shape
@@ -141,7 +144,7 @@ def train(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     """One run: validation losses by step, and how long it took."""
     shape = (TINY if options.tiny else MODELS)[options.model]
     torch.manual_seed(seed)
-    torch._dynamo.reset()  # noqa: SLF001 - no public name
+    torch._dynamo.reset()  # noqa: SLF001 # pyright: ignore[reportPrivateUsage] - no public name
     model = Model(shape).to(options.device)
     rounds = None
     if name != "BF16":

@@ -27,6 +27,7 @@ from torch import Tensor
 import lowbit
 from lowbit.format import Format
 from lowbit_kernels_cuda import linear, plans
+from lowbit_kernels_cuda.lifts import lift
 from lowbit_kernels_cuda.plans import Cost, Kind, Plan
 
 FORMATS = (
@@ -106,7 +107,7 @@ def kinds(fmt: Format, tokens: int) -> list[Kind]:
 
 def constants(fmt: Format) -> dict[str, Any]:
     """What kernels for a format are compiled for, as weights of it mostly are packed."""
-    return linear.constants(fmt, torch.bfloat16, torch.device("cuda", 0), lifted=bool(linear.lift(fmt)))
+    return linear.constants(fmt, torch.bfloat16, torch.device("cuda", 0), lifted=bool(lift(fmt)))
 
 
 def every_plan(fmt: Format, m: int, n: int, k: int) -> list[Plan]:
@@ -187,7 +188,7 @@ def measure(path: Path | None) -> dict[str, Any]:
         inputs = [torch.randn(m, k, dtype=torch.bfloat16, device="cuda") for m in TOKENS]
         for x in inputs:
             # Clocks are those of work.
-            busy @ busy
+            torch.mm(busy, busy)
             time_of = seconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in plain])
             raw["plain"].append({"m": len(x), "n": n, "k": k, "seconds": time_of})
         del plain
@@ -197,7 +198,7 @@ def measure(path: Path | None) -> dict[str, Any]:
             weight = packed(spec, n, k, max(2, min(24, int(ROTATED // size) + 1)))
             for x in inputs:
                 for _ in range(3):
-                    busy @ busy
+                    torch.mm(busy, busy)
                 wanted = None
                 for plan in every_plan(fmt, len(x), n, k):
                     calls = caller(x, spec, weight, plan)
@@ -257,7 +258,8 @@ def costs_of(kind: Kind, rows: list[dict[str, Any]], resident: int, multiprocess
     values[kept] = found
     error = float((matrix @ values - 1).square().mean().sqrt())
     numbers = [round(value, 4) for value in values.tolist()]
-    return error, Cost(resident, *numbers[:5], tuple(numbers[5:]))
+    start, split, part, each, beyond, *steps = numbers
+    return error, Cost(resident, start, split, part, each, beyond, tuple(steps))
 
 
 if __name__ == "__main__":

@@ -220,6 +220,8 @@ CHECKED = {
     ("uv", "run", "ruff"): check_paths,
     ("uv", "run", "basedpyright"): check_paths,
     ("uv", "run", "lint-imports"): check_paths,
+    ("uv", "run", "zizmor"): check_paths,
+    ("uv", "run", "vulture"): check_paths,
 }
 
 
@@ -298,6 +300,16 @@ def test_every_scheme_is_described():
 def test_every_command_is_shown():
     shown = {word for page in PAGES for word in re.findall(r"\blowbit (\w+)", page.read_text())}
     assert {point.name for point in entry_points(group=command.GROUP)} <= shown
+
+
+def test_every_module_is_in_the_design():
+    parts = (ROOT / "docs/design.md").read_text().partition("## The parts")[2].partition("\n## ")[0]
+    for part in re.split(r"\n(?=`lowbit-)", parts)[1:]:
+        (package,) = ROOT.glob(f"*/{re.match('`(.*?)`', part)[1]}/src/*")
+        modules = {each.stem for each in package.glob("*.py")} | {
+            each.parent.name for each in package.glob("*/__init__.py")
+        }
+        assert modules - {"__init__"} <= set(re.findall(r"`(\w+)`", part)), package.name
 
 
 def test_every_error_is_named():

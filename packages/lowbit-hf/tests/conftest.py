@@ -241,3 +241,20 @@ def command(capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return called
+
+
+@pytest.fixture(scope="session")
+def good(make, tmp_path_factory):
+    """`good(kind, scheme, rules, **config)`: a quantized folder, made once a session and not to be written to."""
+    made = {}
+
+    def of(kind, name, rules=(), keep=(), **config):
+        key = json.dumps([kind, name, rules, keep, config])
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("good") / f"{kind}-{name}"
+            chosen = [(pattern, scheme(each)) for pattern, each in rules]
+            job = prepare(make(kind, **config), scheme(name), rules=chosen, keep=keep, mode="even")
+            run(job, made[key])
+        return made[key]
+
+    return of

@@ -18,7 +18,6 @@ from lowbit_pt2e import GraphError, convert, fold_norms, lower_to_onednn, prepar
 from lowbit_pt2e.codes import DECODE, ENCODE
 from lowbit_pt2e.training import FakeQuantize
 
-INT4_ROW = "int4:1x*:float32"
 STATIC = "static:INT8_TENSOR_ASYM"
 UNSIGNED = "uint8:*x*:float32:zero=uint8"
 

@@ -7,7 +7,7 @@ tile, and a tensor scale that is not given, take one more read before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -24,57 +24,22 @@ from lowbit.hadamard import Rotation
 from lowbit.numerics import Rounding, ScaleMode, Scales, check_choice, check_scales, data_shape
 from lowbit.philox import offset_seed
 from lowbit_kernels_cuda.groups import pad_groups, padded_sources
-from lowbit_kernels_cuda.scaling import Spec, raw, spec
+from lowbit_kernels_cuda.scaling import raw, spec
+from lowbit_kernels_cuda.tile_sizes import Way, planes_of, smaller, smaller_both, tile_both, tile_of
 from lowbit_kernels_cuda.tiles import cast_tiles, measure_tiles
 
 # Values of a whole row that one program holds.
 _LONGEST = 16384
-# Programs that keep a GPU busy, if not all of its memory.
-_BUSY = 512
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Way:
-    """What a kernel is compiled for besides its tile: a format, and where its scales come from and go to.
-
-    There is one of a kind, see `_way`: a launch finds its kernel by what it is, not by all that it says.
-    """
-
-    spec: Spec
-    # Columns and rows of a block; WHOLE: all.
-    group: int
-    height: int
-    # "tile": of the values in it; "extent": of `measure_tiles`; "given".
-    source: str
-    # "": none; "matrix" or "rows": given; "amax": of `measure_tiles`.
-    tensor: str
-    # Whether scales lie in tiles of 128x4, see `lowbit.blocked`.
-    blocked: bool
-    # Whether scales are short, see `divide`: those of blocks, unless one is given for the tensor.
-    short: bool
-
-    @property
-    def of_matrix(self) -> str | None:
-        """What is measured of a whole matrix, if anything is."""
-        if self.tensor == "amax":
-            return "amax"
-        if self.source == "extent" and self.height == WHOLE:
-            return "range" if self.spec.zero else "magnitude"
-        return None
-
-    def pieces(self, columns: int) -> bool:
-        """Whether tiles of so many columns have all of what they write of tiles of 128x4 scales, if of enough rows."""
-        return self.blocked and self.height == 1 and self.group != WHOLE and columns % (4 * self.group) == 0
-
-
-_way = lru_cache(maxsize=1024)(_Way)
+_way = lru_cache(maxsize=1024)(Way)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Form:
     """What `_Out` holds of one format, for one shape."""
 
-    way: _Way
+    way: Way
     fmt: Format
     # Shapes of the codes, and of scales where these are not in tiles.
     data: tuple[int, ...]
@@ -98,7 +63,7 @@ def _form(
 ) -> _Form:
     """The form of values of a shape, whose columns are `dense` or not.
 
-    `tensor`: the kind of tensor scale that is given, as in `_Way`, or "". `given`: scales are, too.
+    `tensor`: the kind of tensor scale that is given, as in `Way`, or "". `given`: scales are, too.
     """
     parsed = Format.parse(fmt)
     height, group = parsed.block_for(max(len(shape), 2))[-2:]
@@ -119,120 +84,6 @@ def _form(
         (*shape[:-2], *(1,) * min(len(shape), 2)),
         chooses,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """Rows and columns of values that a program takes, how often side by side, and its warps."""
-
-    rows: int
-    columns: int
-    warps: int
-    chunks: int = 1
-
-
-def _tile(rows: int, columns: int, way: _Way, *, across: bool) -> _Tile:
-    """The tile for matrices of canonical `rows` x `columns`; `across`: rows lie side by side in memory, not columns.
-
-    These numbers and those of the two functions below are all there is to tune.
-    """
-    if way.height not in {1, WHOLE}:
-        return _Tile(way.height, max(way.group, 128), max(way.height * way.group // (4096 if across else 2048), 2))
-    if way.source == "tile" and way.group == WHOLE:
-        # Whole rows, with as little beyond their ends as can be.
-        chunks = min(range(1, 9), key=lambda n: (n * _length(columns, n), n))
-        length = _length(columns, chunks)
-        warps = min(max(_power(length * chunks // 1792), 1), 8)
-        return _Tile(_at_most(max(_power(2048 // (length * chunks)), 1), rows), length, warps, chunks)
-    if across:
-        return _tile_across(way)
-    if way.pieces(128):
-        return _Tile(32, 128, 4)
-    length = max(_at_most(128, columns), way.group, 16)
-    size = 4096 if way.spec.element.bits > 4 or way.group == 32 else 8192
-    return _Tile(_at_most(size // length, rows), length, 4)
-
-
-def _tile_across(way: _Way) -> _Tile:
-    """The tile for blocks of one row where rows lie side by side."""
-    bits = way.spec.element.bits
-    if way.group not in {16, 32} or (way.group == 16 and not way.blocked):
-        return _Tile(64, max(128, way.group), 4)
-    if way.blocked:
-        return _Tile(128, 128, 8) if bits > 4 else _Tile(128, 4 * way.group, 4)
-    if bits == 6:
-        return _Tile(64, 256, 8)
-    return _Tile(128, 128, 8) if bits > 4 else _Tile(128, 64, 4)
-
-
-def _spread(tile: _Tile, batch: int, rows: int, columns: int, way: _Way) -> _Tile:
-    """The tile, lower where a small matrix would keep but some of a GPU's processors busy."""
-    while (
-        way.height == 1
-        and tile.rows > (4 if way.blocked else 1)
-        and tile.rows * tile.columns * tile.chunks > 512 * tile.warps
-        and batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns * tile.chunks) < _BUSY
-    ):
-        tile = replace(tile, rows=tile.rows // 2)
-    return tile
-
-
-def _spread_both(tile: _Tile, batch: int, rows: int, columns: int, way: _Way, other: _Way) -> _Tile:
-    """As `_spread`, with as many values for a thread."""
-    while (
-        tile.warps > 1
-        and not way.blocked
-        and batch * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns) < _BUSY // 2
-    ):
-        if tile.columns > max(tile.rows, way.group):
-            tile = replace(tile, columns=tile.columns // 2, warps=tile.warps // 2)
-        elif tile.rows > other.group:
-            tile = replace(tile, rows=tile.rows // 2, warps=tile.warps // 2)
-        else:
-            break
-    return tile
-
-
-def _length(columns: int, chunks: int) -> int:
-    """The power of two that is long enough for so many `chunks` of a row, 16 or more."""
-    return max(triton.next_power_of_2(triton.cdiv(columns, chunks)), 16)
-
-
-def _power(number: int) -> int:
-    """The largest power of two no larger than the number, 0 for 0."""
-    return 1 << number.bit_length() >> 1
-
-
-def _tile_both(columns: int, way: _Way, other: _Way) -> _Tile:
-    """The tile for both directions of matrices of `columns`."""
-    if max(way.group, other.group) > 32:
-        return _Tile(max(128, other.group), max(_at_most(128, columns), way.group), 8)
-    if max(way.spec.element.bits, other.spec.element.bits) > 4:
-        return _Tile(128, 128, 8) if way.blocked else _Tile(64, max(_at_most(256, columns), 32), 8)
-    if way.blocked:
-        return _Tile(128, 64, 4)
-    return _Tile(64, max(_at_most(128, columns), 32), 4) if way.group == 32 else _Tile(64, 64, 2)
-
-
-def _planes(way: _Way, *, across: bool, both: bool, aligned: bool) -> int:
-    """Values of a row that a thread has side by side, whose codes make words: a multiple of a run.
-
-    The more, the fewer threads find the scale of one block.
-    """
-    bits, run = way.spec.element.bits, way.spec.run
-    if bits == 6:
-        return 16 if aligned else 4
-    if bits not in {1, 2, 4, 8}:
-        return max(run, 4)
-    block = way.group if way.height == 1 and way.group != WHOLE else 4
-    if across:
-        return max(run, min(block, 32))
-    return max(run, min(block, 16)) if both or bits < 8 else 4
-
-
-def _at_most(length: int, needed: int) -> int:
-    """A power of two, `length` or what covers the `needed`."""
-    return max(min(length, triton.next_power_of_2(needed)), 1)
 
 
 def quantize(
@@ -528,8 +379,8 @@ class _Launch:
 
 @lru_cache(maxsize=4096)
 def _launch(
-    way: _Way,
-    other: _Way | None,
+    way: Way,
+    other: Way | None,
     shape: tuple[int, int, int],
     strides: tuple[int, int, int],
     device: torch.device,
@@ -549,11 +400,11 @@ def _launch(
         strides = (strides[0], columns, 1)
     across = strides[2] != 1 and strides[1] == 1
     if other is None:
-        tile = _tile(rows, columns, way, across=across)
-        tile = _spread(tile, batch, rows, columns, way) if gpu else tile
+        tile = tile_of(rows, columns, way, across=across)
+        tile = smaller(tile, batch, rows, columns, way) if gpu else tile
     else:
-        tile = _tile_both(columns, way, other)
-        tile = _spread_both(tile, batch, rows, columns, way, other) if gpu else tile
+        tile = tile_both(columns, way, other)
+        tile = smaller_both(tile, batch, rows, columns, way, other) if gpu else tile
     shared = other is not None and way.of_matrix is not None and way.of_matrix == other.of_matrix
     # Of a tile that is read twice, the rows must be the same.
     spread = not across and way.pieces(tile.columns) and (other is None or tile.rows == 128)
@@ -564,7 +415,7 @@ def _launch(
     tall = triton.cdiv(rows, 128) * (128 // tile.rows) if spread else triton.cdiv(rows, tile.rows)
     aligned = columns % 16 == 0 and (other is None or rows % 16 == 0)
     size, signs = (1, 0) if turned is None else (turned.size, _mask(turned))
-    planes = _planes(way, across=across, both=other is not None, aligned=aligned)
+    planes = planes_of(way, across=across, both=other is not None, aligned=aligned)
     # Hopper starts a kernel while the one before ends.
     overlaps = gpu and torch.cuda.get_device_capability(device) >= (9, 0)
     fixed: dict[str, Any] = {
@@ -574,7 +425,7 @@ def _launch(
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,
         "PLANES": max(planes, size),
-        "OTHER_PLANES": 1 if other is None else _planes(other, across=not across, both=True, aligned=aligned),
+        "OTHER_PLANES": 1 if other is None else planes_of(other, across=not across, both=True, aligned=aligned),
         "TURN": size,
         "SPREAD": spread,
         "OVERLAPS": overlaps,

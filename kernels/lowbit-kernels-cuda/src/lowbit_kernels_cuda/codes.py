@@ -254,6 +254,56 @@ def join_planes(
 
 
 @triton.jit
+def store_words(
+    words,
+    data,
+    row,
+    inside,
+    column,
+    columns,
+    SPEC: tl.constexpr,
+    FLAT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLANES: tl.constexpr,
+):
+    """Write what `encode_planes` gave, WIDTH of it in rows of `columns` codes."""
+    # Bytes of a word and its codes, and words.
+    BITS: tl.constexpr = SPEC.element.bits
+    SIZE: tl.constexpr = min(BITS * PLANES, 32) // 8 if 32 % BITS == 0 or BITS * PLANES == 96 else BITS * PLANES // 8
+    COUNT: tl.constexpr = BITS * PLANES // 8 // SIZE
+    at = column // PLANES + tl.arange(0, WIDTH)[None, :]
+    # In terms that tell the compiler how stores align.
+    there = WIDTH if FLAT else columns // PLANES
+    if COUNT == 3:
+        # A store for all three, so that threads side by side fill a line.
+        word = join_planes((words[0], words[1], words[2], words[2]), ROWS, WIDTH * 4, 4, 0, 1)
+        word = tl.reshape(word, (ROWS, WIDTH, 4))
+        part = tl.arange(0, 4)[None, None, :]
+        data = data.to(tl.pointer_type(tl.int32)) + (row * there + at)[:, :, None] * 3 + part
+        tl.store(data, word, (inside & (at < there))[:, :, None] & (part < 3))
+    elif ALIGNED and SIZE <= 4 and SIZE != 3:
+        word = join_planes(words, ROWS, WIDTH * COUNT, COUNT, 0, 1)
+        data = data.to(tl.pointer_type(_integer(SIZE)))
+        at = column // PLANES * COUNT + tl.arange(0, WIDTH * COUNT)[None, :]
+        tl.store(data + row * (there * COUNT) + at, word.to(data.dtype.element_ty), inside & (at < there * COUNT))
+    else:
+        length = tl.cdiv(columns, SPEC.run) * SPEC.run_bytes
+        for n in tl.static_range(COUNT):
+            word = tl.reshape(words[n], (ROWS, WIDTH))
+            for i in tl.static_range(SIZE):
+                byte = (at * COUNT + n) * SIZE + i
+                tl.store(data + row * length + byte, (word >> (8 * i)).to(tl.uint8), inside & (byte < length))
+
+
+@triton.constexpr_function
+def _integer(size):
+    """The type of integers of `size` bytes."""
+    return {1: tl.uint8, 2: tl.int16, 4: tl.int32}[size]
+
+
+@triton.jit
 def split_apart(word, SPEC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Undo `merge`: codes (ROWS, COLUMNS) of integers that hold a run each."""
     BITS: tl.constexpr = SPEC.element.bits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowbit_algos.calibrate import calibrate_
-from lowbit_algos.gptq import Solution, gptq, solve
+from lowbit_algos.gptq import Options, Solution, gptq, solve
 from lowbit_algos.method import Method
 from lowbit_algos.mixed import Candidate, Mixture, mix
 from lowbit_algos.observed import Observation, ObservedLinear, observe
@@ -14,6 +14,7 @@ __all__ = [
     "Mixture",
     "Observation",
     "ObservedLinear",
+    "Options",
     "Solution",
     "calibrate_",
     "gptq",

@@ -13,6 +13,7 @@ from lowbit_algos.smooth import Smoothing
 
 Rounding = Literal["nearest", "clipped", "gptq"]
 
+# The names that `Method.of` takes; of one kind, one.
 _KINDS = {
     "rtn": "rounding",
     "gptq": "rounding",
@@ -22,8 +23,6 @@ _KINDS = {
     "learned": "learned",
     "distilled": "distilled",
 }
-ALGORITHMS = tuple(_KINDS)
-"""Names that `Method.of` takes; of one kind, one."""
 
 # Steps that `learned` and `distilled` stand for.
 _LEARNED, _DISTILLED = 200, 300

@@ -28,6 +28,8 @@ from lowbit.format import Format
 if TYPE_CHECKING:
     from lowbit.tensor import Layout, QuantizedTensor
 
+__all__ = ["Backend", "Call", "Description", "Kernel", "Refusal", "Selection"]
+
 GROUP = "lowbit.backends"
 VARIABLE = "LOWBIT_BACKENDS"
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 
+__all__ = ["blocked_shape", "from_blocked", "to_blocked"]
+
 _ROWS, _COLUMNS = 128, 4
 
 

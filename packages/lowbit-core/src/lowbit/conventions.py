@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+__all__ = ["from_global_scale", "from_weight_scale_2", "to_global_scale", "to_weight_scale_2"]
+
 
 def to_global_scale(tensor_scale: Tensor) -> Tensor:
     """The `global_scale = 1 / tensor_scale`, float32 (m,), of m tensor scales: what scales are multiplied by.

@@ -209,6 +209,7 @@ ELEMENTS: dict[str, Element] = {
         *(E2M1, E2M3, E3M2, E4M3FN, E5M2, E8M0, FLOAT32, FLOAT16, BFLOAT16),
     )
 }
+"""Every element, by name."""
 
 
 def element(name: str) -> Element:

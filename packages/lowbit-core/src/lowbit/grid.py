@@ -31,8 +31,11 @@ FORMAT_GRID: tuple[Format, ...] = (
         ),
     ),
 )
-"""Every named format, and composed ones for what those lack: odd widths, rows that end inside a byte, 2-D blocks with
-sub-byte codes, unsigned codes, and one scale over three dimensions (a convolution's output channel)."""
+"""Every named format, and composed ones for what those lack.
+
+Odd widths, rows that end inside a byte, 2-D blocks with sub-byte codes, unsigned codes, and one scale over three
+dimensions (a convolution's output channel).
+"""
 
 
 def shapes(fmt: Format) -> tuple[tuple[int, ...], ...]:

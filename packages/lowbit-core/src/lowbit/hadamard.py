@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lowbit.errors import FormatError
 
+__all__ = ["Rotation", "hadamard"]
+
 # Rows of the Sylvester matrices that larger ones are products of.
 _DENSE = 64
 

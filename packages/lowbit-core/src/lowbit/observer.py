@@ -17,6 +17,18 @@ from lowbit.errors import FormatError
 from lowbit.format import WHOLE, Format
 from lowbit.numerics import DEFAULT_MODE, ScaleMode, Scales, choose_scale, decode, encode
 
+__all__ = [
+    "AbsMax",
+    "Hessian",
+    "Histogram",
+    "MinMax",
+    "MovingAverage",
+    "Observer",
+    "PerChannelAbsMax",
+    "PerChannelMinMax",
+    "Percentile",
+]
+
 Reduction = Literal["sum", "min", "max"]
 
 _JOIN: dict[Reduction, Callable[[Tensor, Tensor], Tensor]] = {

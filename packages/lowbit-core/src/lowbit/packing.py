@@ -16,6 +16,8 @@ from torch import Tensor
 
 from lowbit.element import Element
 
+__all__ = ["pack", "unpack"]
+
 # Merging pairs of lanes doubles the lane each time: bytes, then these.
 _LANES = (torch.int16, torch.int32, torch.int64)
 _UNSIGNED = (torch.uint8, torch.int16, torch.int32, torch.int64)

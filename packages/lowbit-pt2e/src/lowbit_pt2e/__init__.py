@@ -4,7 +4,7 @@ from lowbit_pt2e.comparing import Compared, Comparison, compare
 from lowbit_pt2e.drawing import to_dot, to_svg
 from lowbit_pt2e.explaining import Explanation, explain
 from lowbit_pt2e.folding import fold_norms
-from lowbit_pt2e.graphs import GraphError
+from lowbit_pt2e.graphs import Editor, GraphError, Region
 from lowbit_pt2e.observing import Prepared, convert, prepare
 from lowbit_pt2e.onednn import lower_to_onednn
 from lowbit_pt2e.passes import Difference, Finding, Match, Pass, Report, run_passes
@@ -16,6 +16,7 @@ __all__ = [
     "Compared",
     "Comparison",
     "Difference",
+    "Editor",
     "Explanation",
     "Finding",
     "GraphError",
@@ -23,6 +24,7 @@ __all__ = [
     "Match",
     "Pass",
     "Prepared",
+    "Region",
     "Report",
     "compare",
     "convert",

@@ -32,15 +32,15 @@ Way = tuple[str, str | None]
 """A recipe, and what travels; None: bfloat16."""
 
 # Rows of e4m3 with scales that the wire's bytes hold, as the recipe FP8_ROW has no others.
-_ROWS = "e4m3fn:1x*:e8m0"
+ROWS = "e4m3fn:1x*:e8m0"
 _EXPERTS: tuple[Way, ...] = (
-    *(("BF16", None), ("BF16", "MXFP8"), ("FP8_ROW", None), ("FP8_ROW", _ROWS), ("FP8_ROW", "MXFP8")),
+    *(("BF16", None), ("BF16", "MXFP8"), ("FP8_ROW", None), ("FP8_ROW", ROWS), ("FP8_ROW", "MXFP8")),
     ("MXFP8", "MXFP8"),
 )
 # Of weights FSDP gathers codes, where a recipe has such of each rank's share.
 _DENSE: tuple[Way, ...] = (("BF16", None), ("FP8_ROW", None), ("FP8_TENSOR", "FP8_TENSOR"), ("MXFP8", "MXFP8"))
-_MOVES: tuple[Way, ...] = (("BF16", None), ("BF16", "MXFP8"), ("BF16", _ROWS))
-_LAYERS, _STEPS, _SAMPLES, _RATE = 4, 20, 20, 1e-3
+_MOVES: tuple[Way, ...] = (("BF16", None), ("BF16", "MXFP8"), ("BF16", ROWS))
+LAYERS, _STEPS, _SAMPLES, _RATE = 4, 20, 20, 1e-3
 # What random numbers of weights are seeded by, from here on; those of ranks' tokens by less.
 _WEIGHTS = 1 << 20
 
@@ -72,7 +72,7 @@ def _experts(told: dict[str, Any], device: torch.device) -> Case:
         return gate_up.bfloat16(), down.bfloat16()
 
     def data(kind: Kind) -> tuple[Tensor, ...]:
-        chosen, shares = _chosen(m, experts, most, device, seed=rank)
+        chosen, shares = choose(m, experts, most, device, seed=rank)
         x, grad = (normal(m, k, kind=kind, seed=2 * rank + i, device=device) for i in range(2))
         return grad, x, chosen, shares, *weights()
 
@@ -88,7 +88,7 @@ def _experts(told: dict[str, Any], device: torch.device) -> Case:
 
     def trained(way: Way) -> dict[str, float]:
         """The loss after steps on m tokens of all ranks together."""
-        chosen, shares = _chosen(m, experts, most, device, seed=0)
+        chosen, shares = choose(m, experts, most, device, seed=0)
         x, wanted = (_drawn(m, k, device=device, seed=i).bfloat16() for i in range(2))
         chosen, shares, x, wanted = (part.tensor_split(ranks)[rank] for part in (chosen, shares, x, wanted))
         parameters = [nn.Parameter(side) for side in weights()]
@@ -111,7 +111,7 @@ def _dense(told: dict[str, Any], device: torch.device) -> Case:
 
     def model(way: Way, *, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
         recipe, payload = way
-        found = nn.Sequential(*(_Gated(k, between, seed=i, device=device) for i in range(_LAYERS))).to(dtype)
+        found = nn.Sequential(*(_Gated(k, between, seed=i, device=device) for i in range(LAYERS))).to(dtype)
         convert_(found, recipe, fp8_all_gather=payload is not None)
         for each in found:
             fully_shard(each)
@@ -140,14 +140,14 @@ def _dense(told: dict[str, Any], device: torch.device) -> Case:
         x, wanted = (part.tensor_split(ranks)[rank] for part in (x, wanted))
         return _learned(lambda: module(x), list(module.parameters()), wanted, m * k, mean_of=ranks)
 
-    weights = _LAYERS * 3 * k * between
+    weights = LAYERS * 3 * k * between
 
     def contender(way: Way) -> Contender:
         def prepare(*data: Tensor) -> Make:
             module = model(way)
             return lambda _: (module, *data)
 
-        moved = 2 * (3 * weights + _LAYERS * 3 * m * (3 * k + 3 * between))
+        moved = 2 * (3 * weights + LAYERS * 3 * m * (3 * k + 3 * between))
         return Contender(_name(way), prepare, run, moved, plain, tell=partial(trained, way))
 
     return _case("dense", told, 3 * 2 * m * weights, data, exact, contender, _DENSE)
@@ -155,7 +155,7 @@ def _dense(told: dict[str, Any], device: torch.device) -> Case:
 
 def _moves(told: dict[str, Any], device: torch.device) -> Case:
     m, k, experts, most, ranks = (told[name] for name in ("m", "k", "experts", "chosen", "ranks"))
-    chosen, _ = _chosen(m, experts, most, device, seed=distributed.get_rank())
+    chosen, _ = choose(m, experts, most, device, seed=distributed.get_rank())
     group = distributed.group.WORLD
     assert group is not None
     ways = {way: Exchange(chosen, experts // ranks, group=group, recipe=way[0], payload=way[1]) for way in _MOVES}
@@ -251,7 +251,7 @@ def _learned(
     return {"loss": float(found)}
 
 
-def _chosen(m: int, experts: int, most: int, device: torch.device, *, seed: int) -> tuple[Tensor, Tensor]:
+def choose(m: int, experts: int, most: int, device: torch.device, *, seed: int) -> tuple[Tensor, Tensor]:
     """Experts of tokens and their shares, of a router that prefers some."""
     scores = _drawn(m, experts, device=device, seed=_WEIGHTS - 1 - seed) + torch.linspace(
         0, 0.5, experts, device=device
@@ -280,7 +280,7 @@ def _of(found: Tensor | None) -> Tensor:
 
 def _name(way: Way) -> str:
     recipe, payload = way
-    return f"{recipe} by {'BF16' if payload is None else 'rows of e4m3' if payload == _ROWS else payload}"
+    return f"{recipe} by {'BF16' if payload is None else 'rows of e4m3' if payload == ROWS else payload}"
 
 
 def _usual(device: str) -> list[Shape]:
