@@ -58,10 +58,13 @@ def sync(session: nox.Session, *more: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff."""
+    """Check style and formatting with ruff, and with deptry that each member declares what it imports, and no more."""
     sync(session)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    for member in MEMBERS.values():
+        given = ("--config", member / "pyproject.toml", "--package-module-name-map", "lowbit-core=lowbit")
+        session.run("deptry", *given, member / "src")
 
 
 @nox.session
