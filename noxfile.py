@@ -148,15 +148,13 @@ def built(session: nox.Session, *, x86: bool) -> Path:
 @nox.parametrize("version", list(TORCHES))
 @nox.parametrize("asked", [*MEMBERS, "lowbit[all]"])
 def install(session: nox.Session, asked: str, version: str) -> None:
-    """Install a wheel with what it asks for and no more, import it, ask doctor, and use it."""
+    """Install a wheel with what it asks for and no more, ask doctor, and import and use it."""
     dist = built(session, x86=asked in {"lowbit-kernels-x86", "lowbit[all]"})
     (wheel,) = dist.glob(f"{asked.partition('[')[0].replace('-', '_')}-*.whl")
     request = f"{asked} @ {wheel.as_uri()}"
     session.install(request, *TORCHES[version], "--find-links", dist, "--reinstall")
     session.run("lowbit", "doctor")
     for member in [asked] if asked in MEMBERS else MEMBERS:
-        (package,) = (MEMBERS[member] / "src").iterdir()
-        session.run("python", "-c", f"import {package.name}")
         session.run(*SMOKE[member])
 
 
