@@ -20,9 +20,17 @@ SMOKE = {
         "-c",
         "import lowbit_algos, torch; lowbit_algos.gptq(torch.ones(4, 32), torch.eye(32), 'MXFP4')",
     ),
-    "lowbit-core": ("lowbit", "doctor"),
-    "lowbit-hf": ("lowbit", "schemes"),
-    "lowbit-kernels-cuda": ("lowbit", "doctor"),
+    "lowbit-core": (
+        "python",
+        "-c",
+        "import lowbit, torch; x = torch.ones(4, 64); assert lowbit.quantize(x, 'MXFP8').dequantize().equal(x)",
+    ),
+    "lowbit-hf": ("lowbit", "plan", "integration_tests/models/lm-tiny", "--to", "W4A16"),
+    "lowbit-kernels-cuda": (
+        "python",
+        "-c",
+        "from lowbit_kernels_cuda.backend import backend; print(len(backend.kernels()), backend.probe())",
+    ),
     "lowbit-kernels-x86": ("python", "-c", "from lowbit_kernels_x86 import library; print(library.isa())"),
     "lowbit-moe": (
         "python",
@@ -59,10 +67,13 @@ def refuse(session: nox.Session, needs: str) -> NoReturn:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting with ruff, GitHub's workflows with zizmor, and that no code is dead with vulture."""
+    """Check style (ruff), what members declare (deptry), GitHub's workflows (zizmor), and for dead code (vulture)."""
     sync(session)
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    for member in MEMBERS.values():
+        given = ("--config", member / "pyproject.toml", "--package-module-name-map", "lowbit-core=lowbit")
+        session.run("deptry", *given, member / "src")
     session.run("zizmor", "--offline", "--quiet", ".github")
     session.run("vulture")
 
@@ -139,22 +150,42 @@ def models(session: nox.Session) -> None:
     session.run("pytest", "integration_tests/test_graph_models.py", "-m", "slow", "-n", "1", *session.posargs)
 
 
-@nox.session
-@nox.parametrize("member", list(MEMBERS))
-def wheels(session: nox.Session, member: str) -> None:
-    """Build every wheel, install one member's with its siblings' at hand, import it and run its smoke test."""
+def built(session: nox.Session, *, x86: bool) -> Path:
+    """A folder with every distribution's wheel, built once for all sessions of a run; that of x86 takes minutes."""
     dist = Path(session.cache_dir).resolve() / "dist"
     if not BUILT:
         shutil.rmtree(dist, ignore_errors=True)
-    # Once for all sessions of a run: that of x86 takes minutes.
-    for each in sorted(set(MEMBERS) - BUILT):
+    wanted = {"lowbit", *MEMBERS} - (set() if x86 else {"lowbit-kernels-x86"})
+    for each in sorted(wanted - BUILT):
         session.run_install("uv", "build", "--quiet", "--wheel", "--package", each, "--out-dir", f"{dist}")
         BUILT.add(each)
-    (wheel,) = dist.glob(f"{member.replace('-', '_')}-*.whl")
-    session.install(wheel, "--find-links", dist, "--reinstall")
-    (package,) = (MEMBERS[member] / "src").iterdir()
-    session.run("python", "-c", f"import {package.name}")
-    session.run(*SMOKE[member])
+    return dist
+
+
+@nox.session(python=["3.11", "3.12", "3.13"])
+@nox.parametrize("version", list(TORCHES))
+@nox.parametrize("asked", [*MEMBERS, "lowbit[all]"])
+def install(session: nox.Session, asked: str, version: str) -> None:
+    """Install a wheel with what it asks for and no more, ask doctor, and import and use it."""
+    dist = built(session, x86=asked in {"lowbit-kernels-x86", "lowbit[all]"})
+    (wheel,) = dist.glob(f"{asked.partition('[')[0].replace('-', '_')}-*.whl")
+    request = f"{asked} @ {wheel.as_uri()}"
+    session.install(request, *TORCHES[version], "--find-links", dist, "--reinstall")
+    session.run("lowbit", "doctor")
+    for member in [asked] if asked in MEMBERS else MEMBERS:
+        session.run(*SMOKE[member])
+
+
+@nox.session
+def sbom(session: nox.Session) -> None:
+    """Write what each distribution brings with it, as locked, to dist/NAME.cdx.json, in CycloneDX's format."""
+    dist = Path("dist")
+    dist.mkdir(exist_ok=True)
+    for member in ("lowbit", *MEMBERS):
+        # A feature that uv calls a preview.
+        options = ("--format", "cyclonedx1.5", "--preview-features", "sbom-export", "--quiet", "--locked")
+        which = ("--package", member, "--all-extras", "--no-dev")
+        session.run("uv", "export", *options, *which, "--output-file", f"{dist / member}.cdx.json", external=True)
 
 
 @nox.session(python="3.11")

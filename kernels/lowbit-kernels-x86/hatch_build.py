@@ -81,9 +81,9 @@ def compile_library(source: Path, target: Path) -> None:
 
         def compile_one(job: tuple[Path, tuple[str, ...]]) -> None:
             to, (file, *flags) = job
-            # Errors tell the file, not where it was built.
-            names = f"-ffile-prefix-map={source}=csrc"
-            _run(*compiler, *FLAGS, names, *flags, "-c", str(source / file), "-o", str(to))
+            # Errors tell the file, not where it was built, so that all builds are the same bytes.
+            names = (f"-ffile-prefix-map={source}=csrc", f"-ffile-prefix-map={root}=torch")
+            _run(*compiler, *FLAGS, *names, *flags, "-c", str(source / file), "-o", str(to))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, jobs.items()))

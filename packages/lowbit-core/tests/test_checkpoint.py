@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -77,6 +78,7 @@ def test_the_file_is_plain_safetensors_without_a_class_name(tmp_path):
         f"asym.{part}" for part in ("qdata", "scale", "zero", "act_scale", "act_zero", "pre_scale")
     }
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata()["written_by"] == f"lowbit-core {version('lowbit-core')}"
         described = json.loads(file.metadata()["lowbit"])
     assert described["version"] == SCHEMA_VERSION
     assert described["tensors"]["nvfp4"] == {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +86,16 @@ def test_exit_codes_and_streams(commands, capsys, argv, code, out, err):
     assert bool(told.out) == bool(out)
     assert told.err.startswith(err)
     assert bool(told.err) == bool(err)
+
+
+def test_version_is_that_of_all_that_counts(monkeypatch, capsys):
+    names = ["lowbit-moon", "numpy", "lowbit-core", None]
+    found = [SimpleNamespace(name=name, version=f"1.{i}") for i, name in enumerate(names)]
+    monkeypatch.setattr(command, "distributions", lambda: found)
+    assert command.main(["--version"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert told == ["lowbit-core 1.2", "lowbit-moon 1.0", f"torch {version('torch')}", f"Python {python}"]
 
 
 def test_the_command_line_is_the_default(commands, monkeypatch):

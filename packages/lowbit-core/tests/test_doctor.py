@@ -66,8 +66,23 @@ def test_a_backend_may_say_what_it_found(capsys):
     assert states["idle"].endswith(": needs a moon")
 
 
-def test_a_line_that_every_format_shares_is_one_line(capsys):
+def test_one_screen_says_what_runs(capsys):
     code, out = run(capsys, "--device", "cpu")
+    lines = [line.strip() for line in out.splitlines()]
+    assert code == 0
+    assert len(lines) < 40
+    assert max(map(len, lines)) < 160
+    assert not any(line.startswith("not ") for line in lines)
+    assert f"linear: reference.linear  [all {len(FORMATS)} formats]" in lines
+    assert [line for line in lines if line.startswith("linear (input rounded too)")] == [
+        "linear (input rounded too): reference.linear  [all but INT8_ROW_ASYM INT8_TENSOR_ASYM FP8_128X128]",
+        "linear (input rounded too): reference.linear_row_sums  [INT8_ROW_ASYM INT8_TENSOR_ASYM]",
+    ]
+    assert "why not another kernel: lowbit doctor --why, or --format MXFP8 for one format" in lines
+
+
+def test_a_line_that_every_format_shares_is_one_line(capsys):
+    code, out = run(capsys, "--device", "cpu", "--why")
     lines = [line.strip() for line in out.splitlines()]
     assert code == 0
     for op in ("quantize", "dequantize", "linear", "embedding", "grouped_mm"):
@@ -136,28 +151,57 @@ def test_no_kernel_at_all_is_said(capsys, monkeypatch):
     assert "not reference: LOWBIT_BACKENDS=moon leaves it out" in out
 
 
-def test_a_missing_distribution_comes_with_its_pip_line(capsys, monkeypatch):
-    real = doctor.version
+def having(monkeypatch, machine=None, **more):
+    """Doctor finds lowbit-core and these alone, perhaps on another machine."""
+    found = {"lowbit-core": "0.1.0"} | {name.replace("_", "-"): version for name, version in more.items()}
+    monkeypatch.setattr(doctor, "versions", lambda: found)
+    if machine:
+        monkeypatch.setattr(doctor, "_machine", lambda: machine)
 
-    def version(name):
-        if name == "lowbit-hf":
-            raise doctor.PackageNotFoundError(name)
-        return real(name)
 
-    monkeypatch.setattr(doctor, "version", version)
-    monkeypatch.setattr(doctor, "distributions", list)
-    code, out = run(capsys)
+LINUX = {"python": "3.12", "torch": "2.11", "system": "Linux x86_64", "cpu": [], "gpu": []}
+NO_GPU = {"lowbit-kernels-cuda": "needs an NVIDIA GPU that torch can use"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "useless"),
+    [
+        (LINUX, NO_GPU),
+        (LINUX | {"gpu": ["H100"]}, {}),
+        (
+            LINUX | {"system": "Darwin arm64"},
+            NO_GPU | {"lowbit-kernels-x86": "needs Linux on x86-64; this is Darwin arm64"},
+        ),
+    ],
+)
+def test_what_is_missing_comes_with_its_pip_line(capsys, monkeypatch, machine, useless):
+    having(monkeypatch, machine, lowbit_algos="0.1.3")
+    code, out = run(capsys, "--device", "cpu")
     assert code == 0
     assert "not installed; Hugging Face checkpoints: lowbit quantize, eval, diff, ...: pip install lowbit-hf" in out
-    _, out = run(capsys, "--json")
-    assert json.loads(out)["missing"] == {"lowbit-hf": "pip install lowbit-hf"}
+    told = json.loads(run(capsys, "--device", "cpu", "--json")[1])
+    needed = {"lowbit-hf", "lowbit-kernels-cuda", "lowbit-kernels-x86", "lowbit-moe", "lowbit-pt2e"} - set(useless)
+    assert told["missing"] == {name: f"pip install {name}" for name in needed}
+    assert told["useless"] == useless
+    for name, reason in useless.items():
+        assert f"pip install {name}" not in out
+        (line,) = (line for line in out.splitlines() if line.startswith(f"  {name} "))
+        assert line.endswith(f": {reason}")
 
 
-def test_a_third_partys_distribution_is_listed(capsys, monkeypatch):
-    real = doctor.version
-    monkeypatch.setattr(
-        doctor, "distributions", lambda: [SimpleNamespace(name="lowbit-moon"), SimpleNamespace(name=None)]
-    )
-    monkeypatch.setattr(doctor, "version", lambda name: "9.1" if name == "lowbit-moon" else real(name))
-    _, out = run(capsys, "--json")
-    assert json.loads(out)["packages"]["lowbit-moon"] == "9.1"
+def test_siblings_that_do_not_belong_together_are_a_problem(capsys, monkeypatch):
+    having(monkeypatch, lowbit_hf="0.2.1", lowbit_moe="0.1.9", lowbit_moon="9.1")
+    code, out = run(capsys)
+    assert code == 1
+    assert [line for line in out.splitlines() if line.startswith("problem")] == [
+        "problem: lowbit-hf 0.2.1 beside lowbit-core 0.1.0, which it was not made for: pip install --upgrade lowbit-core lowbit-hf"
+    ]
+    assert "lowbit-moon            9.1" in out
+
+
+def test_a_driver_without_a_torch_for_it_is_said(capsys, monkeypatch):
+    having(monkeypatch, LINUX)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "can use, though nvidia-smi is here; is it a torch for CUDA?" in run(capsys, "--device", "cpu")[1]
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "GPU: none that torch can use\n" in run(capsys, "--device", "cpu")[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import gguf
@@ -127,6 +128,7 @@ def test_metadata_is_what_llama_cpp_asks_for(tiny):
     wanted = {
         "general.architecture": "llama",
         "general.file_type": 2,
+        "general.quantized_by": f"lowbit-hf {version('lowbit-hf')}",
         "llama.block_count": 6,
         "llama.context_length": 512,
         "llama.embedding_length": 256,

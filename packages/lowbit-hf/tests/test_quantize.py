@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,16 @@ import torch
 from safetensors.torch import load_file
 
 import lowbit
+from lowbit import header
 from lowbit.errors import CheckpointError, RecipeError
 from lowbit.numerics import choose_scale, decode, encode
+from lowbit.shards import Checkpoint
 from lowbit.tensor import QuantizedTensor
 from lowbit_hf import writing as module
+from lowbit_hf.convert import convert
 from lowbit_hf.difference import Weights
 from lowbit_hf.layout import to_compressed
+from lowbit_hf.layouts import WRITERS
 from lowbit_hf.loading import load
 from lowbit_hf.quantize import NonfiniteError, prepare, run
 from lowbit_hf.schemes import scheme
@@ -588,6 +593,24 @@ def test_another_run_s_beginnings_are_not_mixed_in(make, change, tmp_path):
     run(others[0], out, overwrite=True)
     assert config(out)["format"] == "int-quantized"
     assert leftovers(tmp_path) == ["out"]
+
+
+def test_files_say_what_wrote_them(make, quantize, tmp_path):
+    out = quantize(make("llama"), "W4A16_G32")
+    convert(out, tmp_path / "gptq", WRITERS["gptq"])
+    convert(out, tmp_path / "plain", None)
+    for folder in (out, tmp_path / "gptq", tmp_path / "plain"):
+        with Checkpoint.open(folder) as checkpoint:
+            assert checkpoint.metadata == {"format": "pt", "written_by": f"lowbit-hf {version('lowbit-hf')}"}
+
+
+def test_another_version_s_beginnings_are_not_mixed_in(make, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        run(job_of(make("llama")), out, advance=stop_after(100_000))
+    monkeypatch.setattr(header, "version", lambda name: "0.1.9")
+    with pytest.raises(CheckpointError, match="with the lowbit and the input that it began with"):
+        run(job_of(make("llama")), out)
 
 
 def test_too_little_space_leaves_nothing(make, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lowbit.activation import Activation
 from lowbit.errors import CheckpointError
 from lowbit.format import Format
+from lowbit.header import written_by
 from lowbit.numerics import check_scales, data_shape
 from lowbit.packed import PackedTensor
 from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema, check_use
@@ -68,8 +69,8 @@ def save(source: nn.Module | Mapping[str, Tensor], path: str | os.PathLike[str])
                 raise CheckpointError(msg)
             # Views of one storage and odd strides are written as what they read as.
             stored[key] = value.contiguous().clone()
-    header = {_KEY: json.dumps({"version": SCHEMA_VERSION, "tensors": described, "tied": tied}), "format": "pt"}
-    _write(stored, Path(path), header)
+    header = json.dumps({"version": SCHEMA_VERSION, "tensors": described, "tied": tied})
+    _write(stored, Path(path), {_KEY: header, "format": "pt"} | written_by("lowbit-core"))
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -5,8 +5,9 @@ Exit codes: 0 done, 1 the job found a problem, 2 wrong use.
 
 from __future__ import annotations
 
+import platform
 import sys
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, distributions, entry_points, version
 
 from lowbit.errors import BackendError, LowbitError
 
@@ -34,12 +35,22 @@ def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in {"-h", "--help"}:
         sys.stdout.write(_usage(commands))
         return DONE if arguments else WRONG_USE
+    if arguments[0] == "--version":
+        told = versions() | {"torch": version("torch"), "Python": platform.python_version()}
+        sys.stdout.writelines(f"{name} {found}\n" for name, found in told.items())
+        return DONE
     name, *rest = arguments
     if name not in commands:
         hint = "" if "quantize" in commands else " (checkpoints need: pip install lowbit-hf)"
         sys.stderr.write(f"lowbit: there is no command {name!r}{hint}; the commands are {', '.join(commands)}\n")
         return WRONG_USE
     return commands[name].load()(rest)
+
+
+def versions() -> dict[str, str]:
+    """Version of every installed distribution of lowbit, and of those by others that are named after it."""
+    found = {each.name: each.version for each in distributions() if (each.name or "").startswith("lowbit")}
+    return dict(sorted(found.items()))
 
 
 def discover(group: str, speaker: str) -> dict[str, EntryPoint]:
@@ -61,7 +72,9 @@ def _usage(commands: dict[str, EntryPoint]) -> str:
     lines = ["usage: lowbit COMMAND [ARGUMENTS]", "", "commands:"]
     for name, point in commands.items():
         lines.append(f"  {name:<10} {_about(point)}")
-    return "\n".join([*lines, "", "lowbit COMMAND --help tells more about each.", ""])
+    return "\n".join(
+        [*lines, "", "lowbit COMMAND --help tells more about each; lowbit --version, which versions are installed.", ""]
+    )
 
 
 def _about(point: EntryPoint) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 
 from lowbit.activation import Activation
 from lowbit.backends import Call, installed, select
-from lowbit.command import DONE, PROBLEM
+from lowbit.command import DONE, PROBLEM, versions
 from lowbit.errors import FormatError, NoKernelError
 from lowbit.format import FORMATS, Format
 
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
         "lowbit doctor", description=main.__doc__, epilog="example: lowbit doctor --format MXFP8 --json"
     )
     parser.add_argument("--format", action="append", metavar="F", help="only these formats (a name or a spec string)")
+    parser.add_argument("--why", action="store_true", help="also why not another kernel; with --format, always")
     parser.add_argument("--device", help="device type to look at; default: cuda if there is one, otherwise cpu")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
@@ -48,7 +49,8 @@ def main(argv: list[str]) -> int:
     except FormatError as error:
         parser.error(str(error))
     report = examine(formats, device)
-    sys.stdout.write((json.dumps(report, indent=2) if options.json else _render(report)) + "\n")
+    why = options.why or options.format is not None
+    sys.stdout.write((json.dumps(report, indent=2) if options.json else _render(report, why=why)) + "\n")
     return PROBLEM if report["problems"] else DONE
 
 
@@ -64,19 +66,42 @@ def examine(formats: dict[str, Format], device: str) -> dict[str, Any]:
         }
         for name, entry in loaded.items()
     }
-    packages = {name: _version(name) for name in _DISTRIBUTIONS}
-    found = {d.name for d in distributions() if d.name and d.name.startswith("lowbit")}
-    packages |= {name: version(name) for name in sorted(found - set(packages))}
+    packages = dict.fromkeys(_DISTRIBUTIONS) | versions()
+    machine = _machine()
+    missing = [name for name, found in packages.items() if found is None]
+    useless = {name: reason for name in missing if (reason := _useless(name, machine))}
+    # A backend that this machine cannot run is not broken; one that cannot be loaded is.
+    problems = [f"backend {name}: {entry.problem}" for name, entry in loaded.items() if entry.backend is None]
     return {
-        "machine": _machine(),
+        "machine": machine,
         "packages": packages,
-        "missing": {name: f"pip install {name}" for name, found in packages.items() if found is None},
+        "missing": {name: f"pip install {name}" for name in missing if name not in useless},
+        "useless": useless,
         "backends": backends,
         "device": device,
         "kernels": [row for name, fmt in formats.items() for row in _kernels(name, fmt, device)],
-        # A backend that this machine cannot run is not broken; one that cannot be loaded is.
-        "problems": [f"backend {name}: {entry.problem}" for name, entry in loaded.items() if entry.backend is None],
+        "problems": problems + _mismatched(packages),
     }
+
+
+def _useless(name: str, machine: dict[str, Any]) -> str | None:
+    """Why a distribution that is not installed would do nothing here."""
+    if name == "lowbit-kernels-cuda" and not machine["gpu"]:
+        return "needs an NVIDIA GPU that torch can use"
+    if name == "lowbit-kernels-x86" and machine["system"] != "Linux x86_64":
+        return f"needs Linux on x86-64; this is {machine['system']}"
+    return None
+
+
+def _mismatched(packages: dict[str, str | None]) -> list[str]:
+    """Distributions that pip was told to install beside a lowbit-core of another minor version."""
+    core = packages["lowbit-core"]
+    minor = [str(core).split(".")[:2]]
+    return [
+        f"{name} {found} beside lowbit-core {core}, which it was not made for: pip install --upgrade lowbit-core {name}"
+        for name, found in packages.items()
+        if name in _DISTRIBUTIONS and found is not None and found.split(".")[:2] not in minor
+    ]
 
 
 def _kernels(name: str, fmt: Format, device: str) -> list[dict[str, Any]]:
@@ -118,24 +143,17 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _render(report: dict[str, Any]) -> str:
+def _render(report: dict[str, Any], *, why: bool) -> str:
     machine = report["machine"]
     lines = [
         f"machine   Python {machine['python']}, torch {machine['torch']}, {machine['system']}",
         f"          CPU: {' '.join(machine['cpu']) or 'no vector extension lowbit asks for'}",
-        f"          GPU: {', '.join(machine['gpu']) or 'none that torch can use'}",
+        f"          GPU: {', '.join(machine['gpu']) or _no_gpu()}",
         "packages",
     ]
     for name, found in report["packages"].items():
-        hint = f"not installed; {_DISTRIBUTIONS[name]}: {report['missing'][name]}" if found is None else found
-        lines.append(f"  {name:<22} {hint}")
+        hint = report["missing"].get(name) or report["useless"].get(name)
+        lines.append(f"  {name:<22} {found or f'not installed; {_DISTRIBUTIONS[name]}: {hint}'}")
     lines.append("backends")
     for name, entry in report["backends"].items():
         by = f" by {entry['detail']}" if entry["detail"] else ""
@@ -147,12 +165,20 @@ def _render(report: dict[str, Any]) -> str:
     grouped: dict[tuple[Any, ...], list[str]] = {}
     for row in report["kernels"]:
         label = row["op"] + (" (input rounded too)" if row["activation"] else "")
-        grouped.setdefault((row["kernel"], label, tuple(row["refusals"])), []).append(row["format"])
-    for (kernel, label, refusals), names in grouped.items():
+        refusals = tuple(row["refusals"]) if why or row["kernel"] is None else ()
+        grouped.setdefault((row["kernel"], label, refusals), []).append(row["format"])
+    for (kernel, label, refusals), names in sorted(grouped.items(), key=lambda item: item[0][1]):
         lines.append(f"  {label}: {kernel or 'no kernel'}  [{_listing(names, every)}]")
         # Why a whole backend cannot run stands above.
         lines += [f"      not {refusal.strip()}" for refusal in refusals if refusal.strip() not in idle]
+    lines += [] if why else ["  why not another kernel: lowbit doctor --why, or --format MXFP8 for one format"]
     return "\n".join(lines + [f"problem: {problem}" for problem in report["problems"]])
+
+
+def _no_gpu() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "none that torch can use"
+    return f"none that torch {torch.__version__} can use, though nvidia-smi is here; is it a torch for CUDA? https://pytorch.org"
 
 
 def _listing(names: list[str], every: list[str]) -> str:

@@ -14,6 +14,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Final, TypeGuard, cast
 
@@ -98,6 +99,11 @@ def parse_header(header: bytes, file: Path, size: int) -> tuple[dict[str, Tensor
     found.sort(key=lambda entry: (entry.offset, entry.nbytes))
     _check_coverage(found, file, start, size)
     return {entry.name: entry for entry in found}, metadata
+
+
+def written_by(distribution: str) -> dict[str, str]:
+    """Metadata that say which distribution wrote a file, in which version."""
+    return {"written_by": f"{distribution} {version(distribution)}"}
 
 
 def lay_out(

@@ -277,7 +277,8 @@ class Staging:
         elif journal.owner and not same and not moved and not self.overwrite:
             command = journal.owner["command"] or "another command"
             raise CheckpointError(
-                f"{self.partial} is the unfinished output of another run: {command}; run that again to finish it, "
+                f"{self.partial} is the unfinished output of another run: {command}; run that again to finish it "
+                "(with the lowbit and the input that it began with), "
                 f"delete the folder, or pass --overwrite to discard it (journal: {self.partial / _JOURNAL})"
             )
         elif not same or not staged:

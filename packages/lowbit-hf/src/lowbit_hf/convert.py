@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import CheckpointError
+from lowbit.header import written_by
 from lowbit.shards import INDEX_NAME, TensorEntry, row_slices
 from lowbit.staging import ShardWriter, Staging
 from lowbit_hf.apart import notes_of, put_together
@@ -97,7 +98,8 @@ class Source:
     @property
     def metadata(self) -> dict[str, str]:
         """What every output file says of itself."""
-        return {"format": "pt"} | ({} if self.writer is None else notes_of(self.plain))
+        notes = {} if self.writer is None else notes_of(self.plain)
+        return {"format": "pt"} | written_by("lowbit-hf") | notes
 
     def scales(self, file: str) -> Iterator[tuple[Entry, TensorEntry]]:
         """Scales of the key-value cache that an output file gets, and what each comes from."""
@@ -129,7 +131,7 @@ class Source:
 
     def fingerprint(self) -> str:
         """Names this input and what is made of it."""
-        how = [self.plain.fingerprint(), self.config, None if self.writer is None else self.writer.name]
+        how = [self.plain.fingerprint(), self.config, None if self.writer is None else self.writer.name, self.metadata]
         return sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
 
 

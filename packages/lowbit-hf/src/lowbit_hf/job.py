@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from lowbit.errors import CheckpointError, RecipeError
+from lowbit.header import written_by
 from lowbit.numerics import ScaleMode
 from lowbit.plan import Parameter, Plan, Row, plan
 from lowbit.recipe import Recipe, Rule
@@ -98,7 +99,7 @@ class Job:
     @property
     def metadata(self) -> dict[str, str]:
         """What every file says of itself."""
-        return {"format": "pt"} | notes_of(self.checkpoint)
+        return {"format": "pt"} | written_by("lowbit-hf") | notes_of(self.checkpoint)
 
     @property
     def cache_scales(self) -> list[tuple[str, Entry]]:
@@ -151,7 +152,8 @@ class Job:
         decisions = {name: [scheme.name, str(scheme.weight)] for name, scheme in self.schemes.items()}
         how = None if self.calibration is None else [self.calibration.fingerprint(), asdict(self.method or Method())]
         cache = None if self.kv_cache is None else self.kv_cache.kind
-        told = [self.checkpoint.fingerprint(), self.config, decisions, self.mode, how, self.filing.name, cache]
+        written = [self.filing.name, self.metadata]
+        told = [self.checkpoint.fingerprint(), self.config, decisions, self.mode, how, written, cache]
         text = json.dumps(told, sort_keys=True)
         return sha256(text.encode()).hexdigest()
 

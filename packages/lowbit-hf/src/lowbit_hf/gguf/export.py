@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import CheckpointError
-from lowbit.header import TensorEntry
+from lowbit.header import TensorEntry, written_by
 from lowbit.shards import row_slices
 from lowbit.staging import ShardWriter, Staging
 from lowbit.tensor import QuantizedTensor
@@ -161,7 +161,7 @@ class Export:
 
     def fingerprint(self) -> str:
         """Names this input and what is made of it."""
-        how = [self.plain.fingerprint(), self.settings, self.vocabulary.others, "gguf"]
+        how = [self.plain.fingerprint(), self.settings, self.vocabulary.others, "gguf", written_by("lowbit-hf")]
         return sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()
 
 
@@ -234,6 +234,7 @@ def _header(source: Export, scratch: Path) -> bytes:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_file_type(source.file_type())
     told = {f"{name}.{key}": value for key, value in source.settings.items()} | dict(source.vocabulary.others)
+    told["general.quantized_by"] = written_by("lowbit-hf")["written_by"]
     for key, value in told.items():
         # bool is an int to isinstance.
         if isinstance(value, bool):

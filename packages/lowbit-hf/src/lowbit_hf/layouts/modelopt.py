@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any, cast
 
 import torch
@@ -191,7 +192,7 @@ class ModelOptWriter(Writer):
         config: dict[str, Any] = {
             "quant_method": "modelopt",
             "quant_algo": kinds.pop() if len(kinds) == 1 else "MIXED_PRECISION",
-            "producer": {"name": "lowbit", "version": "0.1"},
+            "producer": {"name": "lowbit", "version": version("lowbit-hf")},
             "ignore": list(ignored),
         }
         if config["quant_algo"] == "MIXED_PRECISION":
