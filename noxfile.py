@@ -195,6 +195,12 @@ def docs(session: nox.Session) -> None:
     session.run("python", "docs/site/links.py", ".site")
 
 
+@nox.session
+def readme(session: nox.Session) -> None:
+    """Do as the README and the quickstart say, line by line, in a new clone and a new environment."""
+    session.run("python", "integration_tests/readme.py")
+
+
 def on_gpu(session: nox.Session, major: str | None) -> None:
     """Run the tests that need an NVIDIA GPU, on one whose compute capability begins with `major` if it is given."""
     if shutil.which("nvidia-smi") is None:
