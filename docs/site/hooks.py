@@ -26,11 +26,11 @@ MODULES = {
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages, and what they link to, under their paths in the repository."""
     pages = {ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")}
-    readmes = {*ROOT.glob("packages/*/README.md"), *ROOT.glob("kernels/*/README.md")}
+    readmes = {source.parent / "README.md" for source in (*ROOT.glob("packages/*/src"), *ROOT.glob("kernels/*/src"))}
     texts = {page: page.read_text("utf-8") for page in pages | readmes}
-    linked = {(page.parent / link).resolve() for page, text in texts.items() for link in LINK.findall(text)}
-    files_linked = {path for path in linked if path.is_file() and path.is_relative_to(ROOT)}
-    for path in sorted((pages | files_linked) - readmes):
+    links = {(page.parent / link).resolve() for page, text in texts.items() for link in LINK.findall(text)}
+    linked = {path for path in links if path.is_file() and path.is_relative_to(ROOT)}
+    for path in sorted((pages | linked) - readmes):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=f"{path}"))
     for path in sorted(readmes):
         text = f"{texts[path]}\n{reference(path.parent)}"
