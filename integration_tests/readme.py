@@ -42,7 +42,7 @@ def script(page, clone):
 
 def commands(text, language):
     """The lines of a block that are commands."""
-    lines = TESTS.sub("uv run pytest --collect-only --quiet", text.replace("\\\n", " ")).splitlines()
+    lines = TESTS.sub("uv run pytest --collect-only -qq", text.replace("\\\n", " ")).splitlines()
     if language == "console":
         return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
     return [line for line in lines if line.strip()]
