@@ -237,9 +237,17 @@ def flashinfer(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Execute every code block in the README and docs."""
-    sync(session)
+    """Execute every code block in the README and docs, build the site, and ask where its links to elsewhere lead."""
+    sync(session, "--group", "docs")
     session.run("pytest", "integration_tests/test_docs.py", *session.posargs)
+    session.run("mkdocs", "build", "--strict", "--config-file", "docs/site/mkdocs.yml")
+    session.run("python", "docs/site/links.py", ".site")
+
+
+@nox.session
+def readme(session: nox.Session) -> None:
+    """Do as the README and the quickstart say, line by line, in a new clone and a new environment."""
+    session.run("python", "integration_tests/readme.py")
 
 
 def on_gpu(session: nox.Session, major: str | None) -> None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pages_choose
 import pages_decide
 import pages_tables
 import pages_topics
@@ -24,7 +25,7 @@ from lowbit.bench.results import read_results
 IMAGES = ROOT / "docs" / "images"
 PAGES = tuple(
     ROOT / "docs" / f"{name}.md"
-    for name in ("attention", "performance", "pt2e", "quality", "serving", "should-i-quantize", "training")
+    for name in ("attention", "choose", "performance", "pt2e", "quality", "serving", "should-i-quantize", "training")
 )
 MARKED = re.compile(r"<!-- (?P<name>[\w-]+), by benchmarks/pages\.py -->\n(?P<text>.*?)<!-- end -->", re.DOTALL)
 
@@ -48,6 +49,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     **pages_tables.TABLES,
     **pages_topics.TABLES,
     **pages_decide.TABLES,
+    **pages_choose.TABLES,
 }
 
 

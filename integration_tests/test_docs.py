@@ -215,6 +215,7 @@ def check_session(words):
 CHECKED = {
     ("pip", "install"): check_packages,
     ("uv", "sync"): check_paths,
+    ("source", ".venv/bin/activate"): check_paths,
     ("uv", "run", "pytest"): check_paths,
     ("uv", "run", "nox"): check_session,
     ("uv", "run", "ruff"): check_paths,
