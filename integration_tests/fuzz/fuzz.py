@@ -16,18 +16,26 @@ from pathlib import Path
 import atheris
 
 # Only what is fuzzed: torch and transformers take minutes to instrument, and their coverage says nothing of lowbit.
-with atheris.instrument_imports(include=["lowbit", "lowbit_hf"]):
+with atheris.instrument_imports(include=["lowbit", "lowbit_algos", "lowbit_hf", "lowbit_moe"]):
     import hostile
+    import parsers
+
+# Whose inputs are JSON.
+_JSON = ("config", "index", "recipe", "report", "results", "stored", "speeds")
 
 
 def main() -> None:
     """Fuzz the target that is named first, in a folder that is like a checkpoint but for the file in question."""
     name = sys.argv.pop(1)
     root = Path(tempfile.mkdtemp(prefix="lowbit-fuzz-"))
-    folders = hostile.made(root / "sound")
-    work = {kind: shutil.copytree(folder, root / "work" / kind) for kind, folder in folders.items()}
-    options = {"custom_mutator": mutate} if name in ("config", "index") else {}
-    atheris.Setup(sys.argv, lambda data: hostile.TARGETS[name](data, work), **options)
+    if name in hostile.TARGETS:
+        folders = hostile.made(root / "sound")
+        work = {kind: shutil.copytree(folder, root / "work" / kind) for kind, folder in folders.items()}
+    else:
+        work = {"plain": root}
+    target = (hostile.TARGETS | parsers.TARGETS)[name]
+    options = {"custom_mutator": mutate} if name in _JSON else {}
+    atheris.Setup(sys.argv, lambda data: target(data, work), **options)
     try:
         atheris.Fuzz()
     finally:
