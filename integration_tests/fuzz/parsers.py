@@ -5,9 +5,7 @@ Each target takes bytes and folders that it may write into; whatever it raises i
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -19,7 +17,7 @@ from torch import ones
 import lowbit
 from lowbit import command
 from lowbit.bench import command as bench
-from lowbit.bench import compare, page, plot
+from lowbit.bench import compare, plot
 from lowbit.bench.case import Use
 from lowbit.errors import LowbitError
 from lowbit.report import Report
