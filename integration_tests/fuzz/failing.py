@@ -317,8 +317,11 @@ def main() -> None:
                 tally = fill(name, line, int(count), draw, Path(scratch))
             found[name] = vars(tally)
             sys.stdout.write(f"{name}: { {key: value for key, value in vars(tally).items() if key != 'moments'} }\n")
-    total = {"runs": sum(each["runs"] for each in found.values()), "seconds": round(time.monotonic() - started)}
-    Path(log).write_text(json.dumps({"what": how, **total, "commands": found}, indent=1) + "\n")
+            total = {
+                "runs": sum(tally["runs"] for tally in found.values()),
+                "seconds": round(time.monotonic() - started),
+            }
+            Path(log).write_text(json.dumps({"what": how, **total, "commands": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
