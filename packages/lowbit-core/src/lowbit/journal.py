@@ -113,7 +113,7 @@ class Journal:
 
     def _apply(self, record: dict[str, Any]) -> None:
         match record:
-            case {"owner": {"fingerprint": str(), "command": str()} as owner}:
+            case {"owner": dict(owner)}:  # pyright: ignore[reportUnknownVariableType] - of strings, if it is a record
                 self.owner = owner
             case {"planned": str(name)}:
                 # Planned anew is laid out anew: what the file held is gone.

@@ -285,7 +285,7 @@ class Staging:
             self._clean(settle=self._settle)
             self.published = True
         elif journal.owner and not same and not moved and not self.overwrite:
-            command = journal.owner["command"] or "another command"
+            command = journal.owner.get("command") or "another command"
             raise CheckpointError(
                 f"{self.partial} is the unfinished output of another run: {command}; run that again to finish it, "
                 f"delete the folder, or pass --overwrite to discard it (journal: {self.partial / _JOURNAL})"
