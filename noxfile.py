@@ -212,7 +212,7 @@ def serving(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def fuzz(session: nox.Session) -> None:
-    """Fuzz every parser of a checkpoint's files with atheris, a minute each, or as many seconds as are given."""
+    """Fuzz every parser with atheris, a minute each, or as many seconds as are given."""
     sync(session)
     # Of this session alone: it has wheels for few platforms, and nothing else needs it.
     session.install("atheris")

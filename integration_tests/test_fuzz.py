@@ -22,6 +22,7 @@ import transformers
 from hostile import EVIL, LAYOUTS, TARGETS, attempt, made, mutated, rewritten, scrambled, watched
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parsers import TARGETS as TEXTS
 from safetensors.torch import load_file, save_file
 
 from lowbit.errors import CheckpointError
@@ -155,8 +156,25 @@ def test_gguf_files_may_hold_anything(work):
 def test_what_fuzzing_starts_from_and_what_it_found(folders, tmp_path, file):
     copies = {kind: shutil.copytree(folder, tmp_path / kind) for kind, folder in folders.items()}
     with watched(tmp_path) as seen:
-        TARGETS[file.parent.name](file.read_bytes(), copies)
+        (TARGETS | TEXTS)[file.parent.name](file.read_bytes(), copies)
     assert seen == []
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_texts_and_records_may_say_anything(tmp_path, name):
+    starts = [file.read_bytes() for file in sorted((CORPUS / name).iterdir())]
+
+    @holds(20)
+    @given(draws, st.booleans())
+    def run(draw, parsed):
+        raw = draw.choice(starts)
+        try:
+            changed = mutated(json.loads(raw), draw).encode(errors="replace") if parsed else None
+        except ValueError:
+            changed = None
+        TEXTS[name](scrambled(raw, draw, len(raw)) if changed is None else changed, {"plain": tmp_path})
+
+    run()
 
 
 # One by one, what drawing at random finds too seldom.

@@ -15,19 +15,36 @@ from pathlib import Path
 
 import atheris
 
+# The targets of `hostile.py`; `parsers.py` has the others.
+CHECKPOINTS = ("header", "index", "config", "gguf")
+
 # Only what is fuzzed: torch and transformers take minutes to instrument, and their coverage says nothing of lowbit.
-with atheris.instrument_imports(include=["lowbit", "lowbit_hf"]):
+_CHECKPOINTS = ["lowbit", "lowbit_hf"]
+_TEXTS = [
+    f"lowbit.{name}" for name in ("activation", "attention", "bench", "checkpoint", "element", "format", "journal")
+]
+_TEXTS += ["lowbit.page", "lowbit.recipe", "lowbit.report", "lowbit.rules", "lowbit.staging", "lowbit_algos.method"]
+_TEXTS += ["lowbit_hf.commands", "lowbit_hf.release", "lowbit_hf.schemes", "lowbit_hf.texts", "lowbit_moe.recipe"]
+with atheris.instrument_imports(include=_CHECKPOINTS if sys.argv[1] in CHECKPOINTS else _TEXTS):
     import hostile
+    import parsers
+
+# Whose inputs are JSON.
+_JSON = ("config", "index", "recipe", "report", "results", "stored", "speeds")
 
 
 def main() -> None:
     """Fuzz the target that is named first, in a folder that is like a checkpoint but for the file in question."""
     name = sys.argv.pop(1)
     root = Path(tempfile.mkdtemp(prefix="lowbit-fuzz-"))
-    folders = hostile.made(root / "sound")
-    work = {kind: shutil.copytree(folder, root / "work" / kind) for kind, folder in folders.items()}
-    options = {"custom_mutator": mutate} if name in ("config", "index") else {}
-    atheris.Setup(sys.argv, lambda data: hostile.TARGETS[name](data, work), **options)
+    if name in hostile.TARGETS:
+        folders = hostile.made(root / "sound")
+        work = {kind: shutil.copytree(folder, root / "work" / kind) for kind, folder in folders.items()}
+    else:
+        work = {"plain": root}
+    target = (hostile.TARGETS | parsers.TARGETS)[name]
+    options = {"custom_mutator": mutate} if name in _JSON else {}
+    atheris.Setup(sys.argv, lambda data: target(data, work), **options)
     try:
         atheris.Fuzz()
     finally:

@@ -27,9 +27,9 @@ from lowbit.activation import Activation
 from lowbit.errors import CheckpointError
 from lowbit.format import Format
 from lowbit.header import written_by
-from lowbit.numerics import check_scales, data_shape
+from lowbit.numerics import check_scales, check_use, data_shape
 from lowbit.packed import PackedTensor
-from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema, check_use
+from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema
 
 _KEY = "lowbit"
 _DTYPES = {

@@ -5,8 +5,10 @@ Exit codes: 0 done, 1 the job found a problem, 2 wrong use.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import EntryPoint, distributions, entry_points, version
 
 from lowbit.errors import BackendError, LowbitError
@@ -21,13 +23,27 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     speaker = " ".join(["lowbit", *arguments[:1]])
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        # While it can still be told that nobody could be told.
+        sys.stdout.flush()
     except LowbitError as error:
         sys.stderr.write(f"{speaker}: {error}\n")
+        return PROBLEM
+    except OSError as error:
+        # What no file in particular is to blame for: a closed pipe, a full disk that stdout goes to, too long a name.
+        sys.stderr.write(f"{speaker}: {error}\n")
+        _forget_output()
         return PROBLEM
     except KeyboardInterrupt:
         sys.stderr.write(f"\n{speaker}: interrupted\n")
         return _INTERRUPTED
+    return code
+
+
+def _forget_output() -> None:
+    """Let what is left of the output go nowhere, or Python would try to write it once more on leaving."""
+    with suppress(OSError), open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -104,31 +104,36 @@ class Journal:
         self._synced_at = time.monotonic()
 
     def _load(self, line: bytes) -> bool:
-        """Take in a line; False where it is torn."""
+        """Take in a line; False where it is torn, or no record."""
         try:
             self._apply(json.loads(line[: line.index(b"\n")]))
-        except ValueError:
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return False
         return True
 
     def _apply(self, record: dict[str, Any]) -> None:
         match record:
-            case {"owner": owner}:
+            case {"owner": dict(owner)}:  # pyright: ignore[reportUnknownVariableType] - of strings, if it is a record
                 self.owner = owner
-            case {"planned": name}:
+            case {"planned": str(name)}:
                 # Planned anew is laid out anew: what the file held is gone.
                 self.planned.add(name)
                 self.finished.discard(name)
-            case {"finished": name}:
+            case {"finished": str(name)}:
                 self.finished.add(name)
-            case {"publishing": inode}:
+            case {"publishing": int(inode)}:
                 self.publishing = inode
-            case {"unit": unit, "rows": rows}:
+            case {"unit": str(unit), "rows": rows}:
+                # All of it is read before any of it counts.
+                found = [
+                    (file, tensor, int(start), int(stop))
+                    for file, spans in rows.items()
+                    for tensor, ranges in spans.items()
+                    for start, stop in ranges
+                ]
                 self._units.add(unit)
-                for file, spans in rows.items():
-                    for tensor, ranges in spans.items():
-                        for start, stop in ranges:
-                            add_rows(self.rows.setdefault(file, {}), tensor, start, stop)
+                for file, tensor, start, stop in found:
+                    add_rows(self.rows.setdefault(file, {}), tensor, start, stop)
             case _:
                 raise ValueError(f"not a journal record: {record}")
 

@@ -216,16 +216,41 @@ def check_scales(scales: Scales, fmt: Format, shape: tuple[int, ...]) -> None:
         msg = f"{fmt} {'needs' if fmt.tensor_scale else 'has no'} tensor scale"
         raise FormatError(msg)
     if scales.tensor_scale is not None:
-        given = tuple(scales.tensor_scale.shape)
-        # One a row of blocks: a 2-D block cannot be split between two of them.
-        allowed = (*natural[:-1], 1)
-        fits = len(given) == len(shape) and all(g in (1, n) for g, n in zip(given, allowed, strict=True))
-        if scales.tensor_scale.dtype != torch.float32 or not fits:
-            msg = (
-                f"tensor_scale is {scales.tensor_scale.dtype} of shape {given}; needed is torch.float32 of shape "
-                f"{(*shape[:-2], *(1,) * min(len(shape), 2))} (one a matrix) or {allowed} (one a row of blocks)"
-            )
+        check_tensor_scale(scales.tensor_scale, fmt, shape)
+
+
+def check_tensor_scale(tensor_scale: Tensor, fmt: Format, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor scale that does not belong to a canonical `shape`.
+
+    Raises:
+        FormatError: its dtype or shape is neither of those that there are, or the format has none.
+    """
+    if not fmt.tensor_scale:
+        raise FormatError(f"{fmt} has no tensor scale, and one was given; leave it out")
+    given = tuple(tensor_scale.shape)
+    # One a row of blocks: a 2-D block cannot be split between two of them.
+    allowed = (*fmt.scale_shape(shape)[:-1], 1)
+    fits = len(given) == len(shape) and all(g in (1, n) for g, n in zip(given, allowed, strict=True))
+    if tensor_scale.dtype != torch.float32 or not fits:
+        raise FormatError(
+            f"tensor_scale is {tensor_scale.dtype} of shape {given}; needed is torch.float32 of shape "
+            f"{(*shape[:-2], *(1,) * min(len(shape), 2))} (one a matrix) or {allowed} (one a row of blocks)"
+        )
+
+
+def check_use(act_scale: Tensor | None, act_zero: Tensor | None, pre_scale: Tensor | None, k: int) -> None:
+    """Refuse input parameters that do not belong to a weight with `k` columns.
+
+    Raises:
+        FormatError: an activation has more than one scale or zero point, or pre_scale not one a column.
+    """
+    for name, part in (("act_scale", act_scale), ("act_zero", act_zero)):
+        if part is not None and part.numel() != 1:
+            msg = f"{name} has shape {tuple(part.shape)}; needed is one value, for all inputs"
             raise FormatError(msg)
+    if pre_scale is not None and tuple(pre_scale.shape) != (k,):
+        msg = f"pre_scale has shape {tuple(pre_scale.shape)}; needed is ({k},), one a column of the weight"
+        raise FormatError(msg)
 
 
 def check_choice(name: str, given: str, choices: object) -> None:

@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.compiler import is_compiling
 
 from lowbit.activation import Activation
+from lowbit.arguments import check_call
 from lowbit.attending import Seen, gradients, rounded
 from lowbit.attention import Scheme, attention_call, selection
 from lowbit.backends import kernel_for, without_autocast
@@ -199,19 +200,48 @@ def _varlen_attention(q: Tensor, *args: Any) -> Any:
     return without_autocast(chosen.run, q.device.type, q, *args)
 
 
+def _arguments(op: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of an operator's arguments, and of the tensors that cannot be left out."""
+    schema = getattr(torch.ops.lowbit, op).default
+    return tuple(argument_names(schema)), tuple(
+        argument.name for argument in schema._schema.arguments if str(argument.type) == "Tensor"
+    )
+
+
+def _checked(op: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The shapes of what an operator gives, once its arguments are such as it takes."""
+    names, needed = _arguments(op)
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        check_call(op, names, needed, [*args, *(kwargs.get(name) for name in names[len(args) :])])
+        return fake(*args, **kwargs)
+
+    return checked
+
+
 def _implementation(op: str) -> Callable[..., Any]:
+    names, needed = _arguments(op)
     if op in _BY_SCHEME:
-        return _attention if op == "attention" else _varlen_attention
-    names = argument_names(getattr(torch.ops.lowbit, op).default)
+        run = _attention if op == "attention" else _varlen_attention
+
+        def checked(*args: Any) -> Any:
+            check_call(op, names, needed, args)
+            return run(*args)
+
+        return checked
     scales = [(names.index(scale), names.index(fmt)) for scale, fmt in SCALES.items() if scale in names]
+    formats = [i for i, name in enumerate(names) if name.endswith("format")]
     check = _CHECKS.get(op)
 
     def implementation(*args: Any) -> Any:
+        check_call(op, names, needed, args)
         if check is not None:
             check(*args)
         chosen, given = kernel_for(op, *call_of(op, args)), list(args)
         for i, fmt in scales:
             given[i] = None if args[i] is None else typed(args[i], args[fmt])
+        for i in formats:
+            given[i] = None if args[i] is None else str(Format.parse(args[i]))
         return without_autocast(chosen.run, args[0].device.type, *given)
 
     return implementation
@@ -522,7 +552,7 @@ for _name, _fake in _FAKES.items():
         _names = argument_names(getattr(torch.ops.lowbit, _name).default)
         _FORMAT_AT[_name] = _names.index("k_format" if _name in _CHECKS else "format")
     _LIBRARY.impl(_name, _implementation(_name), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lowbit::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"lowbit::{_name}", _checked(_name, _fake), lib=_LIBRARY)
     torch.library.register_torch_dispatch(f"lowbit::{_name}", FunctionalTensorMode, decompose, lib=_LIBRARY)
 _GRADIENTS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "attention": (_attention_backward, _attention_context),

@@ -362,6 +362,8 @@ def _pick(part: Tensor | None, rows: Tensor) -> Any:
 
 def _pad_groups(x: Tensor, index: Tensor | None, offs: Tensor, align: int) -> tuple[Tensor, Tensor]:
     check_groups(x, index, offs, align)
+    if index is not None:
+        check_rows(index, x.shape[0])
     rows = x.shape[0] if index is None else index.shape[0]
     source = padded_from(offs, align, rows, padded_rows(rows, offs.shape[0], align))
     if index is not None and rows:

@@ -20,6 +20,8 @@ from lowbit.errors import CheckpointError
 from lowbit.header import as_object, quote
 
 _VERSION: Final = 1
+# No number of a report is as large, and figures drawn from larger ones would overflow.
+_MOST: Final = 1e30
 _WORDS: Final = {str: "a string", int: "a whole number", float: "a finite number", NoneType: "null"}
 
 
@@ -223,11 +225,13 @@ def _tuple(value: object, args: tuple[Any, ...], where: str) -> tuple[object, ..
 def _scalar(value: object, kinds: tuple[Any, ...], where: str) -> object:
     # type(), for True is an int to isinstance.
     kind = type(value)
-    if kind in kinds and (not isinstance(value, float) or math.isfinite(value)):
+    # No count is larger, and not every larger one is a float.
+    sound = not isinstance(value, int | float) or abs(value) < _MOST
+    if kind in kinds and sound:
         return value
     if float in kinds and value is None:
         return math.nan
-    if float in kinds and isinstance(value, int) and kind is int:
+    if float in kinds and isinstance(value, int) and kind is int and sound:
         return float(value)
     words = " or ".join(_WORDS[kind] for kind in kinds)
     raise CheckpointError(f"{where} is {quote(value)}, not {words}")

@@ -47,10 +47,11 @@ class Staging:
     far, and then nothing is left to do. Not safe to use from several threads at once.
     """
 
-    def __init__(self, out: Path, journal: Journal, opened: ExitStack, *, overwrite: bool) -> None:
+    def __init__(self, out: Path, journal: Journal, opened: ExitStack, *, overwrite: bool, settle: bool) -> None:
         self.out = out
         self.partial = _partial(out)
         self.overwrite = overwrite
+        self._settle = settle
         self.published = False
         self._files = self.partial / _FILES
         self._replaced = out.with_name(f".{out.name}.replaced")
@@ -59,10 +60,19 @@ class Staging:
         self._names: set[str] = set()
 
     @classmethod
-    def open(cls, out: str | os.PathLike[str], *, fingerprint: str, overwrite: bool = False, command: str = "") -> Self:
+    def open(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        fingerprint: str,
+        overwrite: bool = False,
+        command: str = "",
+        settle: bool = True,
+    ) -> Self:
         """Begin the output folder `out`, or continue it if the partial folder's journal has this `fingerprint`.
 
-        `command` is recorded, so that an error in another run can name the one to finish.
+        `command` is recorded, so that an error in another run can name the one to finish. Without `settle`, the journal
+        of a published output stays, by which later calls find it published too, until one with `settle` removes it.
 
         Raises:
             CheckpointError: `out` exists (without `overwrite`) or is not a folder, its parent is missing or not
@@ -81,7 +91,7 @@ class Staging:
             _acquire(partial, opened)
             journal = Journal(partial / _JOURNAL)
             opened.callback(journal.close)
-            staging = cls(out, journal, opened, overwrite=overwrite)
+            staging = cls(out, journal, opened, overwrite=overwrite, settle=settle)
             staging._recover(fingerprint)
             if not staging.published:
                 staging._begin({"fingerprint": fingerprint, "command": command})
@@ -235,7 +245,7 @@ class Staging:
             self._files.rename(self.out)
             sync_path(self.out.parent)
             self.published = True
-            self._clean()
+            self._clean(settle=self._settle)
         self.close()
 
     def discard(self) -> None:
@@ -272,10 +282,10 @@ class Staging:
         same = journal.owner.get("fingerprint") == fingerprint
         moved = not staged and os.path.lexists(self.out) and self.out.lstat().st_ino == journal.publishing
         if moved and same:
-            self._clean()
+            self._clean(settle=self._settle)
             self.published = True
         elif journal.owner and not same and not moved and not self.overwrite:
-            command = journal.owner["command"] or "another command"
+            command = journal.owner.get("command") or "another command"
             raise CheckpointError(
                 f"{self.partial} is the unfinished output of another run: {command}; run that again to finish it "
                 "(with the lowbit and the input that it began with), "
@@ -300,11 +310,13 @@ class Staging:
         self._files.mkdir(exist_ok=True)
         self.scratch.mkdir(exist_ok=True)
 
-    def _clean(self) -> None:
+    def _clean(self, *, settle: bool = True) -> None:
         """Remove the old output and the partial folder; until that is empty, its journal can say that all is done."""
         _remove(self._replaced)
         _remove(self._files)
         _remove(self.scratch)
+        if not settle:
+            return
         (self.partial / _JOURNAL).unlink(missing_ok=True)
         (self.partial / _LOCK).unlink(missing_ok=True)
         self.partial.rmdir()

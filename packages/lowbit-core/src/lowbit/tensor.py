@@ -20,7 +20,7 @@ from lowbit.activation import Activation
 from lowbit.element import E8M0
 from lowbit.errors import CheckpointError, FormatError, UnsupportedOpError
 from lowbit.format import Format
-from lowbit.numerics import DEFAULT_MODE, Rounding, ScaleMode, Scales, check_scales, data_shape, total_bytes
+from lowbit.numerics import DEFAULT_MODE, Rounding, ScaleMode, Scales, check_scales, check_use, data_shape, total_bytes
 from lowbit.packing import unit
 
 SCHEMA_VERSION = 1
@@ -367,21 +367,6 @@ def canonical_shape(qdata: Tensor, layout: Layout) -> tuple[int, ...]:
     bits = Format.parse(layout.format).element.bits
     codes = qdata.shape[-1] * 8 // bits if bits < 8 else qdata.shape[-1]
     return (*qdata.shape[:-1], codes - layout.tail)
-
-
-def check_use(act_scale: Tensor | None, act_zero: Tensor | None, pre_scale: Tensor | None, k: int) -> None:
-    """Refuse input parameters that do not belong to a weight with `k` columns.
-
-    Raises:
-        FormatError: an activation has more than one scale or zero point, or pre_scale not one a column.
-    """
-    for name, part in (("act_scale", act_scale), ("act_zero", act_zero)):
-        if part is not None and part.numel() != 1:
-            msg = f"{name} has shape {tuple(part.shape)}; needed is one value, for all inputs"
-            raise FormatError(msg)
-    if pre_scale is not None and tuple(pre_scale.shape) != (k,):
-        msg = f"pre_scale has shape {tuple(pre_scale.shape)}; needed is ({k},), one a column of the weight"
-        raise FormatError(msg)
 
 
 def check_axis(axis: int, rank: int) -> int:

@@ -44,13 +44,13 @@ def varlen_attention(
         NoKernelError: no backend of `prefer` takes this call.
     """
     scheme = Scheme.parse(scheme) if isinstance(scheme, str) else scheme
-    _check(q, k, v, cu_q, cu_k, scheme, causal=causal, window=window)
+    check_packed(q, k, v, cu_q, cu_k, scheme, causal=causal, window=window)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = max_q, max_k, causal, window or 0, scale, str(scheme), preferred(prefer)
     return torch.ops.lowbit.varlen_attention(q, k, v, cu_q, cu_k, *arguments)[0]
 
 
-def _check(
+def check_packed(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -61,6 +61,11 @@ def _check(
     causal: bool,
     window: int | None,
 ) -> None:
+    """Refuse what is no attention of packed sequences.
+
+    Raises:
+        FormatError: see `varlen_attention`.
+    """
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         msg = (
             "attention of packed sequences needs queries (tokens, H, D), and keys and values (tokens, G, D); given are "

@@ -142,7 +142,13 @@ def test_results_are_on_disk_after_every_case(small, given, tmp_path):
     file = tmp_path / "results.json"
     with pytest.raises(KeyboardInterrupt):
         command.main(["halves", "--seconds", "0.001", "--device", "cpu", "--json", f"{file}"])
-    assert [row["case"]["n"] for row in json.loads(file.read_text())["rows"]] == [32]
+    assert not file.exists()
+    unfinished = tmp_path / "results.unfinished.json"
+    assert [row["case"]["n"] for row in json.loads(unfinished.read_text())["rows"]] == [32]
+    given(benchmark())
+    command.main(["halves", "--seconds", "0.001", "--device", "cpu", "--json", f"{file}"])
+    assert len(json.loads(file.read_text())["rows"]) > 1
+    assert list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize(

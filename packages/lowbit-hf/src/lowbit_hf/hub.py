@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from lowbit.errors import CheckpointError
+from lowbit.header import quote
 from lowbit_hf.gguf.source import is_gguf, locate
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -19,7 +20,10 @@ def find_model(model: str) -> Path:
     Raises:
         CheckpointError: there is no such folder, and no such repository can be downloaded; or it holds several models.
     """
-    folder = locate(Path(model))
+    try:
+        folder = locate(Path(model))
+    except OSError as error:
+        raise CheckpointError(f"{quote(model)} cannot be looked for: {error.strerror}") from error
     if folder.is_dir() or (folder.exists() and is_gguf(folder)):
         return folder
     if folder.exists():

@@ -67,9 +67,12 @@ def run(
     overwrite: bool = False,
     device: str = "cpu",
     command: str = "",
+    settle: bool = True,
     advance: Callable[[int], None] | None = None,
 ) -> Account | None:
     """Carry a job out; `advance(bytes)` after every slice of input, `command` is what an error tells to run again.
+
+    Without `settle`, the same job finds `out` done until `lowbit.staging.Staging.open` settles it.
 
     Of several processes that `lowbit_hf.processes.join` joined, the first writes and returns the account.
 
@@ -93,7 +96,8 @@ def run(
     texts, lost = texts_of(job.folder)
     stored = job.checkpoint.stored if isinstance(job.checkpoint, Apart) else job.checkpoint
     left_behind += [*lost, *(stored.cache_left if isinstance(stored, Plain) else ())]
-    with Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command) as staging:
+    opened = Staging.open(out, fingerprint=job.fingerprint(), overwrite=overwrite, command=command, settle=settle)
+    with opened as staging:
         if staging.published:
             return _account(job, out, [*carried, *texts], left_behind)
         _require_space(job, staging, carried)

@@ -95,7 +95,7 @@ def _documents(file: Path) -> Iterator[str]:
 def _text_of(line: str, where: str) -> str:
     try:
         document: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} is not JSON: {error}") from error
     text = document.get(_COLUMN) if isinstance(document, dict) else document
     if not isinstance(text, str):

@@ -54,7 +54,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", help="where to run; default: cuda if there is one, otherwise cpu")
     parser.add_argument("--peers", action="store_true", help="measure other libraries, too, where they are installed")
     parser.add_argument("--seconds", type=float, default=0.5, help="to spend on each contender, about (0.5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, case by case")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results there, once all cases are measured"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the results there, as a page of HTML")
     named = next((word for word in argv if word in points), None)
     if named is not None and (own := _load(points[named]).options) is not None:
@@ -95,16 +97,28 @@ def _measured(name: str, benchmark: Benchmark, given: Given, options: argparse.N
             sys.stderr.write(" ".join(map(str, case.told.values())) + "\n")
         rows.append(measure(case, given.device, ceilings, budget=options.seconds))
         if options.json is not None and ranks.speaks():
-            # Each time, so that a run that is cut off leaves what it measured.
-            options.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+            # Each time, so that a run that is cut off leaves what it measured; elsewhere, since it is not the whole.
+            _save(results, _unfinished(options.json))
     if not ranks.speaks():
         return DONE
+    if options.json is not None:
+        _save(results, options.json)
+        _unfinished(options.json).unlink(missing_ok=True)
     sys.stdout.write(render(results) + "\n")
     if options.plot is not None:
         source = f"lowbit bench {name}" if options.json is None else str(options.json)
         page.write(page.render([run_of(results, source)]), options.plot)
     failed = [each for row in rows for each in row["contenders"] if each.get("failed") and each["role"] != "peer"]
     return PROBLEM if failed else DONE
+
+
+def _save(results: dict[str, Any], path: Path) -> None:
+    page.write(json.dumps(results, indent=1, allow_nan=False) + "\n", path)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where results are until all cases are measured."""
+    return path.with_name(f"{path.stem}.unfinished{path.suffix}")
 
 
 def _listing(points: dict[str, EntryPoint]) -> str:
@@ -165,6 +179,8 @@ def _given(benchmark: Benchmark, options: argparse.Namespace) -> Given:
         raise LowbitError(f"--shapes-seed {options.shapes_seed} must be from 0 to 2^63 - 1")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise LowbitError(f"--json {options.json}: its folder does not exist")
+    if options.json is not None and options.json.is_dir():
+        raise LowbitError(f"--json {options.json}: that is a folder; name a file for the results")
     if options.plot is not None:
         page.check_place(options.plot, "--plot", [options.json])
     uses = _uses(benchmark, options.formats)

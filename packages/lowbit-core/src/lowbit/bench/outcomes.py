@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from lowbit.bench.results import in_words, read_results
 from lowbit.errors import LowbitError
 from lowbit.header import as_object, quote
 
+# No number of results is as large, none that is positive as small, and quotients of others would overflow.
+_MOST: Final = 1e30
 _ROLES: Final = ("candidate", "baseline", "reference", "peer")
 
 Told = Mapping[str, str | float]
@@ -162,7 +163,7 @@ def _outcome(each: Mapping[str, object], case: Told, flops: float, where: str) -
         seconds=_positive(each.get("seconds"), f"{where}.seconds"),
         low=_positive(quartiles[0], f"{where}.quartiles[0]"),
         high=_positive(quartiles[1], f"{where}.quartiles[1]"),
-        samples=int(_positive(each.get("samples"), f"{where}.samples")),
+        samples=_count(each.get("samples"), f"{where}.samples"),
         flops=flops,
         moved=_positive(each.get("moved_bytes"), f"{where}.moved_bytes"),
         sqnr={kind: _number(value, f"{where}.sqnr.{kind}.exact") for kind, value in exact.items() if value is not None},
@@ -219,16 +220,22 @@ def _texts(value: object, where: str) -> dict[str, str]:
 
 def _number(value: object, where: str, needed: str = "a finite number") -> float:
     # type(), for True is an int to isinstance.
-    if type(value) not in (int, float) or not math.isfinite(cast("float", value)):
+    if type(value) not in (int, float) or not abs(cast("float", value)) < _MOST:
         raise _wrong(where, value, needed)
     return cast("float", value)
 
 
 def _positive(value: object, where: str) -> float:
     number = _number(value, where)
-    if number <= 0:
+    if number < 1 / _MOST:
         raise _wrong(where, value, "a positive number")
     return number
+
+
+def _count(value: object, where: str) -> int:
+    if type(value) is not int or not 0 < value < _MOST:
+        raise _wrong(where, value, "a whole number from 1 on")
+    return value
 
 
 def _wrong(where: str, value: object, needed: str) -> LowbitError:

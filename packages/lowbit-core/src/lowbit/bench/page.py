@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
-from uuid import uuid4
 
 from lowbit.bench.inputs import KINDS
 from lowbit.bench.outcomes import Outcome, Run
@@ -79,12 +78,13 @@ def check_place(path: Path, option: str, others: Iterable[Path | None]) -> None:
 
 
 def write(text: str, path: Path) -> None:
-    """Put a page where `path` says, whole or not at all.
+    """Put a page, or another text, where `path` says, whole or not at all.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
+    # One name, so that killed runs leave one file at most.
+    partial = path.with_name(f".{path.name}.partial")
     with writing(path, partial):
         try:
             partial.write_text(text, encoding="utf-8")

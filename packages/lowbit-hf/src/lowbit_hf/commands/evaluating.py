@@ -15,6 +15,7 @@ from torch import Tensor
 from lowbit.attention import Scheme
 from lowbit.command import DONE, PROBLEM
 from lowbit.errors import CheckpointError
+from lowbit.staging import Staging
 from lowbit.table import align, size
 from lowbit_hf.commands.options import (
     Algorithms,
@@ -131,11 +132,15 @@ def compare(
         except OSError as error:
             msg = f"cannot make the folder {parent}: {error}"
             raise CheckpointError(msg) from error
+        targets = {key: parent / (key[0] if key[1] == "rtn" else f"{key[0]}-{key[1]}") for key in jobs}
         for (name, each), job in jobs.items():
-            target = parent / (name if each == "rtn" else f"{name}-{each}")
-            carry_out(job, target, where, overwrite=overwrite)
+            target = targets[name, each]
+            # Not settled until all are made, so that a run that is killed takes those that are for its own.
+            carry_out(job, target, where, overwrite=overwrite, settle=False)
             result = measured(load(target, device=where), base, ids, target.name)
             rows.append(_table_row(name, each, job.bits_per_weight, job.output_bytes, result))
+        for key, job in jobs.items():
+            Staging.open(targets[key], fingerprint=job.fingerprint()).close()
     if as_json:
         say_json({"model": model, "results": rows})
     else:

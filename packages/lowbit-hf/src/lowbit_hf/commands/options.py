@@ -106,7 +106,7 @@ def bytes_of(text: str, option: str = "--max-memory") -> int:
         number = float(match[1]) if match else 0.0
     except ValueError:
         number = 0.0
-    if match is None or number <= 0:
+    if match is None or not 0 < number < 1e18:
         raise typer.BadParameter(f"{text!r} is not a size, such as 4GiB", param_hint=f"'{option}'")
     return int(number * (1024 if match[3] else 1000) ** (" kmgt".index(match[2]) if match[2] else 0))
 

@@ -260,14 +260,22 @@ def _joined(device: str) -> str:
     return join(device)
 
 
-def carry_out(job: Job, out: Path, device: str, *, overwrite: bool, command: str | None = None) -> Account | None:
+def carry_out(
+    job: Job, out: Path, device: str, *, overwrite: bool, command: str | None = None, settle: bool = True
+) -> Account | None:
     """The account of a run, by default one of the command that was typed; None where another process writes."""
     from lowbit_hf.quantize import run  # noqa: PLC0415
 
     try:
         with Meter(f"quantize {out.name}", job.checkpoint.nbytes) as meter:
             return run(
-                job, out, overwrite=overwrite, device=device, command=command or command_line(), advance=meter.advance
+                job,
+                out,
+                overwrite=overwrite,
+                device=device,
+                command=command or command_line(),
+                settle=settle,
+                advance=meter.advance,
             )
     except KeyboardInterrupt:
         sys.stderr.write(f"\ninterrupted before {out} was made; the same command continues where this one stopped\n")

@@ -21,6 +21,8 @@ from lowbit_hf.verify.checking import Verification
 # Of the original's card, what holds for a copy in fewer bits too.
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag", "datasets")
 # What the three kinds of `vllm bench` save, and what to call it.
+# No speed is as high, and a larger whole number is no float.
+_MOST = 1e15
 _SPEEDS = {
     "max_concurrency": "requests at once, at most",
     "num_prompts": "requests",
@@ -180,10 +182,12 @@ def speeds_of(path: Path) -> dict[str, float]:
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     found = told if isinstance(told, dict) else {}
-    speeds = {what: float(found[key]) for key, what in _SPEEDS.items() if isinstance(found.get(key), int | float)}
+    read: dict[str, Any] = {what: found.get(key) for key, what in _SPEEDS.items()}
+    # type(), for True is an int to isinstance.
+    speeds = {what: float(speed) for what, speed in read.items() if type(speed) in (int, float) and 0 <= speed < _MOST}
     if not speeds:
         raise CheckpointError(f"{path} holds none of what `vllm bench` saves: {', '.join(_SPEEDS)}")
     return speeds

@@ -221,14 +221,15 @@ def _by_transformers(folder: Path, device: str, *, plain: bool) -> PreTrainedMod
 def _loaded(folder: Path, device: str, *, plain: bool) -> PreTrainedModel:
     # What compressed-tensors has put on a device stays there whatever `to` says, so it is put there at once.
     where: Any = {} if device == "cpu" else {"device_map": {"": device}}
+    where |= {"local_files_only": True, "trust_remote_code": False}
     if is_gguf(folder):
         return AutoModelForCausalLM.from_pretrained(
-            folder.parent, gguf_file=folder.name, dtype=Skeleton.build(folder).dtype, local_files_only=True, **where
+            folder.parent, gguf_file=folder.name, dtype=Skeleton.build(folder).dtype, **where
         )
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if plain:
         config.quantization_config["dequantize"] = True
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, local_files_only=True, **where)
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **where)
 
 
 def _state(folder: Path, layout: Layout, reader: Reader, skeleton: Skeleton) -> dict[str, Tensor]:
