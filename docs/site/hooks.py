@@ -1,4 +1,4 @@
-"""Brings to the site README.md, CONTRIBUTING.md, docs/*.md, and every file that these link to.
+"""Brings to the site README.md, CONTRIBUTING.md, docs/*.md, and every file that these and what they link to link to.
 
 Each keeps its path, so links lead where they lead in the repository, and --strict says which do not. The README of a
 distribution is its page of the reference: what its docstrings say follows.
@@ -27,13 +27,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages, and what they link to, under their paths in the repository."""
     pages = {ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")}
     readmes = {source.parent / "README.md" for source in (*ROOT.glob("packages/*/src"), *ROOT.glob("kernels/*/src"))}
-    texts = {page: page.read_text("utf-8") for page in pages | readmes}
-    links = {(page.parent / link).resolve() for page, text in texts.items() for link in LINK.findall(text)}
-    linked = {path for path in links if path.is_file() and path.is_relative_to(ROOT)}
-    for path in sorted((pages | linked) - readmes):
+    found, fresh = set[Path](), pages | readmes
+    while fresh:
+        found |= fresh
+        texts = {path: path.read_text("utf-8") for path in fresh if path.suffix == ".md"}
+        linked = {(path.parent / link).resolve() for path, text in texts.items() for link in LINK.findall(text)}
+        fresh = {path for path in linked - found if path.is_file() and path.is_relative_to(ROOT)}
+    for path in sorted(found - readmes):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=f"{path}"))
     for path in sorted(readmes):
-        text = f"{texts[path]}\n{reference(path.parent)}"
+        text = f"{path.read_text('utf-8')}\n{reference(path.parent)}"
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), content=text))
     return files
 
