@@ -89,8 +89,8 @@ def _quantize(given: dict[str, Any]) -> None:
     for name in ("format", "other_format"):
         if given.get(name) is not None:
             Format.parse(given[name])
-    if not 1 <= x.dim() <= 4:
-        raise FormatError(f"x has shape {tuple(x.shape)}; needed are 1 to 4 dimensions")
+    if not x.dim():
+        raise FormatError("x is a number; needed are 1 dimension or more")
     offset = given["seed_offset"]
     if offset is not None and (offset.dtype != torch.int64 or offset.shape):
         raise FormatError(f"seed_offset is {_told(offset)}; needed is torch.int64 of shape ()")

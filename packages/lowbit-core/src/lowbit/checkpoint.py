@@ -19,7 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ from lowbit.format import Format
 from lowbit.header import written_by
 from lowbit.numerics import check_scales, check_use, data_shape
 from lowbit.packed import PackedTensor
+from lowbit.shards import Checkpoint
 from lowbit.tensor import INNER, SCHEMA_VERSION, Layout, QuantizedTensor, canonical_shape, check_schema
 
 _KEY = "lowbit"
@@ -79,13 +80,10 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     Raises:
         CheckpointError: the file is damaged, is not lowbit's, or has a newer schema (the message names the version).
     """
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            plain = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        msg = f"{path} cannot be read as a safetensors file: {error}"
-        raise CheckpointError(msg) from error
+    # Not by safetensors itself, which keeps some bytes of every tensor that it reads until the process ends.
+    with Checkpoint.open(path) as file:
+        metadata = file.metadata
+        plain = {name: file.read(entry).to(device) for name, entry in file.entries.items()}
     if _KEY not in metadata:
         msg = f"{path} has no {_KEY!r} entry in its header; lowbit.save did not write it (lowbit_hf.load reads others)"
         raise CheckpointError(msg)
