@@ -14,6 +14,7 @@ import re
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final, TypeGuard, cast
@@ -21,6 +22,9 @@ from typing import Final, TypeGuard, cast
 import torch
 
 from lowbit.errors import CheckpointError
+
+# Each time from files otherwise.
+_version = cache(version)
 
 DTYPES: Final[dict[str, torch.dtype]] = {
     "F64": torch.float64,
@@ -103,7 +107,7 @@ def parse_header(header: bytes, file: Path, size: int) -> tuple[dict[str, Tensor
 
 def written_by(distribution: str) -> dict[str, str]:
     """Metadata that say which distribution wrote a file, in which version."""
-    return {"written_by": f"{distribution} {version(distribution)}"}
+    return {"written_by": f"{distribution} {_version(distribution)}"}
 
 
 def lay_out(

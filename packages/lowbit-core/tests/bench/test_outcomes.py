@@ -96,7 +96,7 @@ def test_a_case_in_a_line():
         (["rows", 0, "contenders", 0, "seconds"], math.nan, "contenders[0].seconds is nan, not a finite number"),
         (["rows", 0, "contenders", 0, "seconds"], "1", "contenders[0].seconds is '1', not a finite number"),
         (["rows", 0, "contenders", 0, "quartiles"], [1], "contenders[0].quartiles is [1], not a list of two numbers"),
-        (["rows", 0, "contenders", 0, "samples"], None, "contenders[0].samples is None, not a finite number"),
+        (["rows", 0, "contenders", 0, "samples"], None, "contenders[0].samples is None, not a whole number from 1 on"),
         (["rows", 0, "contenders", 0, "moved_bytes"], -1, "contenders[0].moved_bytes is -1, not a positive number"),
         (["rows", 0, "contenders", 0, "sqnr"], [], "contenders[0].sqnr is [], not an object"),
         (["rows", 0, "contenders", 0, "sqnr", "normal"], 3, "contenders[0].sqnr.normal is 3, not an object"),
