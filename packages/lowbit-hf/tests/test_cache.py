@@ -539,7 +539,7 @@ def test_a_head_that_groups_do_not_divide(config):
 
 def test_integers_are_no_keys(config):
     x = torch.zeros(1, 2, 3, K, dtype=torch.int32)
-    with pytest.raises(FormatError, match="only float32, float16, bfloat16 and float64"):
+    with pytest.raises(FormatError, match="needed is one of float32, float16, bfloat16 and float64"):
         QuantizedCache(config, "FP8_ROW").update(x, x, 0)
 
 
