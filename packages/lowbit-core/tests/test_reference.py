@@ -218,6 +218,6 @@ def test_missing_static_parameters_are_named():
 
 def test_the_op_checks_k_where_bytes_tell_it():
     q = quantize(sample((12, 64)), "int4:1x*:float32")
-    with pytest.raises(FormatError, match="for k=32 in int4:1x\*:float32 needed is torch.uint8"):
+    with pytest.raises(FormatError, match=r"for k=32 in int4:1x\*:float32 needed is torch.uint8"):
         torch.ops.lowbit.linear(sample((5, 32)), q.qdata, q.scale, *(None,) * 6, str(q.format), "")
     assert Format.parse(str(q.format)) == q.format
