@@ -608,7 +608,7 @@ def test_another_version_s_beginnings_are_not_mixed_in(make, tmp_path, monkeypat
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         run(job_of(make("llama")), out, advance=stop_after(100_000))
-    monkeypatch.setattr(header, "version", lambda name: "0.1.9")
+    monkeypatch.setattr(header, "_version", lambda name: "0.1.9")
     with pytest.raises(CheckpointError, match="with the lowbit and the input that it began with"):
         run(job_of(make("llama")), out)
 
