@@ -62,7 +62,7 @@ class Tally:
 
     seconds: float = 0.0
     runs: int = 0
-    # Runs whose output was there already, runs that left nothing, and runs of which something was kept and not redone.
+    # Runs whose output was there already, and runs of which something was kept and not redone.
     whole: int = 0
     continued: int = 0
     moments: list[float] = field(default_factory=list)
@@ -184,7 +184,7 @@ def looks_finished(place: Path, line: Line, whole: Mapping[str, bytes]) -> bool:
         assert shown == {name: raw for name, raw in whole.items() if Path(name).parts[1] in done}
         return shown == whole
     if not line.same:
-        assert json.loads(found[line.out])["rows"].__len__() == json.loads(whole[line.out])["rows"].__len__()
+        assert len(json.loads(found[line.out])["rows"]) == len(json.loads(whole[line.out])["rows"])
         return True
     assert found == whole
     return True
@@ -208,7 +208,7 @@ def made_before(place: Path) -> set[str]:
     return {f".{path.parent.name}.partial" for path in place.rglob("config.json") if "files" not in path.parts}
 
 
-def kill(name: str, line: Line, count: int, draw: random.Random, root: Path) -> Tally:
+def kill(line: Line, count: int, draw: random.Random, root: Path) -> Tally:
     """Kill the command `count` times, at moments spread over its run."""
     whole, seconds = undisturbed(line, root)
     tally = Tally(seconds=round(seconds, 2))
@@ -233,7 +233,7 @@ def kill(name: str, line: Line, count: int, draw: random.Random, root: Path) -> 
     return tally
 
 
-def fill(name: str, line: Line, count: int, draw: random.Random, root: Path) -> Tally:
+def fill(line: Line, count: int, draw: random.Random, root: Path) -> Tally:
     """Run the command on `count` disks that are too small, then make them larger and run it again."""
     whole, seconds = undisturbed(line, root)
     tally = Tally(seconds=round(seconds, 2))
@@ -312,9 +312,9 @@ def main() -> None:
             if how == "kills":
                 shares = sum(2 - each.slow for each in all_.values())
                 each = -(-int(count) * (2 - line.slow) // shares)
-                tally = kill(name, line, each, draw, Path(scratch))
+                tally = kill(line, each, draw, Path(scratch))
             else:
-                tally = fill(name, line, int(count), draw, Path(scratch))
+                tally = fill(line, int(count), draw, Path(scratch))
             found[name] = vars(tally)
             sys.stdout.write(f"{name}: { {key: value for key, value in vars(tally).items() if key != 'moments'} }\n")
             total = {

@@ -195,6 +195,8 @@ def test_what_cannot_be_read(tmp_path):
             load(path)
     with pytest.raises(CheckpointError, match="cannot read .*none: No such file"):
         load(tmp_path / "none")
+    with pytest.raises(CheckpointError, match="is a folder; needed is the file"):
+        load(tmp_path)
     save_file({"a": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match="no 'lowbit' entry .*lowbit_hf.load reads others"):
         load(path)

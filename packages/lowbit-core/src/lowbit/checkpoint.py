@@ -80,6 +80,10 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
     Raises:
         CheckpointError: the file is damaged, is not lowbit's, or has a newer schema (the message names the version).
     """
+    if Path(path).is_dir():
+        raise CheckpointError(
+            f"{path} is a folder; needed is the file that lowbit.save wrote (lowbit_hf.load reads others)"
+        )
     # Not by safetensors itself, which keeps some bytes of every tensor that it reads until the process ends.
     with Checkpoint.open(path) as file:
         metadata = file.metadata

@@ -11,8 +11,6 @@ from torch import distributed
 
 from lowbit.errors import LowbitError
 
-_Store = vars(distributed)["HashStore"]  # stubs do not export it
-
 
 @contextmanager
 def joined(device: torch.device) -> Generator[torch.device]:
@@ -29,7 +27,8 @@ def joined(device: torch.device) -> Generator[torch.device]:
     if started:
         distributed.init_process_group(backend, device_id=own)
     else:
-        distributed.init_process_group(backend, store=_Store(), rank=0, world_size=1, device_id=own)
+        store = vars(distributed)["HashStore"]()  # stubs do not export it
+        distributed.init_process_group(backend, store=store, rank=0, world_size=1, device_id=own)
     try:
         yield device
     finally:

@@ -215,7 +215,7 @@ def _contender(
 
         return made
 
-    return Contender(name, prepare or given, _both, moved, _joined)
+    return Contender(name, prepare or given, _both, moved, joined)
 
 
 def _both(run: Layer, grad: Tensor, x: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
@@ -225,7 +225,7 @@ def _both(run: Layer, grad: Tensor, x: Tensor, weights: list[Tensor]) -> tuple[T
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+def joined(parts: tuple[Tensor, ...]) -> Tensor:
     """Output and gradients as one, those of weights about as large as the others."""
     out, to_x, *to_weights = parts
     by = out.shape[0] ** -0.5
@@ -239,7 +239,7 @@ def _exact(layer: Layer, grad: Tensor, *operands: Tensor) -> Tensor:
     try:
         with torch.enable_grad():
             out = layer(*leaves)
-            return _joined((out.detach(), *torch.autograd.grad(out, leaves, grad.float())))
+            return joined((out.detach(), *torch.autograd.grad(out, leaves, grad.float())))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 

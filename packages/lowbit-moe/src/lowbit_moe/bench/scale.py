@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from lowbit.bench import Benchmark, Case, Contender, Dim, Given, Kind, Make, Shape, normal, plain
 from lowbit.errors import FormatError
+from lowbit_moe.bench.layers import joined
 from lowbit_moe.convert import convert_
 from lowbit_moe.exchange import Exchange
 from lowbit_moe.optimizer import AdamW
@@ -84,7 +85,7 @@ def _experts(told: dict[str, Any], device: torch.device) -> Case:
 
     def exact(*data: Tensor) -> Tensor:
         grad, x, chosen, shares, *sides = (part.float() if part.is_floating_point() else part for part in data)
-        return _joined(_stepped(partial(layer, _EXPERTS[0]), grad, x, chosen, shares, *sides))
+        return joined(_stepped(partial(layer, _EXPERTS[0]), grad, x, chosen, shares, *sides))
 
     def trained(way: Way) -> dict[str, float]:
         """The loss after steps on m tokens of all ranks together."""
@@ -100,7 +101,7 @@ def _experts(told: dict[str, Any], device: torch.device) -> Case:
 
     def contender(way: Way) -> Contender:
         run = partial(_stepped, partial(layer, way))
-        return Contender(_name(way), _once, run, moved, _joined, tell=partial(trained, way))
+        return Contender(_name(way), _once, run, moved, joined, tell=partial(trained, way))
 
     return _case("experts", told, flops, data, exact, contender, _EXPERTS)
 
@@ -223,13 +224,6 @@ def _stepped(layer: Callable[..., Tensor], grad: Tensor, x: Tensor, *rest: Tenso
         return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """Output and gradients as one, those of weights about as large as the others."""
-    out, to_x, *to_weights = parts
-    by = out.shape[0] ** -0.5
-    return torch.cat([part.float().flatten() for part in (out, to_x, *(each * by for each in to_weights))])
-
-
 def _learned(
     run: Callable[[], Tensor], parameters: list[nn.Parameter], wanted: Tensor, numbers: int, *, mean_of: int = 1
 ) -> dict[str, float]:
@@ -253,10 +247,8 @@ def _learned(
 
 def choose(m: int, experts: int, most: int, device: torch.device, *, seed: int) -> tuple[Tensor, Tensor]:
     """Experts of tokens and their shares, of a router that prefers some."""
-    scores = _drawn(m, experts, device=device, seed=_WEIGHTS - 1 - seed) + torch.linspace(
-        0, 0.5, experts, device=device
-    )
-    shares, chosen = scores.softmax(-1).topk(most)
+    scores = _drawn(m, experts, device=device, seed=_WEIGHTS - 1 - seed)
+    shares, chosen = (scores + torch.linspace(0, 0.5, experts, device=device)).softmax(-1).topk(most)
     return chosen, shares.bfloat16()
 
 
