@@ -24,7 +24,7 @@ LAYERS = {
 def attention() -> list[str]:
     """Over cuDNN, and operations a second, where codes run."""
     schemes, rows = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD"), []
-    for s in (8192, 16384, 32768):
+    for s in (4096, 8192, 16384, 32768):
         for heads in ("32/32", "32/8"):
             for step in ("causal prefill", "causal prefill + RoPE", "prefill"):
                 cells = [
@@ -49,6 +49,39 @@ def decode() -> list[str]:
             cells.append(f"{1e6 * point.seconds:.1f} ({over(point)}; {point.of_ceiling:.2f})")
         rows.append([heads.partition("/")[2], *cells])
     return table(["heads of keys", "cuDNN in bfloat16", "`FP8_ROW`", "`INT8_ROW`"], rows)
+
+
+def llama3() -> list[str]:
+    """A model: milliseconds of bfloat16, then each over it, and the most memory in GiB."""
+    stems = [f"bench-llama3{of}-h200-2026-11-30" for of in ("", "-16384", "-32768")]
+    measured = [row for stem in stems for row in load(stem)["rows"]]
+    names = list(dict.fromkeys(each["name"] for row in measured for each in row["contenders"]))
+    base = next(name for name in names if name.startswith("bfloat16"))
+    names.remove(base)
+    rows = []
+    for step in ("prefill", "decode"):
+        for row in measured:
+            if row["case"]["step"] == step:
+                of = {each["name"]: each for each in row["contenders"]}
+                cells = [
+                    f"{times(of[name]['speedup'])} ({of[name]['peak_bytes'] / 2**30:.1f})" if name in of else ""
+                    for name in names
+                ]
+                plain = f"{1e3 * of[base]['seconds']:.1f} ({of[base]['peak_bytes'] / 2**30:.1f})"
+                rows.append([step, str(row["case"]["s"]), plain, *cells])
+    return table(["", "tokens", base, *(f"`{name}`" for name in names)], rows)
+
+
+def perplexities() -> list[str]:
+    """A trained model's perplexity and the rise over bfloat16, in the cases of `lowbit bench llama3`."""
+    (row,) = (row for row in load("bench-llama3-lm-tiny-xeon-2026-11-30")["rows"] if row["case"]["step"] == "prefill")
+    base = next(each["perplexity"] for each in row["contenders"] if each["role"] == "baseline")
+    rows = [
+        [f"`{each['name']}`", f"{each['perplexity']:.3f}", f"{100 * (each['perplexity'] / base - 1):+.2f} %"]
+        for each in row["contenders"]
+        if each["role"] != "baseline"
+    ]
+    return table(["", f"perplexity ({base:.3f} in bfloat16)", "rise"], rows)
 
 
 def graphs() -> list[str]:
@@ -199,6 +232,8 @@ def quality() -> list[str]:
 TABLES: dict[str, Callable[[], list[str]]] = {
     "attention-h200": attention,
     "attention-cached-h200": decode,
+    "llama3-h200": llama3,
+    "llama3-lm-tiny": perplexities,
     "graphs": graphs,
     "training-h200": training,
     "optimizer-h200": optimizer,

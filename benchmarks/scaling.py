@@ -3,11 +3,12 @@
     python benchmarks/scaling.py predict ONE.json --ranks 2 --json PREDICTED.json
     python benchmarks/scaling.py judge PREDICTED.json TWO.json
 
-A step of n ranks takes what one rank's took, and besides what its bytes take over links, of which one rank has none:
+A step takes as long as Python, which launches, or the GPU, whichever is slower: max(t, b + more), where one rank's took
+t seconds, and its GPU was busy for b of them. `more` is what the GPUs of n ranks have to do besides:
 
-    experts     (t - 4 x(1)) load(n) + 4 x(n) + start - codes (1 - 1/n)
-    all-to-all  t + x(n) - x(1)
-    dense       max(t, gathers and scatters) + those of one layer, which nothing hides
+    experts     (b - 4 x(1)) (load(n) - 1) + 4 (x(n) - x(1)) + start - codes (1 - 1/n)
+    all-to-all  x(n) - x(1)
+    dense       gathers and scatters of one layer, which nothing hides; and no less than those of all
 
 x(n), an exchange of rows, is for each tensor that travels a start, the share (n - 1)/n of its bytes over the link, and
 the rest by a copy. load(n) is the busiest rank's share of rows, of a router that prefers some, over the mean. A rank of
@@ -55,32 +56,34 @@ def predicted(results: dict[str, Any], ranks: int, machine: Machine) -> list[dic
             sys.exit(f"a prediction begins with one rank's results; these are of {case['ranks']}")
         if case["experts"] % ranks:
             continue
-        times = {each["name"]: each["seconds"] for each in row["contenders"] if "seconds" in each}
-        step = _STEPS[case["step"]]
-        each = [{"name": name, "seconds": step(t, name, case, ranks, copy, machine)} for name, t in times.items()]
+        step, each = _STEPS[case["step"]], []
+        for told in row["contenders"]:
+            if "seconds" in told:
+                gpu = step(told.get("busy_seconds", told["seconds"]), told["name"], case, ranks, copy, machine)
+                each.append({"name": told["name"], "seconds": max(told["seconds"], gpu)})
         found.append({"case": case | {"ranks": ranks}, "contenders": each})
     return found
 
 
-def _experts(t: float, name: str, case: dict[str, Any], ranks: int, copy: float, machine: Machine) -> float:
+def _experts(busy: float, name: str, case: dict[str, Any], ranks: int, copy: float, machine: Machine) -> float:
     sizes = _parts(name, case["m"] * case["chosen"], case["k"])
     once, now = (4 * _exchange(sizes, n, copy, machine) for n in (1, ranks))
     rounded = 0 if name.startswith("BF16") else 4 * case["experts"] * 3 * case["k"] * case["between"] / copy
-    return (t - once) * _load(case, ranks) + now + machine.start - rounded * (1 - 1 / ranks)
+    return (busy - once) * _load(case, ranks) + now + machine.start - rounded * (1 - 1 / ranks)
 
 
-def _moves(t: float, name: str, case: dict[str, Any], ranks: int, copy: float, machine: Machine) -> float:
+def _moves(busy: float, name: str, case: dict[str, Any], ranks: int, copy: float, machine: Machine) -> float:
     sizes = _parts(name, case["m"] * case["chosen"], case["k"])
-    return t + _exchange(sizes, ranks, copy, machine) - _exchange(sizes, 1, copy, machine)
+    return busy + _exchange(sizes, ranks, copy, machine) - _exchange(sizes, 1, copy, machine)
 
 
-def _dense(t: float, name: str, case: dict[str, Any], ranks: int, copy: float, machine: Machine) -> float:
+def _dense(busy: float, name: str, case: dict[str, Any], ranks: int, copy: float, machine: Machine) -> float:
     del copy
     numbers = 3 * case["k"] * case["between"]
     # Codes of a tensor's own rows serve columns, too; those of blocks of 32 do not. Gradients are in bfloat16.
     gathered = {"FP8_TENSOR by FP8_TENSOR": 1.0, "MXFP8 by MXFP8": 2 * 33 / 32}.get(name, 2.0) * numbers
     collective = [_over_links(bytes_, ranks, machine) for bytes_ in (gathered, gathered, 2 * numbers)]
-    return max(t, LAYERS * sum(collective)) + collective[0] + collective[2]
+    return max(busy, LAYERS * sum(collective)) + collective[0] + collective[2]
 
 
 _STEPS = {"experts": _experts, "dense": _dense, "all-to-all": _moves}

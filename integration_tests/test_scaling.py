@@ -23,7 +23,7 @@ def one():
     rows = [
         {
             "case": {"step": step, **CASE},
-            "contenders": [{"name": name, "seconds": 0.01}, {"name": "none", "refusal": ""}],
+            "contenders": [{"name": name, "seconds": 0.01, "busy_seconds": 0.01}, {"name": "none", "refusal": ""}],
         }
         for step, name in NAMES.items()
     ]
@@ -63,6 +63,12 @@ def test_of_more_ranks_bytes_take_links_and_the_busiest_waits(scaling, one):
     numbers = 3 * CASE["k"] * CASE["between"]
     gathered, scattered = (1e-3 + bytes_ * numbers / 2 / 1e6 for bytes_ in (1, 2))
     assert seconds(two)["dense"] == pytest.approx(4 * (2 * gathered + scattered) + gathered + scattered)
+
+
+def test_a_step_that_waits_for_python_takes_as_long_with_more_ranks(scaling, one):
+    for row in one["rows"]:
+        row["contenders"][0]["seconds"] = 1.0
+    assert seconds(scaling.predicted(one, 2, scaling.Machine())) == dict.fromkeys(NAMES, 1.0)
 
 
 def test_what_was_measured_is_judged_by_what_was_predicted(scaling, one):

@@ -1,6 +1,7 @@
 """Fuzz all targets by atheris until so many inputs were run: `python long_run.py INPUTS LOG.json`.
 
-A target that crashes goes on with another seed, and its input is kept beside the log.
+A target that crashes goes on with another seed, and its input is kept beside the log. Targets whose inputs the log
+has already are not run again.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ _HERE = Path(__file__).parent
 def main() -> None:
     """Run them one after another, and write what was seen after each."""
     inputs, log = int(sys.argv[1]), Path(sys.argv[2])
-    found: dict[str, dict[str, object]] = {}
+    found: dict[str, dict[str, object]] = json.loads(log.read_text())["targets"] if log.is_file() else {}
     for name, share in SHARES.items():
+        if name in found and int(str(found[name]["inputs"])) >= inputs * share // 1000:
+            continue
         found[name] = fuzz(name, inputs * share // 1000, log.parent)
         total = sum(int(str(each["inputs"])) for each in found.values())
         log.write_text(json.dumps({"what": "atheris", "inputs": total, "targets": found}, indent=1) + "\n")

@@ -21,7 +21,7 @@ from lowbit_hf.difference import Weights
 from lowbit_hf.layout import to_compressed
 from lowbit_hf.layouts import WRITERS
 from lowbit_hf.loading import load
-from lowbit_hf.quantize import NonfiniteError, prepare, run
+from lowbit_hf.quantize import NonFiniteWeightError, prepare, run
 from lowbit_hf.schemes import scheme
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -343,7 +343,9 @@ def test_nonfinite_weights_are_named(make, change, tmp_path, name, value):
         state[f"{Q}.weight"][77, 5] = value
 
     folder = change(make("llama"), tensors=spoil)
-    with pytest.raises(NonfiniteError, match=f"'{Q}.weight' holds NaN or infinity in rows 0 to 128.*--allow-nonfinite"):
+    with pytest.raises(
+        NonFiniteWeightError, match=f"'{Q}.weight' holds NaN or infinity in rows 0 to 128.*--allow-nonfinite"
+    ):
         run(job_of(folder, name), tmp_path / "out")
     assert leftovers(tmp_path) == []
     job = job_of(folder, name, allow_nonfinite=True)

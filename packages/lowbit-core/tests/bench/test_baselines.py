@@ -17,6 +17,7 @@ from lowbit import attending
 from lowbit.backends import Refusal
 from lowbit.bench import Given, attention, peers
 from lowbit.bench.case import footprint
+from lowbit.bench.command import main
 from lowbit.bench.inputs import sqnr
 from lowbit.testing import Loopback, installed_backends
 
@@ -83,6 +84,19 @@ def test_attention_is_prefill_and_decode_with_all_and_with_fewer_heads_of_keys(b
         # Weights and results are rounded to bfloat16, each by 2^-9 at most.
         assert baseline["sqnr"]["normal"]["exact"] > 20 * math.log10(2**9 / 2)
         assert baseline["flops_per_s"] == pytest.approx(row["flops"] / baseline["seconds"])
+
+
+def test_attention_has_the_heads_that_are_asked_for(bench, capsys):
+    code, results, _ = bench("attention", "--shapes", "16", "--heads", "6/3,2/1")
+    assert code == 0
+    flops = {}
+    for row in results["rows"]:
+        flops.setdefault(row["case"]["heads"], set()).add(row["flops"])
+    assert flops == {f"{heads}/{heads // 2}": {4 * heads * n * 16 * 128 for n in (16, 8, 1)} for heads in (6, 2)}
+    for wrong in ("6/4", "0/1", "6", "6/0", ""):
+        with pytest.raises(SystemExit):
+            main(["attention", "--heads", wrong])
+        assert f"argument --heads: {wrong!r} must be heads of queries, a slash" in capsys.readouterr().err
 
 
 def test_operations_and_bytes_of_attention_are_those_of_its_products_and_operands():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from time import sleep
+
 import pytest
 import torch
 
 from lowbit.bench import measure, timing
-from lowbit.bench.timing import calls_of, copies_of, samples_of, time_calls
+from lowbit.bench.timing import busy, calls_of, copies_of, covered, samples_of, time_calls
 
 CPU = torch.device("cpu")
 
@@ -164,3 +166,23 @@ def test_memory_of_a_call_is_its_peak_and_its_result():
         return (x + 1)[:1] + (x.double() + 1)[:1]
 
     assert 20 << 20 <= measure._taken(run, x.device) <= 24 << 20
+
+
+def test_what_ranges_cover_together_counts_once():
+    assert covered([(4, 5), (0, 2), (1, 3), (1.5, 2.5), (7, 9)]) == 3 + 1 + 2
+    assert covered([]) == 0
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_not_busy_while_python_does_something_else():
+    x = torch.randn(4096, 4096, device="cuda")
+    product = busy(lambda: x @ x, x.device)
+
+    def run():
+        first = x @ x
+        torch.cuda.synchronize()
+        sleep(10 * product)
+        return first @ x
+
+    assert product > 0
+    assert product < busy(run, x.device) < 4 * product

@@ -33,9 +33,9 @@ from lowbit_hf.processes import agree, follow, rank, require_windows, together
 from lowbit_hf.reporting import REPORTS, report_of
 from lowbit_hf.schemes import Scheme, quantization_config, targets_of
 from lowbit_hf.stored import Plain
-from lowbit_hf.writing import NonfiniteError, Reader, Run, write_calibrated, write_rest
+from lowbit_hf.writing import NonFiniteWeightError, Reader, Run, write_calibrated, write_rest
 
-__all__ = ["Account", "NonfiniteError", "foresee", "prepare", "run"]
+__all__ = ["Account", "NonFiniteWeightError", "foresee", "prepare", "run"]
 
 # Bytes of a tensor that are compared at a time.
 _COMPARED = 64 << 20
@@ -111,7 +111,7 @@ def run(
                     budget.agree(agree(_agreed(staging, budget.tokens)), held=bool(agree(int(budget.held))))
                     together()
                     write_calibrated(job, calibrated, windows, budget, staging, run_)
-        except NonfiniteError:
+        except NonFiniteWeightError:
             # No later run could use what is there: the input itself has to change.
             staging.discard()
             raise

@@ -39,7 +39,7 @@ _JUDGED = 8
 ROUNDED = "rounded.jsonl"
 
 
-class NonfiniteError(CheckpointError):
+class NonFiniteWeightError(CheckpointError):
     """A weight holds NaN or infinity."""
 
 
@@ -194,7 +194,7 @@ def _write_weight(
                 f"tensor {entry.name!r} holds NaN or infinity in rows {rows.start} to {rows.stop}; repair the "
                 "checkpoint, or keep such tensors unquantized with --allow-nonfinite"
             )
-            raise NonfiniteError(msg)
+            raise NonFiniteWeightError(msg)
         data = encode(x, fmt, chosen)
         return filing.rows(scheme, data.cpu(), chosen.cpu(), shape, rows.start), _judge(x, data, fmt, chosen)
 

@@ -1,12 +1,14 @@
 """`lowbit bench attention`: prefill and decode, rounding included, beside the fastest of torch's backends.
 
-One sequence, 32 heads of queries of 128 values each, 32 or 8 of keys and values. Decoding over a cache reads codes that
-were rounded before, as a serving engine does.
+One sequence, heads of 128 values each: 32 of queries, 32 or 8 of keys and values, or as `--heads` has it. Decoding over
+a cache reads codes that were rounded before, as a serving engine does.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,7 +29,7 @@ from lowbit.bench.timing import time_calls
 from lowbit.format import Format
 from lowbit.key_values import FORMATS, KeyValueCache
 
-_HEADS, _D = 32, 128
+_HEADS, _D = [(32, 32), (32, 8)], 128
 _SCHEMES = ("INT8_FP8", "INT8_FP8_ROTATED", "FP8_HEAD")
 _STEPS = ("causal prefill", "causal prefill + RoPE", "prefill", "decode")
 _Ways = Callable[..., tuple[Contender | Refusal, tuple[Contender, ...]]]
@@ -44,22 +46,24 @@ _ROWS = 1024
 
 
 def _cases(given: Given) -> Iterator[Case]:
-    for (keys,), heads, step, scheme in product(given.shapes, (_HEADS, 8), _STEPS, _SCHEMES):
+    all_heads: list[tuple[int, int]] = vars(given.options).get("heads", _HEADS)
+    lengths = [keys for (keys,) in given.shapes]
+    for keys, heads, step, scheme in product(lengths, all_heads, _STEPS, _SCHEMES):
         # Of one query nothing is rounded, by any scheme.
         if step != "decode" or scheme == _SCHEMES[0]:
             yield _case(given, keys, heads, step, partial(_lowbit, scheme=scheme), scheme)
-    for (keys,), heads, fmt in product(given.shapes, (_HEADS, 8), FORMATS):
-        yield _case(given, keys, heads, "decode", partial(_cached, keys=keys, heads=heads, fmt=fmt), f"cache {fmt}")
+    for keys, heads, fmt in product(lengths, all_heads, FORMATS):
+        yield _case(given, keys, heads, "decode", partial(_cached, keys=keys, heads=heads[1], fmt=fmt), f"cache {fmt}")
 
 
-def _case(given: Given, keys: int, heads: int, step: str, ways: _Ways, scheme: str) -> Case:
+def _case(given: Given, keys: int, heads: tuple[int, int], step: str, ways: _Ways, scheme: str) -> Case:
     causal, decode, turned = step.startswith("causal"), step == "decode", step.endswith("RoPE")
     queries, device, itemsize = 1 if decode else keys, given.device, torch.bfloat16.itemsize
-    written = _HEADS * queries * _D * itemsize
-    read = written + 2 * heads * keys * _D * itemsize
+    written = heads[0] * queries * _D * itemsize
+    read = written + 2 * heads[1] * keys * _D * itemsize
 
     def data(kind: Kind) -> tuple[Tensor, ...]:
-        lengths = ((_HEADS, queries), (heads, keys), (heads, keys))
+        lengths = ((heads[0], queries), (heads[1], keys), (heads[1], keys))
         made = [normal(1, *each, _D, kind=kind, seed=i, device=device) for i, each in enumerate(lengths)]
         return (*made, *_tables(keys, device)) if turned else tuple(made)
 
@@ -67,9 +71,9 @@ def _case(given: Given, keys: int, heads: int, step: str, ways: _Ways, scheme: s
     name, run = fastest(operands, causal=causal)
     candidate, peers = ways(operands[0], moved=read + written, causal=causal)
     return Case(
-        {"step": step, "heads": f"{_HEADS}/{heads}", "s": keys, "scheme": scheme},
+        {"step": step, "heads": "{}/{}".format(*heads), "s": keys, "scheme": scheme},
         # Two products; a causal mask leaves half of each.
-        4 * _HEADS * queries * keys * _D / (2 if causal else 1),
+        4 * heads[0] * queries * keys * _D / (2 if causal else 1),
         data,
         partial(_exact, causal=causal),
         candidate,
@@ -187,6 +191,22 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, *tables: Tensor, causal: bool) -> Te
     return out
 
 
+def _heads(text: str) -> list[tuple[int, int]]:
+    """Heads of queries, and of keys, of `32/32,32/8`."""
+    found = [re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", pair) for pair in text.split(",")]
+    pairs = [(int(each[1]), int(each[2])) for each in found if each is not None]
+    if len(pairs) < len(found) or any(queries % keys for queries, keys in pairs):
+        msg = f"{text!r} must be heads of queries, a slash, and those of keys that they share evenly: 32/8"
+        raise ArgumentTypeError(msg)
+    return pairs
+
+
+def _options(parser: ArgumentParser) -> None:
+    own = parser.add_argument_group("of attention")
+    told = "heads of queries and of keys (32/32,32/8)"
+    own.add_argument("--heads", type=_heads, default=_HEADS, metavar="H/G,...", help=told)
+
+
 benchmark = Benchmark(
     about="prefill and decode of attention, by the fastest of torch's backends",
     dims=(Dim("S", 128, 65536, 1024),),
@@ -194,4 +214,5 @@ benchmark = Benchmark(
     usual=lambda device: [(s,) for s in ((2048, 8192, 32768) if device == "cuda" else (128, 1024))],
     quantized=lambda _: [],
     cases=_cases,
+    options=_options,
 )

@@ -16,7 +16,7 @@ from lowbit.bench import ranks
 from lowbit.bench.case import Case, Contender, footprint, words
 from lowbit.bench.ceilings import Ceilings
 from lowbit.bench.inputs import Kind, sqnr
-from lowbit.bench.timing import time_calls, time_together
+from lowbit.bench.timing import busy, time_calls, time_together
 
 
 @torch.no_grad()
@@ -115,7 +115,10 @@ def _time(row: _Row, case: Case, data: tuple[Tensor, ...], device: torch.device,
         row.told["peak_bytes"] = held + _taken(partial(contender.run, *make(0)), device)
     touched = held if contender.touched is None else contender.touched
     if ranks.several():
-        timing = time_together(partial(contender.run, *make(0)), touched, device, samples=case.samples)
+        run = partial(contender.run, *make(0))
+        timing = time_together(run, touched, device, samples=case.samples)
+        if device.type == "cuda":
+            row.told["busy_seconds"] = ranks.longest(busy(run, device), device)
     else:
         timing = time_calls(
             lambda i: partial(contender.run, *make(i)), touched, device, budget=budget, samples=case.samples

@@ -87,6 +87,7 @@ def _cells(each: dict[str, Any], flops: float) -> dict[str, str]:
         "by": _name(each),
         "time": in_words(each["seconds"]),
         "quartiles": f"{in_words(low)} to {in_words(high)}",
+        "GPU busy": f"{100 * each['busy_seconds'] / each['seconds']:.0f}%" if "busy_seconds" in each else "",
         "over baseline": "" if each["speedup"] is None else f"{each['speedup']:.3g}",
         "moves": rate(each["bytes_per_s"], "B/s"),
         "computes": rate(each["flops_per_s"], "FLOP/s") if flops else "",

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import distributed
+from torch.profiler import ProfilerActivity, profile
 
 from lowbit.bench.ranks import longest
 
@@ -107,6 +108,26 @@ def time_together(run: Run, footprint: int, device: torch.device, *, samples: in
         seconds = longest(perf_counter() - start, device)
         taken += [seconds] if i >= _WARM else []
     return _timing(taken, 1, footprint, "together")
+
+
+def busy(run: Run, device: torch.device) -> float:
+    """Seconds of a call in which the GPU computes, copies or waits for another; in the others it waits for Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a profiler says of itself
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            run()
+            _finish(device)
+    ranges = [each.time_range for each in found.events() or [] if each.device_type.name == "CUDA"]
+    return covered((each.start, each.end) for each in ranges) / 1e6
+
+
+def covered(ranges: Iterable[tuple[float, float]]) -> float:
+    """The length of what ranges, from and to, cover together."""
+    total, last = 0.0, float("-inf")
+    for start, end in sorted(ranges):
+        total += max(0.0, end - max(start, last))
+        last = max(last, end)
+    return total
 
 
 def _finish(device: torch.device) -> None:

@@ -248,7 +248,9 @@ def _learned(
 def choose(m: int, experts: int, most: int, device: torch.device, *, seed: int) -> tuple[Tensor, Tensor]:
     """Experts of tokens and their shares, of a router that prefers some."""
     scores = _drawn(m, experts, device=device, seed=_WEIGHTS - 1 - seed)
-    shares, chosen = (scores + torch.linspace(0, 0.5, experts, device=device)).softmax(-1).topk(most)
+    # Which it prefers does not follow from where they are.
+    liked = torch.linspace(0, 0.5, experts)[torch.randperm(experts, generator=torch.Generator().manual_seed(_WEIGHTS))]
+    shares, chosen = (scores + liked.to(device)).softmax(-1).topk(most)
     return chosen, shares.bfloat16()
 
 
