@@ -187,14 +187,14 @@ def test_what_a_call_alone_shows_is_refused_in_words(calls):
 def test_a_machine_is_told_what_it_lacks(monkeypatch):
     monkeypatch.setattr(ours, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    pip = "needs flashinfer, which is not installed here: pip install 'lowbit-kernels-cuda[flashinfer]'"
-    assert ours.backend.probe() == pip
-    monkeypatch.setattr(ours, "find_spec", lambda name: name)
     assert "torch.cuda.is_available() is False here" in ours.backend.probe()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert ours.backend.probe() == "needs a GPU of compute capability 10.0 or later; this one has 9.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    pip = "needs flashinfer, which is not installed here: pip install 'lowbit-kernels-cuda[flashinfer]'"
+    assert ours.backend.probe() == pip
+    monkeypatch.setattr(ours, "find_spec", lambda name: name)
     assert ours.backend.probe() is None
 
 

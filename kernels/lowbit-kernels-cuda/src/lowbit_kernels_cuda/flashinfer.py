@@ -38,10 +38,13 @@ class Flashinfer:
     name = "flashinfer"
 
     def probe(self) -> str | None:
-        """None where flashinfer is installed and there is a GPU that converts to e2m1 by itself."""
+        """None where there is a GPU that converts to e2m1 by itself, and flashinfer is installed."""
+        # Who has no such GPU is not told to install a gigabyte.
+        if (refused := refuses_gpu((10, 0))) is not None:
+            return refused
         if find_spec("flashinfer") is None:
             return "needs flashinfer, which is not installed here: pip install 'lowbit-kernels-cuda[flashinfer]'"
-        return refuses_gpu((10, 0))
+        return None
 
     def kernels(self) -> tuple[Kernel, ...]:
         """Both casts, with scales as they are and in tiles."""
