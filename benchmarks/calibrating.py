@@ -76,6 +76,8 @@ def main() -> None:
             "planned_gib": report["planned_memory"] / 2**30,
             # Kilobytes, of the process as the system saw it.
             "peak_gib": used.ru_maxrss / 2**20,
+            # Of the first process's GPU; None: there is none.
+            "peak_gpu_gib": report["peak_gpu"] and report["peak_gpu"] / 2**30,
             "machine": machine(),
         }
     sys.stdout.write(json.dumps(told, indent=2) + "\n")

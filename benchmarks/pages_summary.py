@@ -17,10 +17,13 @@ KINDS = {
     "experts": ("recipe",),
     "ffn": ("recipe",),
     "gptq": ("step", "choices"),
+    "llama3": ("step",),
     "optimizer": ("bits",),
     "pad": ("op",),
     "wgrad": ("recipe",),
 }
+# Where what stands beside the candidate is lowbit's, too, in other formats.
+OURS = ("llama3",)
 HEADER = ("", "cases", "over baseline", "at worst", "fastest other", "over it", "at worst", "of ceiling")
 
 
@@ -64,6 +67,7 @@ def kind(point: Point) -> str:
     """What a case belongs to: `INT4_G128`, `causal prefill, INT8_FP8`."""
     told = {name: point.case.get(name, "") for name in names_of(point)}
     words = [f"{value} bits" if name == "bits" else str(value) for name, value in told.items() if value != ""]
+    words += [point.name] if point.benchmark in OURS else []
     return ", ".join([*words, *(["drawn shapes"] if point.drawn else [])])
 
 
@@ -95,7 +99,7 @@ def names_of(point: Point) -> tuple[str, ...]:
 
 def over_baseline(found: Iterable[Point]) -> list[Pair]:
     """Of every case the newest time of lowbit's."""
-    ours = newest(point for point in found if point.role == "candidate")
+    ours = newest(p for p in found if p.role == "candidate" or (p.role == "peer" and p.benchmark in OURS))
     return [Pair(point, point.speedup) for point in ours if point.speedup is not None]
 
 
@@ -103,7 +107,7 @@ def over_others(found: Sequence[Point]) -> list[Pair]:
     """Of every case that others were timed in, in the newest such run, the fastest of them over lowbit."""
     peers: dict[tuple[str, str], list[Point]] = {}
     for point in found:
-        if point.role == "peer" and not point.name.startswith("lowbit"):
+        if point.role == "peer" and point.benchmark not in OURS and not point.name.startswith("lowbit"):
             peers.setdefault((point.stem, json.dumps(point.case)), []).append(point)
     beside = [p for p in found if p.role == "candidate" and (p.stem, json.dumps(p.case)) in peers]
     pairs = []

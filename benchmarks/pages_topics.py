@@ -74,7 +74,7 @@ def llama3() -> list[str]:
 
 def perplexities() -> list[str]:
     """A trained model's perplexity and the rise over bfloat16, in the cases of `lowbit bench llama3`."""
-    (row,) = (row for row in load("bench-llama3-lm-tiny-xeon-2026-11-30")["rows"] if row["case"]["step"] == "prefill")
+    (row,) = (row for row in load("quality-llama3-lm-tiny-xeon-2026-11-30")["rows"] if row["case"]["step"] == "prefill")
     base = next(each["perplexity"] for each in row["contenders"] if each["role"] == "baseline")
     rows = [
         [f"`{each['name']}`", f"{each['perplexity']:.3f}", f"{100 * (each['perplexity'] / base - 1):+.2f} %"]
