@@ -18,6 +18,8 @@ import atheris
 # The targets of `hostile.py`; `parsers.py` has the others.
 CHECKPOINTS = ("header", "index", "config", "gguf")
 
+# Where `hostile` finds checkpoints of other libraries.
+sys.path.append(str(Path(__file__).parents[2] / "packages/lowbit-hf/tests"))
 # Only what is fuzzed: torch and transformers take minutes to instrument, and their coverage says nothing of lowbit.
 _CHECKPOINTS = ["lowbit", "lowbit_hf"]
 _TEXTS = [

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final
 
 import torch
@@ -88,19 +88,24 @@ class Scheme:
         Raises:
             FormatError: it is neither, or no such scheme can be.
         """
-        if spec in SCHEMES:
-            return SCHEMES[spec]
-        qk, *rest = spec.split(",")
-        unknown = set(rest[1:]) - set(_FLAGS)
-        if not rest or unknown:
-            wrong = f"{sorted(unknown)} in it is unknown" if unknown else "it is neither"
-            msg = (
-                f"attention scheme {spec!r}: {wrong}; use one of {', '.join(SCHEMES)}, or a format of queries and keys,"
-                f" one of values or none, and any of {', '.join(_FLAGS)}, with commas"
-            )
-            raise FormatError(msg)
-        values = None if rest[0] == "none" else Format.parse(rest[0])
-        return Scheme(Format.parse(qk), values, **{name: name in rest[1:] for name in _FLAGS})
+        return _parse(spec)
+
+
+@lru_cache(maxsize=1024)
+def _parse(spec: str) -> Scheme:
+    if spec in SCHEMES:
+        return SCHEMES[spec]
+    qk, *rest = spec.split(",")
+    unknown = set(rest[1:]) - set(_FLAGS)
+    if not rest or unknown:
+        wrong = f"{sorted(unknown)} in it is unknown" if unknown else "it is neither"
+        msg = (
+            f"attention scheme {spec!r}: {wrong}; use one of {', '.join(SCHEMES)}, or a format of queries and keys,"
+            f" one of values or none, and any of {', '.join(_FLAGS)}, with commas"
+        )
+        raise FormatError(msg)
+    values = None if rest[0] == "none" else Format.parse(rest[0])
+    return Scheme(Format.parse(qk), values, **{name: name in rest[1:] for name in _FLAGS})
 
 
 _FLAGS: Final = tuple(field.name for field in fields(Scheme) if field.name not in {"qk", "v"})

@@ -10,7 +10,7 @@ last dimension), `uint4:1x128:bfloat16:zero=uint4` (asymmetric), `int8:1x*:float
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final
 
@@ -57,6 +57,8 @@ class Format:
     zero: Element | None = None
     # A second, float32 scale a matrix, on top of the block scales (NVFP4).
     tensor_scale: bool = False
+    # The spec string, made once: every call of an operator asks for it, and is looked up by it.
+    _spec: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the parts against one another and normalise the block."""
@@ -85,11 +87,16 @@ class Format:
             msg = f"a tensor scale extends the range of e4m3fn block scales; {self.scale.name} does not need one"
             raise FormatError(msg)
         object.__setattr__(self, "block", _normalise(self.block))
+        zero = "" if self.zero is None else f":zero={self.zero.name}"
+        parts = f"{self.element.name}:{self.block_name}:{self.scale.name}{zero}"
+        object.__setattr__(self, "_spec", parts + ":tensor" * self.tensor_scale)
 
     def __str__(self) -> str:
         """The spec string."""
-        zero = "" if self.zero is None else f":zero={self.zero.name}"
-        return f"{self.element.name}:{self.block_name}:{self.scale.name}{zero}{':tensor' if self.tensor_scale else ''}"
+        return self._spec
+
+    def __hash__(self) -> int:
+        return hash(self._spec)
 
     @staticmethod
     def parse(spec: str) -> Format:
