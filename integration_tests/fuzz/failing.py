@@ -97,7 +97,7 @@ def lines(root: Path) -> dict[str, Line]:
         "export as gguf": Line(("export", quantized, "--as", "gguf", "--pre", "llama-bpe", *made)),
         "dequantize": Line(("dequantize", quantized, *made)),
         "synthesize": Line(
-            ("synthesize", model, "--from", text, "--samples", "4", "--seq-len", "24", "-o", "@out"), "out.jsonl"
+            ("synthesize", model, "--from", text, "--samples", "40", "--seq-len", "99", "-o", "@out"), "out.jsonl"
         ),
         "compare": Line(("compare", model, "--to", "W8A16", "--to", "W4A16_G32", *few, *made)),
         "release": Line(
@@ -239,7 +239,8 @@ def fill(line: Line, count: int, draw: random.Random, root: Path) -> Tally:
     tally = Tally(seconds=round(seconds, 2))
     needed = sum(len(raw) + 8192 for raw in whole.values())
     while tally.runs < count:
-        size = 4096 + int(needed * (tally.runs + draw.random()) / count)
+        # Of whole pages, as disks are.
+        size = max(4096, int(needed * (tally.runs + draw.random()) / count) // 4096 * 4096)
         # Most commands measure the disk first; that another process takes the space afterwards is every other case.
         late = tally.runs % 2 == 1
         with disk(root, size) as place:
@@ -247,6 +248,7 @@ def fill(line: Line, count: int, draw: random.Random, root: Path) -> Tally:
             if code == 0:
                 # Large enough after all.
                 assert looks_finished(place, line, whole)
+                assert needed > count, "the output is too small for any disk to be too small"
                 needed = needed * 9 // 10
                 continue
             assert code == (2 if "usage:" in said else 1), said
