@@ -34,7 +34,7 @@ FORMATS = (
     "e2m1:128x128:e4m3fn:tensor",
 )
 PLAIN = (None, None, None)
-# They have tests of their own.
+# What casts and moves; other operators have tests of their own.
 CASTS = {
     *("quantize", "quantize_blocked", "quantize_both", "quantize_rotated", "quantize_groups", "dequantize"),
     *("pad_groups", "unpad_groups"),
