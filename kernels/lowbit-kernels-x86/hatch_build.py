@@ -77,7 +77,9 @@ def compile_library(source: Path, target: Path) -> None:
             for name, sets in (("kernels", SETS), ("dots", DOTS))
             for isa, flags in sets.items()
         }
-        jobs |= {Path(folder, f"{name}.o"): (f"{name}.cpp", *headers) for name in ("library", "products", "isa", "format")}
+        jobs |= {
+            Path(folder, f"{name}.o"): (f"{name}.cpp", *headers) for name in ("library", "products", "isa", "format")
+        }
 
         def compile_one(job: tuple[Path, tuple[str, ...]]) -> None:
             to, (file, *flags) = job

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowbit.attending import Seen, laid_out_as
-from lowbit.attention import Scheme
+from lowbit.attention import Scheme, scheme_of
 from lowbit.backends import Call
 from lowbit_kernels_cuda import plain_attention
 
@@ -75,7 +75,7 @@ def run(
     sin: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowbit.attention`."""
-    (batch, _, queries, d), keys, parsed = q.shape, k.shape[2], Scheme.parse(scheme)
+    (batch, _, queries, d), keys, parsed = q.shape, k.shape[2], scheme_of(scheme)
     # One that all keys are in is none.
     window = window if window < keys else 0
     with torch.cuda.device_of(q):
@@ -115,7 +115,7 @@ def run_varlen(
         kernel, count = _kernel(), len(cu_q) - 1
         of_q, of_k = kernel.Sequences(count, len(q), cu_q), kernel.Sequences(count, len(k), cu_k)
         heads = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        out, sums = kernel.attend(*heads, of_q, of_k, Seen(None, causal, window), scale, Scheme.parse(scheme))
+        out, sums = kernel.attend(*heads, of_q, of_k, Seen(None, causal, window), scale, scheme_of(scheme))
         return out[0].transpose(0, 1).contiguous(), sums[0]
 
 

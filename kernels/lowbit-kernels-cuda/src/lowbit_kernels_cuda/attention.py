@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowbit.attending import laid_out_as
-from lowbit.attention import Scheme
+from lowbit.attention import Scheme, scheme_of
 from lowbit.backends import Call
 from lowbit.format import WHOLE
 from lowbit_kernels_cuda import plain_attention
@@ -68,7 +68,7 @@ def run(
         out, sums = torch.empty_like(q), torch.empty(q.shape[:3], device=q.device)
         if not (q.numel() and keys):
             return out.zero_(), sums.fill_(-torch.inf)
-        made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, Scheme.parse(scheme), cos, sin)
+        made = import_module("lowbit_kernels_cuda.heads").rounded(q, k, v, scheme_of(scheme), cos, sin)
         # Heads lie beside one another in a token, or tokens in a head.
         simple = out.is_contiguous() or out.transpose(1, 2).is_contiguous()
         to = out if simple else out.contiguous()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowbit.attending import laid_out_as
-from lowbit.attention import Scheme
+from lowbit.attention import Scheme, scheme_of
 from lowbit.backends import Call
 from lowbit.format import WHOLE
 from lowbit_kernels_cuda.attention import LEAST, MEASURED, plain
@@ -81,7 +81,7 @@ def run(
         if not prefer and (min(queries, keys) < LEAST or window or q.shape[3] != MEASURED):
             return plain(q, k, v, scale, cos, sin, causal=causal, window=window)
         heads, attend = import_module("lowbit_kernels_cuda.heads"), import_module(_PACKAGE).flash_attn_func
-        codes, scales = zip(*heads.rounded_whole(q, k, v, Scheme.parse(scheme), cos, sin), strict=True)
+        codes, scales = zip(*heads.rounded_whole(q, k, v, scheme_of(scheme), cos, sin), strict=True)
         names = ("q_descale", "k_descale", "v_descale")
         out, sums = attend(
             *codes,

@@ -88,24 +88,19 @@ class Scheme:
         Raises:
             FormatError: it is neither, or no such scheme can be.
         """
-        return _parse(spec)
-
-
-@lru_cache(maxsize=1024)
-def _parse(spec: str) -> Scheme:
-    if spec in SCHEMES:
-        return SCHEMES[spec]
-    qk, *rest = spec.split(",")
-    unknown = set(rest[1:]) - set(_FLAGS)
-    if not rest or unknown:
-        wrong = f"{sorted(unknown)} in it is unknown" if unknown else "it is neither"
-        msg = (
-            f"attention scheme {spec!r}: {wrong}; use one of {', '.join(SCHEMES)}, or a format of queries and keys,"
-            f" one of values or none, and any of {', '.join(_FLAGS)}, with commas"
-        )
-        raise FormatError(msg)
-    values = None if rest[0] == "none" else Format.parse(rest[0])
-    return Scheme(Format.parse(qk), values, **{name: name in rest[1:] for name in _FLAGS})
+        if spec in SCHEMES:
+            return SCHEMES[spec]
+        qk, *rest = spec.split(",")
+        unknown = set(rest[1:]) - set(_FLAGS)
+        if not rest or unknown:
+            wrong = f"{sorted(unknown)} in it is unknown" if unknown else "it is neither"
+            msg = (
+                f"attention scheme {spec!r}: {wrong}; use one of {', '.join(SCHEMES)}, or a format of queries and keys,"
+                f" one of values or none, and any of {', '.join(_FLAGS)}, with commas"
+            )
+            raise FormatError(msg)
+        values = None if rest[0] == "none" else Format.parse(rest[0])
+        return Scheme(Format.parse(qk), values, **{name: name in rest[1:] for name in _FLAGS})
 
 
 _FLAGS: Final = tuple(field.name for field in fields(Scheme) if field.name not in {"qk", "v"})
@@ -120,6 +115,9 @@ SCHEMES: Final[dict[str, Scheme]] = {
     "FP8_HEAD": Scheme(_HEAD, _HEAD, smooth=False),
 }
 """Schemes by name. A rotation helps integers, whose steps are even, and not e4m3, whose errors are relative."""
+
+scheme_of = lru_cache(maxsize=1024)(Scheme.parse)
+"""`Scheme.parse` for kernels and operators, which are called again and again, and which no compiler looks into."""
 
 
 def attention(
@@ -289,7 +287,7 @@ def attention_call(
 ) -> tuple[str, str, torch.device, torch.dtype, int | None, int | None, *tuple[str, ...]]:
     """What decides on the kernel, as `Call.of` takes it after the op's name."""
     facts = (scheme, *("mask",) * (mask is not None), *("window",) * bool(window))
-    return str(Scheme.parse(scheme).qk), "", q.device, q.dtype, None, q.shape[-1], *facts
+    return str(scheme_of(scheme).qk), "", q.device, q.dtype, None, q.shape[-1], *facts
 
 
 def selection(q: Tensor, mask: Tensor | None, window: int, scheme: str, prefer: str) -> Selection:

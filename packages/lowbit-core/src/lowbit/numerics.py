@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -260,12 +259,9 @@ def check_choice(name: str, given: str, choices: object) -> None:
     Raises:
         FormatError: it is not one of `choices`.
     """
-    if given not in _named(choices):
-        msg = f"{name} {given!r} is unknown; use one of {', '.join(_named(choices))}"
+    if given not in get_args(choices):
+        msg = f"{name} {given!r} is unknown; use one of {', '.join(get_args(choices))}"
         raise FormatError(msg)
-
-
-_named = cache(get_args)
 
 
 def data_shape(shape: tuple[int, ...], fmt: Format) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 from lowbit.activation import Activation
 from lowbit.arguments import check_call
 from lowbit.attending import Seen, gradients, rounded
-from lowbit.attention import Scheme, attention_call, selection
+from lowbit.attention import attention_call, scheme_of, selection
 from lowbit.backends import kernel_for, without_autocast
 from lowbit.blocked import blocked_shape
 from lowbit.decompose import argument_names, decompose
@@ -470,7 +470,7 @@ def _unpad_groups_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 def _attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, mask, causal, window, ctx.scale, scheme, _, *tables = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.scheme, ctx.causal, ctx.window = Scheme.parse(scheme), causal, window
+    ctx.scheme, ctx.causal, ctx.window = scheme_of(scheme), causal, window
     cos, sin = tables or (None, None)
     # Codes, which are half of what was given, or less.
     codes = rounded(q, k, v, ctx.scheme, cos, sin)
@@ -504,7 +504,7 @@ def _refuse_second(grad: Tensor) -> None:
 def _varlen_attention_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.causal, ctx.window, ctx.scale, scheme, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.scheme, ctx.of_keys = Scheme.parse(scheme), k.shape
+    ctx.scheme, ctx.of_keys = scheme_of(scheme), k.shape
     parts = rounded_varlen(q, k, v, cu_q, cu_k, ctx.max_q, ctx.max_k, ctx.scheme)
     ctx.save_for_backward(cu_q, cu_k, *(part for each in parts for of in each for part in of))
 
