@@ -69,7 +69,9 @@ def llama3() -> list[str]:
                 ]
                 plain = f"{1e3 * of[base]['seconds']:.1f} ({of[base]['peak_bytes'] / 2**30:.1f})"
                 rows.append([step, str(row["case"]["s"]), plain, *cells])
-    return table(["", "tokens", base, *(f"`{name}`" for name in names)], rows)
+    # What linear layers are, beside the attention of the first.
+    heads = [f"`{name.removeprefix(f'{names[0]} ')}`" for name in names]
+    return table(["", "tokens", base, *heads], rows)
 
 
 def perplexities() -> list[str]:
