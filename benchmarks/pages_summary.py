@@ -97,9 +97,14 @@ def names_of(point: Point) -> tuple[str, ...]:
     return KINDS.get(point.benchmark, ("format",))
 
 
+def is_ours(point: Point) -> bool:
+    """Whether it is a time of lowbit's that is held against others."""
+    return point.role == "candidate" or (point.role == "peer" and point.benchmark in OURS)
+
+
 def over_baseline(found: Iterable[Point]) -> list[Pair]:
     """Of every case the newest time of lowbit's."""
-    ours = newest(p for p in found if p.role == "candidate" or (p.role == "peer" and p.benchmark in OURS))
+    ours = newest(filter(is_ours, found))
     return [Pair(point, point.speedup) for point in ours if point.speedup is not None]
 
 
@@ -107,7 +112,7 @@ def over_others(found: Sequence[Point]) -> list[Pair]:
     """Of every case that others were timed in, in the newest such run, the fastest of them over lowbit."""
     peers: dict[tuple[str, str], list[Point]] = {}
     for point in found:
-        if point.role == "peer" and point.benchmark not in OURS and not point.name.startswith("lowbit"):
+        if point.role == "peer" and not is_ours(point) and not point.name.startswith("lowbit"):
             peers.setdefault((point.stem, json.dumps(point.case)), []).append(point)
     beside = [p for p in found if p.role == "candidate" and (p.stem, json.dumps(p.case)) in peers]
     pairs = []

@@ -47,6 +47,14 @@ def test_two_ranks_learn_what_one_learns(two, monkeypatch):
     assert sent["BF16 by MXFP8"] == sent["BF16 by BF16"] / 2 * (1 + 1 / 32)
 
 
+def test_a_router_prefers_experts_wherever_they_are():
+    chosen, _ = scale.choose(8192, 8, 2, CPU, seed=0)
+    rows = torch.bincount(chosen.flatten(), minlength=8) / (8192 * 2 / 8)
+    assert rows.max() / rows.min() > 1.5
+    # In order of preference, the second half would have 1.19 times its share.
+    assert rows.view(2, 4).mean(1).max() < 1.1
+
+
 def test_results_are_a_file_as_others_are(monkeypatch, tmp_path):
     for name in ("_EXPERTS", "_DENSE", "_MOVES"):
         monkeypatch.setattr(scale, name, (("BF16", None), ("MXFP8", "MXFP8")))
